@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: GPL-2.0-only WITH Linux-syscall-note */
+/*
+ * tensormem: memory for tensors and LLM inference
+ *
+ * The whole user ABI. This header is also its manual: every struct, flag and
+ * errno is described where it is declared. docs/ABI describes the sysfs files.
+ *
+ * A client
+ *
+ *   open("/dev/tensormem", O_RDWR) makes a client. It owns every tensor it
+ *   allocates; when the last descriptor and the last mapping of it are gone,
+ *   all of them are freed, however the process ended. Two opens are two
+ *   clients: neither can name, map or see the memory of the other. A
+ *   descriptor kept across fork() or sent over a Unix socket is the same client.
+ *
+ * A tensor and the window
+ *
+ *   A tensor is named by a handle (never 0) and lives at an offset in the
+ *   client's window, a range of struct tensormem_info::window_size bytes that
+ *   mmap(2) sees as the contents of the descriptor:
+ *
+ *   - mmap(NULL, window_size, prot, MAP_SHARED, fd, 0) maps the window once.
+ *     Every tensor allocated later is then at window + offset, with no further
+ *     system call.
+ *   - mmap(NULL, length, prot, MAP_SHARED, fd, offset) maps one tensor or a
+ *     page-aligned part of it.
+ *
+ *   Memory is zero when a tensor is first seen. Mappings behave like those of a
+ *   shared file: they survive fork(), mprotect() works, MADV_DONTNEED drops
+ *   page-table entries and never data, and pages can be pinned (O_DIRECT).
+ *   Touching a part of the window that holds no tensor, or a tensor that was
+ *   freed, raises SIGBUS. mmap() fails with:
+ *
+ *     EINVAL   not MAP_SHARED; or the range is neither the whole window nor
+ *              inside one tensor. Map what TENSORMEM_IOC_ALLOC returned.
+ *     ENOENT   no tensor at this offset. Allocate it first.
+ *     EPERM    PROT_EXEC: tensor memory is never executable.
+ *
+ *   mremap() may shrink a mapping and neither grow nor move one (EFAULT or
+ *   EINVAL): map the tensor again instead.
+ *
+ * Extensible structs
+ *
+ *   Every ioctl carries the size of its struct in its number. A struct shorter
+ *   than the kernel's is taken as if the missing tail were zero, and gets back
+ *   only the part it has; a longer one is accepted when the tail the kernel
+ *   does not know is zero. So old programs run on new modules and new programs
+ *   on old modules as long as they ask for nothing the module lacks. The same
+ *   holds for the items of a batch, by tensormem_batch::item_size.
+ *
+ * Errors
+ *
+ *   A call that fails changes nothing. Every errno means one thing:
+ *
+ *     EINVAL   The call is malformed: a size of 0 or above the window, an
+ *              unknown kind, pool, flag or non-zero tail. Fix the caller.
+ *     EFAULT   A struct or an array of items is not readable or not writable.
+ *     ENOENT   No such tensor: never allocated, freed, or of another client.
+ *     ENOMEM   The system has no memory. Free some, or lower what else runs.
+ *     EDQUOT   The client's quota is used up. Free tensors or raise the quota.
+ *     ENOSPC   The chunk pool is at its capacity. Free tensors, or have root
+ *              raise chunk/capacity in sysfs.
+ *     ENOBUFS  The window has no gap of this size left. Free tensors.
+ *     EBUSY    A new quota is below what the client already holds.
+ *     EPERM    Not allowed: PROT_EXEC, or a quota above clients/default_quota
+ *              without CAP_SYS_RESOURCE.
+ *     EINTR    A fatal signal ended the call.
+ *     ENOTTY   Not a tensormem ioctl.
+ */
+#ifndef _UAPI_LINUX_TENSORMEM_H
+#define _UAPI_LINUX_TENSORMEM_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+#define TENSORMEM_ABI_VERSION	1
+
+/* What a tensor is for. It selects the pool unless the call names one. */
+enum tensormem_kind {
+	TENSORMEM_KIND_WEIGHTS		= 1,	/* large, read-mostly */
+	TENSORMEM_KIND_KV		= 2,	/* keys and values of attention */
+	TENSORMEM_KIND_ACTIVATIONS	= 3,	/* short-lived, reused often */
+	TENSORMEM_KIND_PROTOCOL		= 4,	/* buffers of real-time I/O */
+};
+
+/* Which pool serves a tensor. */
+enum tensormem_pool {
+	TENSORMEM_POOL_AUTO	= 0,	/* by kind and size */
+	TENSORMEM_POOL_CHUNK	= 1,	/* whole chunks; the last may be part used */
+	TENSORMEM_POOL_BUDDY	= 2,	/* runs of pages, up to half a chunk each */
+};
+
+/**
+ * struct tensormem_info - what this module and this client offer
+ * @abi_version: TENSORMEM_ABI_VERSION the module was built with
+ * @page_size: bytes in a page; offsets and mappings are multiples of it
+ * @chunk_size: bytes in a chunk, the unit that moves between pools
+ * @window_size: bytes in the client's window
+ * @quota: bytes the client may hold; see TENSORMEM_IOC_SET_QUOTA
+ * @used: bytes the client holds, in whole pages or chunks
+ * @nr_tensors: tensors the client holds
+ * @max_batch: most items in one batch call
+ * @cache_line: bytes of alignment that keep two CPUs from sharing a line
+ * @pad: zero
+ */
+struct tensormem_info {
+	__u32 abi_version;
+	__u32 page_size;
+	__u64 chunk_size;
+	__u64 window_size;
+	__u64 quota;
+	__u64 used;
+	__u32 nr_tensors;
+	__u32 max_batch;
+	__u32 cache_line;
+	__u32 pad;
+};
+
+/**
+ * struct tensormem_alloc - allocate one tensor
+ * @size: in: bytes, from 1 to window_size
+ * @kind: in: enum tensormem_kind
+ * @pool: in: enum tensormem_pool
+ * @flags: in: must be 0
+ * @handle: out: the tensor's name; ignored on input
+ * @offset: out: where it lies in the window; ignored on input
+ *
+ * Takes whole pages (POOL_BUDDY) or whole chunks (POOL_CHUNK). The tensor is
+ * physically allocated and zeroed when the call returns. A tensor of a chunk or
+ * more starts at a multiple of chunk_size in the window.
+ */
+struct tensormem_alloc {
+	__u64 size;
+	__u32 kind;
+	__u32 pool;
+	__u32 flags;
+	__u32 handle;
+	__u64 offset;
+};
+
+/**
+ * struct tensormem_free - free one tensor
+ * @handle: in: the tensor
+ * @flags: in: must be 0
+ *
+ * Mappings of the tensor are emptied first: a later touch raises SIGBUS. Pages
+ * that somebody else still holds (O_DIRECT in flight) are set aside until let
+ * go, and never given to anyone before.
+ */
+struct tensormem_free {
+	__u32 handle;
+	__u32 flags;
+};
+
+/**
+ * struct tensormem_query - describe one tensor
+ * @handle: in: the tensor
+ * @flags: in: must be 0
+ * @kind: out: enum tensormem_kind
+ * @pool: out: the pool that serves it, never TENSORMEM_POOL_AUTO
+ * @size: out: bytes asked for
+ * @length: out: bytes it takes in the window; at least @size, in pages
+ * @offset: out: where it lies in the window
+ * @held: out: bytes of memory it holds and is charged for
+ * @nr_chunks: out: whole chunks it is made of
+ * @nr_runs: out: runs of pages it is made of, beside the chunks
+ */
+struct tensormem_query {
+	__u32 handle;
+	__u32 flags;
+	__u32 kind;
+	__u32 pool;
+	__u64 size;
+	__u64 length;
+	__u64 offset;
+	__u64 held;
+	__u32 nr_chunks;
+	__u32 nr_runs;
+};
+
+/**
+ * struct tensormem_batch - the same call for an array of items
+ * @items: in: address of the first item
+ * @count: in: items, from 1 to tensormem_info::max_batch
+ * @item_size: in: bytes from one item to the next
+ * @flags: in: must be 0
+ * @failed: out: on failure the index of the item that failed, else @count
+ *
+ * All items or none: where one fails, those before it are undone and the call
+ * returns the errno of the one that failed. A handle named twice in one
+ * TENSORMEM_IOC_FREE_BATCH fails at its second place with ENOENT.
+ */
+struct tensormem_batch {
+	__u64 items;
+	__u32 count;
+	__u32 item_size;
+	__u32 flags;
+	__u32 failed;
+};
+
+/**
+ * struct tensormem_quota - bound what the client may hold
+ * @bytes: in: the new quota
+ *
+ * Any client may lower its quota down to what it holds, and raise it up to
+ * clients/default_quota in sysfs. Going above that takes CAP_SYS_RESOURCE.
+ */
+struct tensormem_quota {
+	__u64 bytes;
+};
+
+#define TENSORMEM_IOC_MAGIC		0xB7
+
+#define TENSORMEM_IOC_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x00, struct tensormem_info)
+#define TENSORMEM_IOC_SET_QUOTA		_IOWR(TENSORMEM_IOC_MAGIC, 0x01, struct tensormem_quota)
+#define TENSORMEM_IOC_ALLOC		_IOWR(TENSORMEM_IOC_MAGIC, 0x10, struct tensormem_alloc)
+#define TENSORMEM_IOC_FREE		_IOWR(TENSORMEM_IOC_MAGIC, 0x11, struct tensormem_free)
+#define TENSORMEM_IOC_QUERY		_IOWR(TENSORMEM_IOC_MAGIC, 0x12, struct tensormem_query)
+/* Each takes a struct tensormem_batch over items of the single call's struct. */
+#define TENSORMEM_IOC_ALLOC_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x20, struct tensormem_batch)
+#define TENSORMEM_IOC_FREE_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x21, struct tensormem_batch)
+#define TENSORMEM_IOC_QUERY_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x22, struct tensormem_batch)
+
+#endif /* _UAPI_LINUX_TENSORMEM_H */
