@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Clients: one per open of the device. What a client holds is bounded by its
+ * quota and dies with it.
+ */
+#include <linux/atomic.h>
+#include <linux/capability.h>
+#include <linux/err.h>
+#include <linux/log2.h>
+#include <linux/mm.h>
+#include <linux/mount.h>
+#include <linux/pseudo_fs.h>
+#include <linux/slab.h>
+
+#include "client.h"
+#include "tensor.h"
+
+#define TM_FS_MAGIC		0x544d454d	/* "TMEM" */
+
+/*
+ * Offsets are cheap and memory is not: a window of four times the RAM always
+ * has room for a client that fills the RAM, however its offsets are fragmented.
+ */
+#define TM_WINDOW_PER_RAM	4
+
+static struct vfsmount *tm_mount;
+static u64 tm_window_pages;
+static u64 tm_default_quota = U64_MAX;
+static atomic_t tm_client_ids = ATOMIC_INIT(0);
+static atomic64_t tm_nr_clients = ATOMIC64_INIT(0);
+static atomic64_t tm_nr_tensors = ATOMIC64_INIT(0);
+static atomic64_t tm_nr_bytes = ATOMIC64_INIT(0);
+
+static int tm_fs_init_context(struct fs_context *fc)
+{
+	return init_pseudo(fc, TM_FS_MAGIC) ? 0 : -ENOMEM;
+}
+
+/*
+ * No .owner: the mount lives as long as the module and would pin it. Every inode
+ * is gone before, because each open file holds the module.
+ */
+static struct file_system_type tm_fs = {
+	.name = "tensormem",
+	.init_fs_context = tm_fs_init_context,
+	.kill_sb = kill_anon_super,
+};
+
+int __init tm_clients_init(void)
+{
+	tm_window_pages = roundup_pow_of_two(totalram_pages()) *
+			  TM_WINDOW_PER_RAM;
+	tm_mount = kern_mount(&tm_fs);
+	return PTR_ERR_OR_ZERO(tm_mount);
+}
+
+void tm_clients_exit(void)
+{
+	kern_unmount(tm_mount);
+}
+
+/**
+ * tm_client_create - make a client that holds nothing
+ *
+ * Context: may sleep. Return: the client or an ERR_PTR: -ENOMEM.
+ */
+struct tm_client *tm_client_create(void)
+{
+	struct tm_client *client = kzalloc(sizeof(*client), GFP_KERNEL_ACCOUNT);
+	int err;
+
+	if (!client)
+		return ERR_PTR(-ENOMEM);
+	client->inode = alloc_anon_inode(tm_mount->mnt_sb);
+	if (IS_ERR(client->inode)) {
+		err = PTR_ERR(client->inode);
+		kfree(client);
+		return ERR_PTR(err);
+	}
+	xa_init_flags(&client->tensors, XA_FLAGS_ALLOC1);
+	tm_window_init(&client->window, tm_window_pages);
+	spin_lock_init(&client->lock);
+	client->quota = tm_client_default_quota();
+	client->id = atomic_inc_return(&tm_client_ids);
+	atomic64_inc(&tm_nr_clients);
+	return client;
+}
+
+/**
+ * tm_client_destroy - free a client and every tensor it still has
+ *
+ * Context: may sleep. The last file and mapping are gone, so nobody looks.
+ */
+void tm_client_destroy(struct tm_client *client)
+{
+	tm_tensor_free_all(client);
+	xa_destroy(&client->tensors);
+	iput(client->inode);
+	kfree(client);
+	atomic64_dec(&tm_nr_clients);
+}
+
+/**
+ * tm_client_charge - count a tensor of @bytes against the quota
+ *
+ * Context: never sleeps. Return: 0 or -EDQUOT.
+ */
+int tm_client_charge(struct tm_client *client, u64 bytes)
+{
+	int err = 0;
+
+	spin_lock(&client->lock);
+	if (bytes > client->quota || client->used > client->quota - bytes) {
+		err = -EDQUOT;
+	} else {
+		client->used += bytes;
+		client->nr_tensors++;
+	}
+	spin_unlock(&client->lock);
+	if (!err) {
+		atomic64_inc(&tm_nr_tensors);
+		atomic64_add(bytes, &tm_nr_bytes);
+	}
+	return err;
+}
+
+/* Undo tm_client_charge(). Context: never sleeps. */
+void tm_client_uncharge(struct tm_client *client, u64 bytes)
+{
+	spin_lock(&client->lock);
+	client->used -= bytes;
+	client->nr_tensors--;
+	spin_unlock(&client->lock);
+	atomic64_dec(&tm_nr_tensors);
+	atomic64_sub(bytes, &tm_nr_bytes);
+}
+
+/**
+ * tm_client_set_quota - bound what the client may hold
+ *
+ * Context: never sleeps.
+ * Return: 0, -EBUSY below what it holds, -EPERM above the default quota without
+ * CAP_SYS_RESOURCE.
+ */
+int tm_client_set_quota(struct tm_client *client, u64 bytes)
+{
+	int err = 0;
+
+	if (bytes > tm_client_default_quota() && !capable(CAP_SYS_RESOURCE))
+		return -EPERM;
+	spin_lock(&client->lock);
+	if (bytes < client->used)
+		err = -EBUSY;
+	else
+		client->quota = bytes;
+	spin_unlock(&client->lock);
+	return err;
+}
+
+void tm_client_usage(struct tm_client *client, u64 *quota, u64 *used,
+		     u32 *nr_tensors)
+{
+	spin_lock(&client->lock);
+	*quota = client->quota;
+	*used = client->used;
+	*nr_tensors = client->nr_tensors;
+	spin_unlock(&client->lock);
+}
+
+/* Bytes in every client's window. */
+u64 tm_client_window_size(void)
+{
+	return tm_window_pages << PAGE_SHIFT;
+}
+
+u64 tm_client_default_quota(void)
+{
+	return READ_ONCE(tm_default_quota);
+}
+
+/* Takes effect for clients made from now on. */
+void tm_client_set_default_quota(u64 bytes)
+{
+	WRITE_ONCE(tm_default_quota, bytes);
+}
+
+/* What all clients hold together; each value is exact, the three are not a set. */
+void tm_client_totals(struct tm_client_totals *totals)
+{
+	totals->clients = atomic64_read(&tm_nr_clients);
+	totals->tensors = atomic64_read(&tm_nr_tensors);
+	totals->bytes = atomic64_read(&tm_nr_bytes);
+}

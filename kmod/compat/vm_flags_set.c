@@ -1,0 +1,6 @@
+#include <linux/mm.h>
+void probe(struct vm_area_struct *vma);
+void probe(struct vm_area_struct *vma)
+{
+	vm_flags_mod(vma, VM_MIXEDMAP, VM_MAYEXEC);
+}

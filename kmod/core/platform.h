@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The one door between core/ and the world. Core sees memory as numbers and
+ * builds unchanged into the module and into a host library; whatever it needs
+ * from its surroundings is declared here and provided by platform_kernel.h or by
+ * the host library's platform_host.h:
+ *
+ *   types       u8 u16 u32 u64 bool size_t
+ *   results     __must_check, the errno constants
+ *   bits        tm_ctz64(), tm_fls32() (index of the highest set bit)
+ *   memory      tm_table_alloc(), tm_table_free(): zeroed tables, may sleep
+ *   locks       tm_lock_t, tm_assert_locked()
+ *   assertions  tm_warn_on(), tm_static_assert()
+ */
+#ifndef TM_CORE_PLATFORM_H
+#define TM_CORE_PLATFORM_H
+
+#ifdef __KERNEL__
+#include "platform_kernel.h"
+#else
+#include "platform_host.h"
+#endif
+
+#endif

@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * /dev/tensormem: the way in. Checks and copies what user space hands over and
+ * calls the object concerned. The semantics are in the UAPI header.
+ */
+#include <linux/cache.h>
+#include <linux/err.h>
+#include <linux/fs.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/slab.h>
+#include <linux/stddef.h>
+#include <linux/uaccess.h>
+#include <uapi/linux/tensormem.h>
+
+#include "client.h"
+#include "core/geometry.h"
+#include "device.h"
+#include "sysfs.h"
+#include "tensor.h"
+#include "vm.h"
+
+/* Bounds the time under the client's lock and the arrays of one call. */
+#define TM_MAX_BATCH	4096
+
+/* The parts every version of a struct has had. */
+#define TM_MIN_ALLOC	offsetofend(struct tensormem_alloc, handle)
+#define TM_MIN_FREE	offsetofend(struct tensormem_free, handle)
+#define TM_MIN_QUERY	offsetofend(struct tensormem_query, handle)
+#define TM_MIN_BATCH	offsetofend(struct tensormem_batch, item_size)
+#define TM_MIN_QUOTA	offsetofend(struct tensormem_quota, bytes)
+
+/* An array of one ioctl struct in user memory; a single call is an array of 1. */
+struct tm_items {
+	void __user *base;
+	u32 count;
+	u32 size;
+};
+
+static void __user *tm_item(const struct tm_items *items, u32 i)
+{
+	return items->base + (size_t)i * items->size;
+}
+
+/* Return: 0, -EFAULT, or -EINVAL for a size or a tail we cannot know. */
+static int tm_copy_in(void *to, size_t size, size_t least,
+		      const void __user *from, size_t from_size)
+{
+	int err;
+
+	if (from_size < least || from_size > PAGE_SIZE)
+		return -EINVAL;
+	err = copy_struct_from_user(to, size, from, from_size);
+	return err == -E2BIG ? -EINVAL : err;
+}
+
+static int tm_copy_out(void __user *to, size_t to_size, const void *from,
+		       size_t size)
+{
+	return copy_to_user(to, from, min(to_size, size)) ? -EFAULT : 0;
+}
+
+static int tm_device_info(struct tm_client *client, void __user *arg,
+			  size_t size)
+{
+	struct tensormem_info info;
+	int err;
+
+	err = tm_copy_in(&info, sizeof(info), 0, arg, size);
+	if (err)
+		return err;
+	info = (struct tensormem_info){
+		.abi_version = TENSORMEM_ABI_VERSION,
+		.page_size = PAGE_SIZE,
+		.chunk_size = TM_CHUNK_SIZE,
+		.window_size = tm_client_window_size(),
+		.max_batch = TM_MAX_BATCH,
+		.cache_line = cache_line_size(),
+	};
+	tm_client_usage(client, &info.quota, &info.used, &info.nr_tensors);
+	return tm_copy_out(arg, size, &info, sizeof(info));
+}
+
+static int tm_device_set_quota(struct tm_client *client, void __user *arg,
+			       size_t size)
+{
+	struct tensormem_quota quota;
+	int err;
+
+	err = tm_copy_in(&quota, sizeof(quota), TM_MIN_QUOTA, arg, size);
+	return err ?: tm_client_set_quota(client, quota.bytes);
+}
+
+/* Hand out what was published; undo all of it when the caller can't be told. */
+static int tm_device_alloc_results(struct tm_client *client,
+				   const struct tm_items *items,
+				   const struct tensormem_alloc *results,
+				   u32 *failed)
+{
+	int err = 0;
+	u32 i, ignored;
+
+	for (i = 0; i < items->count && !err; i++) {
+		*failed = i;
+		err = tm_copy_out(tm_item(items, i), items->size, &results[i],
+				  sizeof(results[i]));
+	}
+	if (!err) {
+		*failed = items->count;
+		return 0;
+	}
+	/* Another thread may have guessed a handle and freed it: fine as well. */
+	for (i = 0; i < items->count; i++)
+		if (tm_tensor_free(client, &results[i].handle, 1, &ignored))
+			continue;
+	return err;
+}
+
+static int tm_device_alloc(struct tm_client *client,
+			   const struct tm_items *items, u32 *failed)
+{
+	struct tensormem_alloc *requests;
+	struct tm_tensor **tensors;
+	int err = -ENOMEM;
+	u32 made = 0;
+
+	*failed = 0;
+	requests = kvmalloc_array(items->count, sizeof(*requests),
+				  GFP_KERNEL_ACCOUNT);
+	tensors = kvmalloc_array(items->count, sizeof(*tensors),
+				 GFP_KERNEL_ACCOUNT);
+	if (!requests || !tensors)
+		goto out;
+
+	for (; made < items->count; made++) {
+		*failed = made;
+		err = tm_copy_in(&requests[made], sizeof(*requests),
+				 TM_MIN_ALLOC, tm_item(items, made),
+				 items->size);
+		if (err)
+			goto out;
+		tensors[made] = tm_tensor_create(client, &requests[made]);
+		if (IS_ERR(tensors[made])) {
+			err = PTR_ERR(tensors[made]);
+			goto out;
+		}
+	}
+	err = tm_tensor_publish(client, tensors, made, requests, failed);
+	if (!err) {
+		made = 0;
+		err = tm_device_alloc_results(client, items, requests, failed);
+	}
+out:
+	while (made--)
+		tm_tensor_discard(client, tensors[made]);
+	kvfree(tensors);
+	kvfree(requests);
+	return err;
+}
+
+static int tm_device_free(struct tm_client *client,
+			  const struct tm_items *items, u32 *failed)
+{
+	struct tensormem_free request;
+	u32 *handles;
+	int err = 0;
+
+	*failed = 0;
+	handles = kvmalloc_array(items->count, sizeof(*handles),
+				 GFP_KERNEL_ACCOUNT);
+	if (!handles)
+		return -ENOMEM;
+	for (u32 i = 0; i < items->count && !err; i++) {
+		*failed = i;
+		err = tm_copy_in(&request, sizeof(request), TM_MIN_FREE,
+				 tm_item(items, i), items->size);
+		if (!err && request.flags)
+			err = -EINVAL;
+		handles[i] = request.handle;
+	}
+	if (!err)
+		err = tm_tensor_free(client, handles, items->count, failed);
+	kvfree(handles);
+	return err;
+}
+
+static int tm_device_query(struct tm_client *client,
+			   const struct tm_items *items, u32 *failed)
+{
+	struct tensormem_query query;
+	int err = 0;
+
+	for (u32 i = 0; i < items->count && !err; i++) {
+		*failed = i;
+		err = tm_copy_in(&query, sizeof(query), TM_MIN_QUERY,
+				 tm_item(items, i), items->size);
+		if (!err)
+			err = tm_tensor_query(client, &query);
+		if (!err)
+			err = tm_copy_out(tm_item(items, i), items->size,
+					  &query, sizeof(query));
+		if (!err && fatal_signal_pending(current))
+			err = -EINTR;
+	}
+	if (!err)
+		*failed = items->count;
+	return err;
+}
+
+typedef int (*tm_items_fn)(struct tm_client *client,
+			   const struct tm_items *items, u32 *failed);
+
+static int tm_device_single(struct tm_client *client, void __user *arg,
+			    size_t size, tm_items_fn call)
+{
+	const struct tm_items items = { .base = arg, .count = 1, .size = size };
+	u32 failed;
+
+	return call(client, &items, &failed);
+}
+
+static int tm_device_batch(struct tm_client *client, void __user *arg,
+			   size_t size, tm_items_fn call)
+{
+	struct tensormem_batch batch;
+	struct tm_items items;
+	int err;
+
+	err = tm_copy_in(&batch, sizeof(batch), TM_MIN_BATCH, arg, size);
+	if (err)
+		return err;
+	if (batch.flags || !batch.count || batch.count > TM_MAX_BATCH)
+		return -EINVAL;
+	items = (struct tm_items){
+		.base = u64_to_user_ptr(batch.items),
+		.count = batch.count,
+		.size = batch.item_size,
+	};
+	/* Find out before anything is done whether the struct can be written. */
+	batch.failed = 0;
+	err = tm_copy_out(arg, size, &batch, sizeof(batch));
+	if (err)
+		return err;
+	err = call(client, &items, &batch.failed);
+	if (tm_copy_out(arg, size, &batch, sizeof(batch)) && !err)
+		pr_debug("a batch succeeded and its index was unmapped meanwhile\n");
+	return err;
+}
+
+static long tm_device_ioctl(struct file *file, unsigned int cmd,
+			    unsigned long arg)
+{
+	struct tm_client *client = file->private_data;
+	void __user *user = (void __user *)arg;
+	size_t size = _IOC_SIZE(cmd);
+
+	if (_IOC_TYPE(cmd) != TENSORMEM_IOC_MAGIC ||
+	    _IOC_DIR(cmd) != (_IOC_READ | _IOC_WRITE))
+		return -ENOTTY;
+
+	/* By number: the size in a command is the caller's idea of the struct. */
+	switch (_IOC_NR(cmd)) {
+	case _IOC_NR(TENSORMEM_IOC_INFO):
+		return tm_device_info(client, user, size);
+	case _IOC_NR(TENSORMEM_IOC_SET_QUOTA):
+		return tm_device_set_quota(client, user, size);
+	case _IOC_NR(TENSORMEM_IOC_ALLOC):
+		return tm_device_single(client, user, size, tm_device_alloc);
+	case _IOC_NR(TENSORMEM_IOC_FREE):
+		return tm_device_single(client, user, size, tm_device_free);
+	case _IOC_NR(TENSORMEM_IOC_QUERY):
+		return tm_device_single(client, user, size, tm_device_query);
+	case _IOC_NR(TENSORMEM_IOC_ALLOC_BATCH):
+		return tm_device_batch(client, user, size, tm_device_alloc);
+	case _IOC_NR(TENSORMEM_IOC_FREE_BATCH):
+		return tm_device_batch(client, user, size, tm_device_free);
+	case _IOC_NR(TENSORMEM_IOC_QUERY_BATCH):
+		return tm_device_batch(client, user, size, tm_device_query);
+	default:
+		return -ENOTTY;
+	}
+}
+
+static int tm_device_open(struct inode *inode, struct file *file)
+{
+	struct tm_client *client = tm_client_create();
+
+	if (IS_ERR(client))
+		return PTR_ERR(client);
+	file->private_data = client;
+	/* Each client's mappings hang on its own inode: a window of its own. */
+	file->f_mapping = client->inode->i_mapping;
+	return 0;
+}
+
+static int tm_device_release(struct inode *inode, struct file *file)
+{
+	tm_client_destroy(file->private_data);
+	return 0;
+}
+
+static const struct file_operations tm_device_fops = {
+	.owner = THIS_MODULE,
+	.open = tm_device_open,
+	.release = tm_device_release,
+	.unlocked_ioctl = tm_device_ioctl,
+	.compat_ioctl = compat_ptr_ioctl,
+	.mmap = tm_vm_mmap,
+};
+
+static struct miscdevice tm_device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = "tensormem",
+	.fops = &tm_device_fops,
+	.groups = tm_sysfs_groups,
+	.mode = 0660,
+};
+
+int __init tm_device_init(void)
+{
+	return misc_register(&tm_device);
+}
+
+void tm_device_exit(void)
+{
+	misc_deregister(&tm_device);
+}

@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* What core/platform.h promises, made of the kernel's own means. */
+#ifndef TM_PLATFORM_KERNEL_H
+#define TM_PLATFORM_KERNEL_H
+
+#include <linux/bitops.h>
+#include <linux/bug.h>
+#include <linux/build_bug.h>
+#include <linux/errno.h>
+#include <linux/lockdep.h>
+#include <linux/mm.h>
+#include <linux/slab.h>
+#include <linux/spinlock.h>
+#include <linux/string.h>
+#include <linux/types.h>
+
+typedef spinlock_t tm_lock_t;
+
+#define tm_assert_locked(lock)	lockdep_assert_held(lock)
+#define tm_warn_on(cond)	WARN_ON_ONCE(cond)
+#define tm_static_assert	static_assert
+#define tm_likely(cond)		likely(cond)
+#define tm_unlikely(cond)	unlikely(cond)
+
+static inline unsigned int tm_ctz64(u64 v)
+{
+	return __ffs64(v);
+}
+
+static inline unsigned int tm_fls32(u32 v)
+{
+	return __fls(v);
+}
+
+static inline void *tm_table_alloc(size_t n, size_t size)
+{
+	return kvcalloc(n, size, GFP_KERNEL);
+}
+
+static inline void tm_table_free(void *table)
+{
+	kvfree(table);
+}
+
+#endif

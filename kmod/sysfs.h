@@ -1,0 +1,9 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef TM_SYSFS_H
+#define TM_SYSFS_H
+
+struct attribute_group;
+
+extern const struct attribute_group *tm_sysfs_groups[];
+
+#endif

@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#undef TRACE_SYSTEM
+#define TRACE_SYSTEM tensormem
+
+#if !defined(TM_TRACE_H) || defined(TRACE_HEADER_MULTI_READ)
+#define TM_TRACE_H
+
+#include <linux/tracepoint.h>
+
+#include "memory.h"
+#include "tensor.h"
+
+/* Symbols instead of numbers; the numbers are those of the UAPI header. */
+#define tm_show_kind(kind)						\
+	__print_symbolic(kind,						\
+			 { 1, "weights" },				\
+			 { 2, "kv" },					\
+			 { 3, "activations" },				\
+			 { 4, "protocol" })
+
+#define tm_show_pool(pool)						\
+	__print_symbolic(pool,						\
+			 { 1, "chunk" },				\
+			 { 2, "buddy" })
+
+DECLARE_EVENT_CLASS(tensormem_tensor,
+	TP_PROTO(u32 client, const struct tm_tensor *tensor, u64 latency_ns),
+	TP_ARGS(client, tensor, latency_ns),
+	TP_STRUCT__entry(
+		__field(u64, size)
+		__field(u64, held)
+		__field(u64, offset)
+		__field(u64, latency_ns)
+		__field(u32, client)
+		__field(u32, handle)
+		__field(u8, kind)
+		__field(u8, pool)
+	),
+	TP_fast_assign(
+		__entry->size = tensor->size;
+		__entry->held = (u64)tensor->memory->nr_pages << PAGE_SHIFT;
+		__entry->offset = tensor->range.start << PAGE_SHIFT;
+		__entry->latency_ns = latency_ns;
+		__entry->client = client;
+		__entry->handle = tensor->handle;
+		__entry->kind = tensor->kind;
+		__entry->pool = tensor->pool;
+	),
+	TP_printk("client=%u handle=%u kind=%s pool=%s size=%llu held=%llu offset=%#llx latency_ns=%llu",
+		  __entry->client, __entry->handle,
+		  tm_show_kind(__entry->kind), tm_show_pool(__entry->pool),
+		  __entry->size, __entry->held, __entry->offset,
+		  __entry->latency_ns)
+);
+
+/* latency_ns: from the request for its memory until the tensor has a handle. */
+DEFINE_EVENT(tensormem_tensor, tensormem_alloc,
+	TP_PROTO(u32 client, const struct tm_tensor *tensor, u64 latency_ns),
+	TP_ARGS(client, tensor, latency_ns)
+);
+
+/* latency_ns: how long the tensor lived. */
+DEFINE_EVENT(tensormem_tensor, tensormem_free,
+	TP_PROTO(u32 client, const struct tm_tensor *tensor, u64 latency_ns),
+	TP_ARGS(client, tensor, latency_ns)
+);
+
+TRACE_EVENT(tensormem_chunk_grow,
+	TP_PROTO(u32 chunk, bool ok, u64 latency_ns),
+	TP_ARGS(chunk, ok, latency_ns),
+	TP_STRUCT__entry(
+		__field(u64, latency_ns)
+		__field(u32, chunk)
+		__field(bool, ok)
+	),
+	TP_fast_assign(
+		__entry->latency_ns = latency_ns;
+		__entry->chunk = chunk;
+		__entry->ok = ok;
+	),
+	TP_printk("chunk=%u ok=%d latency_ns=%llu", __entry->chunk,
+		  __entry->ok, __entry->latency_ns)
+);
+
+TRACE_EVENT(tensormem_chunk_shrink,
+	TP_PROTO(u32 chunk),
+	TP_ARGS(chunk),
+	TP_STRUCT__entry(
+		__field(u32, chunk)
+	),
+	TP_fast_assign(
+		__entry->chunk = chunk;
+	),
+	TP_printk("chunk=%u", __entry->chunk)
+);
+
+/* mapped: pages made present by this fault; 0 for a fault that ends in SIGBUS. */
+TRACE_EVENT(tensormem_fault,
+	TP_PROTO(u32 client, u64 page, u32 mapped, u64 latency_ns),
+	TP_ARGS(client, page, mapped, latency_ns),
+	TP_STRUCT__entry(
+		__field(u64, page)
+		__field(u64, latency_ns)
+		__field(u32, client)
+		__field(u32, mapped)
+	),
+	TP_fast_assign(
+		__entry->page = page;
+		__entry->latency_ns = latency_ns;
+		__entry->client = client;
+		__entry->mapped = mapped;
+	),
+	TP_printk("client=%u page=%llu mapped=%u latency_ns=%llu",
+		  __entry->client, __entry->page, __entry->mapped,
+		  __entry->latency_ns)
+);
+
+#endif
+
+#undef TRACE_INCLUDE_PATH
+#define TRACE_INCLUDE_PATH .
+#undef TRACE_INCLUDE_FILE
+#define TRACE_INCLUDE_FILE trace
+#include <trace/define_trace.h>
