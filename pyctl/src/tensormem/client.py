@@ -1,0 +1,1007 @@
+# SPDX-License-Identifier: MIT
+"""Clients, tensors and numpy arrays on kernel memory.
+
+Who keeps what alive
+--------------------
+
+An array from :meth:`Client.empty` (and every view, slice or memoryview of it)
+holds on to an *export*, the export to its *block* (one tensor of the kernel) and
+to the mapping. When the last view goes, the block is released to the kernel.
+Nothing releases memory that something can still see, so no sequence of calls can
+turn an array into a SIGBUS:
+
+* ``client.free(array)`` says that you are done with the tensor. The array and its
+  views stay valid; the memory goes back when the last of them is gone.
+* ``client.close()`` refuses further calls. Descriptor and mapping close when the
+  last array is gone.
+* A child of ``fork()`` sees the arrays as shared memory for as long as the parent
+  keeps them. It never frees what its parent allocated.
+
+* A client that is dropped without close() ends when its last array and Tensor do.
+
+Finalizers run anywhere, also inside the garbage collector while this thread holds
+the lock of this or of another session. They therefore only append to the session's
+queue and then *try* the lock; whoever holds it settles the queue after letting go.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import errno
+import math
+import mmap
+import operator
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from types import TracebackType
+from typing import Any, SupportsIndex, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from . import abi, errors
+from .abi import Kind, Pool
+from .device import DEFAULT_PATH, Device, KernelDevice
+from .units import format_size
+
+__all__ = ["Client", "Spec", "Stats", "Tensor", "TensorInfo", "open"]
+
+Shape = SupportsIndex | Sequence[SupportsIndex]
+
+_E = TypeVar("_E", Kind, Pool)
+_S = TypeVar("_S", bound=abi.Struct)
+_U64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One array of a batch; see :meth:`Client.empty` for the fields."""
+
+    shape: Shape
+    dtype: npt.DTypeLike = np.float32
+    kind: str | Kind = "activations"
+    pool: str | Pool = "auto"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a client holds and may hold.
+
+    Attributes:
+        abi_version: the ABI the module was built with.
+        page_size: bytes in a page.
+        chunk_size: bytes in a chunk.
+        window_size: bytes in the client's window.
+        quota: bytes the client may hold.
+        used: bytes the client holds, in whole pages or chunks.
+        tensors: tensors the client holds.
+        max_batch: most items in one batch call to the kernel.
+        cache_line: bytes that two CPUs should not share.
+        lingering: tensors that were freed by :meth:`Client.free` and are held
+            because arrays still show them.
+        whole_window: True if one mapping shows the whole window, False if every
+            tensor is mapped by itself.
+    """
+
+    abi_version: int
+    page_size: int
+    chunk_size: int
+    window_size: int
+    quota: int
+    used: int
+    tensors: int
+    max_batch: int
+    cache_line: int
+    lingering: int
+    whole_window: bool
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the kernel says about one tensor.
+
+    Attributes:
+        handle: its name, never 0.
+        kind: ``weights``, ``kv``, ``activations`` or ``protocol``.
+        pool: the pool that serves it: ``chunk`` or ``buddy``.
+        size: bytes asked for.
+        length: bytes it takes in the window.
+        offset: where it lies in the window, in bytes.
+        held: bytes of memory it holds and is charged for.
+        chunks: whole chunks it is made of.
+        runs: runs of pages it is made of, beside the chunks.
+    """
+
+    handle: int
+    kind: str
+    pool: str
+    size: int
+    length: int
+    offset: int
+    held: int
+    chunks: int
+    runs: int
+
+
+class _Block:
+    """One tensor of the kernel, and who still needs it."""
+
+    __slots__ = (
+        "address",
+        "exports",
+        "freed",
+        "handle",
+        "kind",
+        "mapping",
+        "named",
+        "offset",
+        "pid",
+        "session",
+        "size",
+    )
+
+    def __init__(self, session: _Session, item: abi.Alloc) -> None:
+        self.session = session
+        self.handle = int(item.handle)
+        self.offset = int(item.offset)
+        self.size = int(item.size)
+        self.kind = int(item.kind)
+        self.pid = os.getpid()
+        self.named = True  # a Tensor stands for it, or a call is at work on it
+        self.exports = 0  # exports alive, or dead and still in the queue
+        self.freed = False  # the user said so
+        self.address = 0
+        self.mapping: mmap.mmap | None = None
+
+    @property
+    def alive(self) -> bool:
+        """True until it goes back to the kernel, which may use the handle again."""
+        return self.session.live.get(self.handle) is self
+
+
+class _Export:
+    """What arrays of a block have as their base; its end is the end of the views."""
+
+    __slots__ = ("__weakref__", "block", "mapping")
+
+    def __init__(self, block: _Block) -> None:
+        # its own reference to the mapping: memory in sight cannot be unmapped
+        self.mapping = block.mapping
+        self.block = block
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (self.block.size,),
+            "data": (self.block.address, False),
+        }
+
+    def __del__(self) -> None:
+        self.block.session.post(_Event.EXPORT_GONE, self.block)
+
+
+class _Event(Enum):
+    """What finalizers and finished calls tell a session."""
+
+    EXPORT_GONE = auto()  # an export of the block died
+    NAME_GONE = auto()  # the block's Tensor died
+    CLIENT_GONE = auto()  # the Client died without close()
+    CALL_DONE = auto()  # a call that was under way has ended
+
+
+class _Session:
+    """Descriptor, mapping and books of one client."""
+
+    def __init__(self, device: Device, whole_window: bool) -> None:
+        self.device = device
+        self.lock = threading.Lock()
+        self.queue: deque[tuple[_Event, _Block | None]] = deque()
+        self.live: dict[int, _Block] = {}
+        self.calls = 0  # under way
+        self.closed = False
+        self.orphaned = False
+        self.finished = False
+        self.window: mmap.mmap | None = None
+        self.base = 0
+        self.info = abi.Info()
+        self.call(abi.IOC_INFO, self.info)
+        if self.info.abi_version != abi.ABI_VERSION:
+            raise errors.IncompatibleModule(
+                f"the module speaks ABI {self.info.abi_version},"
+                f" this package speaks {abi.ABI_VERSION}",
+                "install the package and the module of one release",
+            )
+        if whole_window:
+            # no room for it (RLIMIT_AS, 39-bit addresses): map each tensor by itself
+            with contextlib.suppress(OSError, OverflowError, ValueError):
+                self.window = device.map(0, self.info.window_size)
+                self.base = _address(self.window)
+        _sessions.add(self)
+
+    # -- calls ---------------------------------------------------------------
+
+    def call(self, request: int, argument: _S, cause: str | None = None) -> _S:
+        try:
+            self.device.ioctl(request, argument)
+        except OSError as error:
+            raise errors.from_errno(error.errno or 0, cause) from None
+        return argument
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """Keep the descriptor open while a call is under way."""
+        with self.locked():
+            if self.closed:
+                raise errors.Closed()
+            self.calls += 1
+        try:
+            yield
+        finally:
+            self.post(_Event.CALL_DONE)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        try:
+            with self.lock:
+                yield
+        finally:
+            self.drain()
+
+    # -- allocate ------------------------------------------------------------
+
+    def allocate(self, items: Sequence[abi.Alloc]) -> list[_Block]:
+        """Allocate all items or none; each block has a name until it is released."""
+        with self.calling():
+            blocks: list[_Block] = []
+            try:
+                step = self.info.max_batch
+                for begin in range(0, len(items), step):
+                    blocks += self._allocate(items[begin : begin + step], begin)
+                for block in blocks:
+                    self._map(block)
+            except BaseException:
+                self._kernel_free(blocks)
+                raise
+            with self.locked():
+                for block in blocks:
+                    self.live[block.handle] = block
+            return blocks
+
+    def _allocate(self, items: Sequence[abi.Alloc], first: int) -> list[_Block]:
+        array = (abi.Alloc * len(items))(*items)
+        try:
+            if len(items) == 1:
+                self.device.ioctl(abi.IOC_ALLOC, array[0])
+            else:
+                self._batch(abi.IOC_ALLOC_BATCH, array)
+        except _BatchError as error:
+            item = array[min(error.index, len(items) - 1)]
+            raise self._refusal(error.errno, item, first + error.index) from None
+        except OSError as error:
+            raise self._refusal(error.errno or 0, array[0], None) from None
+        return [_Block(self, item) for item in array]
+
+    def _batch(self, request: int, array: ctypes.Array[Any]) -> None:
+        batch = abi.Batch(
+            items=ctypes.addressof(array),
+            count=len(array),
+            item_size=ctypes.sizeof(array._type_),
+        )
+        try:
+            self.device.ioctl(request, batch)
+        except OSError as error:
+            raise _BatchError(error.errno or 0, int(batch.failed)) from None
+
+    def _refusal(self, number: int, item: abi.Alloc, index: int | None) -> errors.TensormemError:
+        """Say which request failed and, for a quota, by how much."""
+        what = f"{format_size(item.size)} of {_name(Kind, item.kind)}"
+        if index is not None:
+            what = f"item {index}, {what}"
+        short = {
+            errno.ENOMEM: "the system has no memory left",
+            errno.ENOSPC: "the chunk pool is at its capacity",
+            errno.ENOBUFS: "the client's window has no gap of this size left",
+            errno.EINVAL: "the kernel refuses it as malformed",
+            errno.EINTR: "a fatal signal ended the call",
+        }.get(number)
+        if number == errno.EDQUOT:
+            short = "the client's quota is used up"
+            with contextlib.suppress(errors.TensormemError):
+                info = self.call(abi.IOC_INFO, abi.Info())
+                short = (
+                    f"the client holds {format_size(info.used)} of its quota of"
+                    f" {format_size(info.quota)}"
+                )
+        return errors.from_errno(
+            number, f"cannot allocate {what}" + (f", {short}" if short else "")
+        )
+
+    def _map(self, block: _Block) -> None:
+        if self.window is not None:
+            block.mapping = self.window
+            block.address = self.base + block.offset
+            return
+        page = self.info.page_size
+        length = -(-block.size // page) * page
+        try:
+            block.mapping = self.device.map(block.offset, length)
+        except (OSError, OverflowError) as error:
+            raise errors.OutOfMemory(
+                f"cannot map {format_size(length)} ({error})",
+                "free arrays, or raise the limit on address space (ulimit -v)",
+            ) from None
+        block.address = _address(block.mapping)
+
+    def export(self, block: _Block) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a block as an array whose base keeps it."""
+        with self.locked():
+            if not block.alive:
+                raise errors.NoSuchTensor(f"tensor {block.handle} was freed")
+            block.exports += 1
+        return np.asarray(_Export(block))
+
+    # -- release -------------------------------------------------------------
+
+    def post(self, event: _Event, block: _Block | None = None) -> None:
+        """Tell the session something; never blocks, so finalizers may call it."""
+        self.queue.append((event, block))
+        self.drain()
+
+    def drain(self) -> None:
+        """Settle the queue unless somebody else holds the lock: they will."""
+        while self.queue and not _exiting:
+            if not self.lock.acquire(blocking=False):
+                return
+            try:
+                gone, over = self._settle()
+            finally:
+                self.lock.release()
+            if gone:
+                try:
+                    self._kernel_free(gone)
+                finally:
+                    self.queue.append((_Event.CALL_DONE, None))
+            if over:
+                self.device.close()
+
+    def _settle(self) -> tuple[list[_Block], bool]:
+        """Empty the queue; return blocks to free and whether to close. Lock held."""
+        gone: list[_Block] = []
+        while self.queue:
+            event, block = self.queue.popleft()
+            if event is _Event.CALL_DONE:
+                self.calls -= 1
+            elif event is _Event.CLIENT_GONE:
+                self.orphaned = True
+            elif block is not None:
+                if event is _Event.EXPORT_GONE:
+                    block.exports -= 1
+                else:
+                    block.named = False
+                self._drop_unneeded(block, gone)
+        if gone:
+            self.calls += 1
+        over = (
+            (self.closed or self.orphaned)
+            and not self.live
+            and self.calls <= 0
+            and not self.finished
+        )
+        if over:
+            self.finished = True
+            self.window = None
+        return gone, over
+
+    def _drop_unneeded(self, block: _Block, gone: list[_Block]) -> None:
+        if block.alive and not block.exports and not block.named:
+            del self.live[block.handle]
+            gone.append(block)
+
+    def release(self, blocks: Sequence[_Block]) -> None:
+        """Give up the names of blocks; those that nothing shows go back at once."""
+        gone: list[_Block] = []
+        with self.locked():
+            for block in blocks:
+                block.named = False
+                self._drop_unneeded(block, gone)
+            self.calls += 1
+        try:
+            self._kernel_free(gone)
+        finally:
+            self.post(_Event.CALL_DONE)
+
+    def _kernel_free(self, blocks: Sequence[_Block]) -> None:
+        pid = os.getpid()
+        mine = [block for block in blocks if block.pid == pid]
+        for block in blocks:
+            block.mapping = None
+        step = self.info.max_batch
+        for begin in range(0, len(mine), step):
+            part = mine[begin : begin + step]
+            if len(part) == 1:
+                self.call(abi.IOC_FREE, abi.Free(handle=part[0].handle))
+                continue
+            try:
+                self._batch(
+                    abi.IOC_FREE_BATCH,
+                    (abi.Free * len(part))(*(abi.Free(handle=b.handle) for b in part)),
+                )
+            except _BatchError as error:
+                raise errors.from_errno(error.errno, f"cannot free item {error.index}") from None
+
+    def close(self) -> None:
+        with self.locked():
+            self.closed = True
+            named = [block for block in self.live.values() if block.named]
+        self.release(named)
+
+    def after_fork(self) -> None:
+        """Make the copy in a child usable: its threads are gone, locks may be stuck."""
+        self.lock = threading.Lock()
+        self.calls = 0
+
+
+class _BatchError(Exception):
+    def __init__(self, number: int, index: int) -> None:
+        self.errno, self.index = number, index
+
+
+_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
+_exiting = False
+
+
+def _after_fork() -> None:
+    for session in list(_sessions):
+        session.after_fork()
+
+
+def _at_exit() -> None:
+    # the kernel frees everything at the end of the process; finalizers that run
+    # while the interpreter is taken apart leave it to that
+    global _exiting
+    _exiting = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
+
+
+def _address(mapping: mmap.mmap) -> int:
+    return int(np.frombuffer(mapping, np.uint8, 1).__array_interface__["data"][0])
+
+
+def _name(enum: type[_E], value: int) -> str:
+    try:
+        return enum(value).name.lower()
+    except ValueError:
+        return str(value)
+
+
+def _value(enum: type[_E], value: str | _E, what: str) -> _E:
+    if isinstance(value, enum):
+        return value
+    try:
+        return enum[value.upper()]
+    except (KeyError, AttributeError):
+        known = ", ".join(member.name.lower() for member in enum)
+        raise errors.InvalidArgument(f"{value!r} is not a {what}", f"use one of {known}") from None
+
+
+def _size(value: SupportsIndex) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise errors.InvalidArgument(f"a size of {value!r} is not an integer") from None
+    if not 0 < size <= _U64:
+        raise errors.InvalidArgument(
+            f"a tensor of {size} bytes is not possible", "ask for 1 byte to window_size bytes"
+        )
+    return size
+
+
+def _shape(shape: Shape) -> tuple[int, ...]:
+    if isinstance(shape, str | bytes):
+        raise errors.InvalidArgument(f"shape {shape!r} is not a size or a list of sizes")
+    try:
+        parts = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+        dims = tuple(operator.index(n) for n in parts)
+    except TypeError:
+        raise errors.InvalidArgument(
+            f"shape {shape!r} is not a size or a list of sizes", "pass integers from 0"
+        ) from None
+    if any(n < 0 for n in dims):
+        raise errors.InvalidArgument(f"shape {dims} has a negative size", "pass integers from 0")
+    return dims
+
+
+def _request(spec: Spec) -> tuple[abi.Alloc, tuple[int, ...], np.dtype[Any]]:
+    shape = _shape(spec.shape)
+    try:
+        dtype = np.dtype(spec.dtype)
+    except TypeError:
+        raise errors.InvalidArgument(f"{spec.dtype!r} is not a dtype") from None
+    if dtype.hasobject or not dtype.itemsize:
+        raise errors.InvalidArgument(
+            f"dtype {dtype} has no fixed bytes to keep in a tensor", "use a plain numeric dtype"
+        )
+    # an array without elements still is an array: it gets the smallest tensor
+    size = _size(max(1, math.prod(shape) * dtype.itemsize))
+    kind, pool = _value(Kind, spec.kind, "kind"), _value(Pool, spec.pool, "pool")
+    return abi.Alloc(size=size, kind=kind, pool=pool), shape, dtype
+
+
+def _form(
+    data: npt.NDArray[np.uint8], shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> npt.NDArray[Any]:
+    count = math.prod(shape) * dtype.itemsize
+    return data[:count].view(dtype).reshape(shape)
+
+
+def _info(item: abi.Query) -> TensorInfo:
+    return TensorInfo(
+        handle=item.handle,
+        kind=_name(Kind, item.kind),
+        pool=_name(Pool, item.pool),
+        size=item.size,
+        length=item.length,
+        offset=item.offset,
+        held=item.held,
+        chunks=item.nr_chunks,
+        runs=item.nr_runs,
+    )
+
+
+class Tensor:
+    """One allocation, by handle: the low-level counterpart of an array.
+
+    Get one from :meth:`Client.alloc`. Used as a context manager it is freed at
+    the end of the block. A tensor that is dropped frees itself, as arrays do.
+    """
+
+    def __init__(self, block: _Block) -> None:
+        """Not for users; see :meth:`Client.alloc`."""
+        self._block = block
+
+    @property
+    def handle(self) -> int:
+        """The tensor's name in its client, never 0."""
+        return self._block.handle
+
+    @property
+    def offset(self) -> int:
+        """Where it lies in the client's window, in bytes."""
+        return self._block.offset
+
+    @property
+    def size(self) -> int:
+        """Bytes asked for."""
+        return self._block.size
+
+    @property
+    def kind(self) -> str:
+        """What it is for, as given to :meth:`Client.alloc`."""
+        return _name(Kind, self._block.kind)
+
+    @property
+    def freed(self) -> bool:
+        """True once :meth:`free` was called or the client was closed."""
+        return not self._block.named
+
+    def buffer(self) -> memoryview:
+        """Return the memory, writable, format ``B``, ``size`` bytes long.
+
+        Good for ``file.readinto(...)``, also with O_DIRECT: it begins on a page.
+        It keeps the memory alive.
+
+        Raises:
+            NoSuchTensor: the tensor was freed.
+        """
+        return memoryview(self._bytes())
+
+    def array(self, shape: Shape, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+        """Return the memory as an array; its bytes begin at the tensor's first.
+
+        Raises:
+            NoSuchTensor: the tensor was freed.
+            InvalidArgument: it has fewer bytes than shape and dtype take.
+        """
+        request, dims, kind = _request(Spec(shape, dtype))
+        if request.size > self.size:
+            raise errors.InvalidArgument(
+                f"an array of {request.size} bytes does not fit into a tensor of {self.size}",
+                "allocate a larger tensor",
+            )
+        return _form(self._bytes(), dims, kind)
+
+    def _bytes(self) -> npt.NDArray[np.uint8]:
+        if not self._block.named:
+            raise errors.NoSuchTensor(f"tensor {self.handle} was freed")
+        return self._block.session.export(self._block)
+
+    def info(self) -> TensorInfo:
+        """Ask the kernel about it.
+
+        Raises:
+            NoSuchTensor: the tensor was freed.
+            Closed: the client was closed.
+        """
+        return _query(self._block.session, self._block)
+
+    def free(self) -> None:
+        """Free it: at once, or when the last buffer or array of it is gone.
+
+        Raises:
+            NoSuchTensor: it was freed before.
+            NotPermitted: it was allocated before a fork, by the parent.
+        """
+        _claim([self._block])
+        self._block.session.release([self._block])
+
+    def __enter__(self) -> Tensor:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Free it unless that was done before."""
+        if not self._block.freed and not self.freed:
+            self.free()
+
+    def __del__(self) -> None:
+        if self._block.named:
+            self._block.session.post(_Event.NAME_GONE, self._block)
+
+    def __repr__(self) -> str:
+        """Name handle, size and kind."""
+        state = ", freed" if self.freed else ""
+        return f"<Tensor {self.handle}: {format_size(self.size)} of {self.kind}{state}>"
+
+
+def _claim(blocks: Sequence[_Block]) -> None:
+    """Mark blocks as freed by the user: all of them or, with an error, none."""
+    seen: set[int] = set()
+    for block in blocks:
+        if block.freed or block.handle in seen or not block.alive:
+            raise errors.NoSuchTensor(
+                f"tensor {block.handle} was freed before", "free each tensor once"
+            )
+        if block.pid != os.getpid():
+            raise errors.NotPermitted(
+                f"tensor {block.handle} belongs to the parent process",
+                "free it there; a child's views of it simply end",
+            )
+        seen.add(block.handle)
+    for block in blocks:
+        block.freed = True
+
+
+def _query(session: _Session, block: _Block) -> TensorInfo:
+    if block.freed:
+        raise errors.NoSuchTensor(f"tensor {block.handle} was freed")
+    with session.calling():
+        return _info(session.call(abi.IOC_QUERY, abi.Query(handle=block.handle)))
+
+
+class Client:
+    """One open of the device: a tenant with tensors, a window and a quota.
+
+    Use it as a context manager. All methods may be called from any thread.
+    """
+
+    def __init__(self, device: Device, *, whole_window: bool = True) -> None:
+        """Make a client on an open device; :func:`open` is the usual way.
+
+        Args:
+            device: what makes the system calls. The client closes it.
+            whole_window: map the window once if the address space has room for
+                it. Without that every tensor is mapped by itself.
+
+        Raises:
+            IncompatibleModule: the module speaks another ABI.
+            TensormemError: the module refused.
+        """
+        try:
+            self._session = _Session(device, whole_window)
+        except BaseException:
+            device.close()
+            raise
+
+    @property
+    def device(self) -> Device:
+        """What makes the system calls, for calls that this class does not have."""
+        return self._session.device
+
+    @property
+    def page_size(self) -> int:
+        """Bytes in a page."""
+        return int(self._session.info.page_size)
+
+    @property
+    def chunk_size(self) -> int:
+        """Bytes in a chunk."""
+        return int(self._session.info.chunk_size)
+
+    @property
+    def window_size(self) -> int:
+        """Bytes in the client's window, the limit of one tensor."""
+        return int(self._session.info.window_size)
+
+    @property
+    def cache_line(self) -> int:
+        """Bytes that two CPUs should not share."""
+        return int(self._session.info.cache_line)
+
+    @property
+    def closed(self) -> bool:
+        """True once :meth:`close` was called."""
+        return self._session.closed
+
+    def fileno(self) -> int:
+        """Return the descriptor; -1 once it is closed."""
+        return self._session.device.fileno()
+
+    # -- arrays --------------------------------------------------------------
+
+    def empty(
+        self,
+        shape: Shape,
+        dtype: npt.DTypeLike = np.float32,
+        kind: str | Kind = "activations",
+        pool: str | Pool = "auto",
+    ) -> npt.NDArray[Any]:
+        """Return a new array on tensor memory, in C order. It is zero.
+
+        The kernel zeroes memory before it changes hands, so ``empty`` and
+        ``zeros`` are the same. The array and its views keep the memory; when
+        the last is gone it is released.
+
+        Args:
+            shape: a size or a sequence of sizes.
+            dtype: any numpy dtype without objects.
+            kind: ``weights``, ``kv``, ``activations`` or ``protocol``.
+            pool: ``auto`` (by kind and size), ``chunk`` or ``buddy``.
+
+        Raises:
+            InvalidArgument: shape, dtype, kind or pool is not one, or the array
+                is larger than the window.
+            QuotaExceeded, PoolExhausted, OutOfMemory, WindowFull: there is no
+                room; all are MemoryErrors. Nothing has changed.
+            Closed: the client was closed.
+        """
+        return self.empty_many([Spec(shape, dtype, kind, pool)])[0]
+
+    def zeros(
+        self,
+        shape: Shape,
+        dtype: npt.DTypeLike = np.float32,
+        kind: str | Kind = "activations",
+        pool: str | Pool = "auto",
+    ) -> npt.NDArray[Any]:
+        """Return a new array of zeros; the same as :meth:`empty`."""
+        return self.empty(shape, dtype, kind, pool)
+
+    def empty_many(self, specs: Sequence[Spec]) -> list[npt.NDArray[Any]]:
+        """Return new arrays, all or none, with one call to the kernel.
+
+        Args:
+            specs: what :meth:`empty` takes, one :class:`Spec` for each array. More
+                than ``stats().max_batch`` of them take several calls.
+
+        Raises:
+            The errors of :meth:`empty`; the message names the item.
+        """
+        requests = [_request(spec) for spec in specs]
+        blocks = self._session.allocate([item for item, _, _ in requests])
+        try:
+            return [
+                _form(self._session.export(block), shape, dtype)
+                for block, (_, shape, dtype) in zip(blocks, requests, strict=True)
+            ]
+        finally:
+            # from here on the exports alone keep them
+            self._session.release(blocks)
+
+    def free(self, item: npt.NDArray[Any] | memoryview | Tensor) -> None:
+        """Say that you are done with a tensor.
+
+        As everywhere in numpy, an array that exists can be used: its memory is
+        released when the last view is gone, often right when the caller drops
+        the variable, and never earlier. A :class:`Tensor` that nothing shows is
+        released at once. ``stats().lingering`` counts what is freed and shown.
+
+        Args:
+            item: an array of this client or any view of it, or a Tensor.
+
+        Raises:
+            NoSuchTensor: not of this client, or freed before.
+            NotPermitted: it was allocated before a fork, by the parent.
+        """
+        self.free_many([item])
+
+    def free_many(self, items: Sequence[npt.NDArray[Any] | memoryview | Tensor]) -> None:
+        """Free several tensors; with an error none of them.
+
+        Those that nothing shows go back with one call to the kernel.
+
+        Raises:
+            NoSuchTensor: one is not of this client, was freed before, or is in
+                the list twice.
+            NotPermitted: one was allocated before a fork, by the parent.
+        """
+        blocks = [self._find(item) for item in items]
+        _claim(blocks)
+        self._session.release(blocks)
+
+    # -- tensors -------------------------------------------------------------
+
+    def alloc(
+        self, size: SupportsIndex, kind: str | Kind = "activations", pool: str | Pool = "auto"
+    ) -> Tensor:
+        """Allocate ``size`` bytes, zeroed.
+
+        Args:
+            size: bytes, from 1 to the window size.
+            kind: as for :meth:`empty`.
+            pool: as for :meth:`empty`.
+
+        Raises:
+            The errors of :meth:`empty`.
+        """
+        return self.alloc_many([size], kind, pool)[0]
+
+    def alloc_many(
+        self,
+        sizes: Sequence[SupportsIndex],
+        kind: str | Kind = "activations",
+        pool: str | Pool = "auto",
+    ) -> list[Tensor]:
+        """Allocate tensors of these sizes in bytes, all or none."""
+        use, source = _value(Kind, kind, "kind"), _value(Pool, pool, "pool")
+        items = [abi.Alloc(size=_size(size), kind=use, pool=source) for size in sizes]
+        return [Tensor(block) for block in self._session.allocate(items)]
+
+    # -- questions -----------------------------------------------------------
+
+    def query(self, item: npt.NDArray[Any] | memoryview | Tensor) -> TensorInfo:
+        """Ask the kernel about the tensor behind an array, a view or a Tensor.
+
+        Raises:
+            NoSuchTensor: not of this client, or freed.
+            Closed: the client was closed.
+        """
+        return _query(self._session, self._find(item))
+
+    def tensors(self) -> list[TensorInfo]:
+        """Ask the kernel about all tensors that this object allocated."""
+        session = self._session
+        found: list[TensorInfo] = []
+        with session.calling():
+            with session.locked():
+                handles = sorted(session.live)
+            step = session.info.max_batch
+            for begin in range(0, len(handles), step):
+                part = handles[begin : begin + step]
+                for handle in part:
+                    # one by one: a tensor may go while we ask
+                    with contextlib.suppress(errors.NoSuchTensor):
+                        found.append(_info(session.call(abi.IOC_QUERY, abi.Query(handle=handle))))
+        return found
+
+    def stats(self) -> Stats:
+        """Ask the kernel what the client holds and may hold.
+
+        Raises:
+            Closed: the client was closed.
+        """
+        session = self._session
+        with session.calling():
+            info = session.call(abi.IOC_INFO, abi.Info())
+            with session.locked():
+                lingering = sum(block.freed for block in session.live.values())
+        return Stats(
+            abi_version=info.abi_version,
+            page_size=info.page_size,
+            chunk_size=info.chunk_size,
+            window_size=info.window_size,
+            quota=info.quota,
+            used=info.used,
+            tensors=info.nr_tensors,
+            max_batch=info.max_batch,
+            cache_line=info.cache_line,
+            lingering=lingering,
+            whole_window=session.window is not None,
+        )
+
+    def set_quota(self, size: SupportsIndex) -> None:
+        """Bound what this client may hold, in bytes.
+
+        Raises:
+            InvalidArgument: not a size.
+            Busy: the client already holds more.
+            NotPermitted: above the default quota without CAP_SYS_RESOURCE.
+            Closed: the client was closed.
+        """
+        number = _size(size)
+        with self._session.calling():
+            self._session.call(abi.IOC_SET_QUOTA, abi.Quota(bytes=number))
+
+    # -- the end -------------------------------------------------------------
+
+    def close(self) -> None:
+        """Refuse further calls and free what nothing shows.
+
+        Arrays stay valid; descriptor and mapping close with the last of them. A
+        second close does nothing.
+        """
+        self._session.close()
+
+    def __del__(self) -> None:
+        session = getattr(self, "_session", None)
+        if session is not None and not session.closed:
+            session.post(_Event.CLIENT_GONE)
+
+    def __enter__(self) -> Client:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name the descriptor and the number of tensors."""
+        state = "closed" if self.closed else f"fd {self.fileno()}"
+        return f"<tensormem.Client {state}, {len(self._session.live)} tensors>"
+
+    def _find(self, item: object) -> _Block:
+        """Return the block behind an array, a view, a memoryview or a Tensor."""
+        base: object = item
+        while base is not None and not isinstance(base, _Export | Tensor):
+            if isinstance(base, np.ndarray):
+                base = base.base
+            elif isinstance(base, memoryview):
+                base = cast(object, base.obj)
+            else:
+                base = None
+        block = base._block if isinstance(base, Tensor) else getattr(base, "block", None)
+        if not isinstance(block, _Block) or block.session is not self._session:
+            raise errors.NoSuchTensor(
+                "this array is not on memory of this client",
+                "pass an array that came from it, or a view of one",
+            )
+        return block
+
+
+def open(path: str | os.PathLike[str] = DEFAULT_PATH, *, whole_window: bool = True) -> Client:
+    """Open the device as a new client.
+
+    Args:
+        path: the device node.
+        whole_window: map the client's window once, so that allocating needs no
+            further mapping; falls back to one mapping for each tensor where the
+            address space is too small.
+
+    Raises:
+        DeviceMissing: the module is not loaded.
+        AccessDenied: this user may not open the device.
+        IncompatibleModule: the module speaks another ABI.
+    """
+    return Client(KernelDevice(path), whole_window=whole_window)

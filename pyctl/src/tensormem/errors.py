@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: MIT
+"""Exceptions: each carries what went wrong and what to do about it.
+
+Every errno of the tensormem ABI means one thing and has one class here. Where
+Python has a built-in exception of the same meaning the class derives from it as
+well, so ``except MemoryError`` catches a full pool.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+__all__ = [
+    "AccessDenied",
+    "BadAddress",
+    "Busy",
+    "Closed",
+    "DeviceMissing",
+    "IncompatibleModule",
+    "Interrupted",
+    "InvalidArgument",
+    "NoSuchTensor",
+    "NotAvailable",
+    "NotPermitted",
+    "OutOfMemory",
+    "PoolExhausted",
+    "QuotaExceeded",
+    "TensormemError",
+    "WindowFull",
+    "from_errno",
+]
+
+
+class TensormemError(Exception):
+    """Base of every error this package raises.
+
+    Attributes:
+        cause: what went wrong, one clause without a final full stop.
+        remedy: what to do about it, one clause without a final full stop.
+        errno: the errno behind it, or None where no system call was involved.
+    """
+
+    default_cause = "the operation failed"
+    default_remedy = "run 'tensormem doctor'"
+    default_errno: int | None = None
+
+    def __init__(
+        self, cause: str | None = None, remedy: str | None = None, errno: int | None = None
+    ) -> None:
+        """Make an error; what is left out is taken from the class."""
+        self.cause = cause or self.default_cause
+        self.remedy = remedy or self.default_remedy
+        super().__init__(self.cause, self.remedy)
+        self.errno = errno if errno is not None else self.default_errno
+
+    def __str__(self) -> str:
+        """One line: the cause, then the remedy."""
+        return " ".join(f"{self.cause}: {self.remedy}".split())
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle with all three attributes, so errors cross process borders."""
+        return type(self), (self.cause, self.remedy, self.errno)
+
+
+class InvalidArgument(TensormemError, ValueError):
+    """The call is malformed (EINVAL): size, kind, pool, shape or dtype."""
+
+    default_cause = "the call is malformed"
+    default_remedy = "check size, kind and pool; a tensor has 1 byte to window_size bytes"
+    default_errno = _errno.EINVAL
+
+
+class BadAddress(TensormemError):
+    """The kernel could not read or write the arguments (EFAULT)."""
+
+    default_cause = "the kernel could not read or write the call's arguments"
+    default_remedy = "this is a bug in the caller or in the Python package; please report it"
+    default_errno = _errno.EFAULT
+
+
+class NoSuchTensor(TensormemError, LookupError):
+    """No such tensor: never allocated, freed, or of another client (ENOENT)."""
+
+    default_cause = "no such tensor in this client"
+    default_remedy = "it was freed already, or belongs to another client; use the one it came from"
+    default_errno = _errno.ENOENT
+
+
+class OutOfMemory(TensormemError, MemoryError):
+    """The system has no memory left (ENOMEM)."""
+
+    default_cause = "the system has no memory left for this"
+    default_remedy = "free tensors, or stop something else that runs on this board"
+    default_errno = _errno.ENOMEM
+
+
+class QuotaExceeded(TensormemError, MemoryError):
+    """The client's own quota is used up (EDQUOT)."""
+
+    default_cause = "the quota of this client is used up"
+    default_remedy = "free tensors, or raise the quota with client.set_quota()"
+    default_errno = _errno.EDQUOT
+
+
+class PoolExhausted(TensormemError, MemoryError):
+    """The chunk pool is at its capacity (ENOSPC)."""
+
+    default_cause = "the chunk pool is at its capacity"
+    default_remedy = "free tensors, or as root run 'tensormem pool set chunk --capacity SIZE'"
+    default_errno = _errno.ENOSPC
+
+
+class WindowFull(TensormemError, MemoryError):
+    """The client's window has no gap of this size left (ENOBUFS)."""
+
+    default_cause = "the client's window has no gap of this size left"
+    default_remedy = "free tensors, or open a second client"
+    default_errno = _errno.ENOBUFS
+
+
+class Busy(TensormemError):
+    """A new quota is below what the client already holds (EBUSY)."""
+
+    default_cause = "the new quota is below what the client already holds"
+    default_remedy = "free tensors first; client.stats().used says how much is held"
+    default_errno = _errno.EBUSY
+
+
+class NotPermitted(TensormemError, PermissionError):
+    """The caller may not do this (EPERM)."""
+
+    default_cause = "not permitted"
+    default_remedy = (
+        "a quota above clients/default_quota takes CAP_SYS_RESOURCE: run as root, or raise the"
+        " default with root's 'echo BYTES > /sys/class/misc/tensormem/clients/default_quota'"
+    )
+    default_errno = _errno.EPERM
+
+
+class Interrupted(TensormemError, InterruptedError):
+    """A fatal signal ended the call (EINTR)."""
+
+    default_cause = "a fatal signal ended the call"
+    default_remedy = "nothing was changed; call again if the process goes on"
+    default_errno = _errno.EINTR
+
+
+class IncompatibleModule(TensormemError):
+    """The device does not know this call or speaks another ABI (ENOTTY)."""
+
+    default_cause = "the device does not know this call"
+    default_remedy = "load a tensormem module that matches this package ('tensormem doctor')"
+    default_errno = _errno.ENOTTY
+
+
+class Closed(TensormemError, ValueError):
+    """The client was closed before."""
+
+    default_cause = "this client is closed"
+    default_remedy = "call tensormem.open() again"
+
+
+class NotAvailable(TensormemError):
+    """There is no usable tensormem device on this machine."""
+
+    default_cause = "tensormem is not available"
+    default_remedy = "run 'tensormem doctor' for the exact fix"
+
+
+class DeviceMissing(NotAvailable, FileNotFoundError):
+    """The device node is missing: the module is not loaded."""
+
+    default_cause = "/dev/tensormem does not exist, so the module is not loaded"
+    default_remedy = "load it with 'sudo modprobe tensormem'; 'tensormem doctor' says more"
+    default_errno = _errno.ENOENT
+
+
+class AccessDenied(NotAvailable, PermissionError):
+    """The device node exists and this user may not open it."""
+
+    default_cause = "this user may not open the device"
+    default_remedy = "run 'sudo usermod -aG tensormem $USER' and log in again"
+    default_errno = _errno.EACCES
+
+
+_BY_ERRNO: dict[int, type[TensormemError]] = {
+    cls.default_errno: cls
+    for cls in (
+        InvalidArgument,
+        BadAddress,
+        NoSuchTensor,
+        OutOfMemory,
+        QuotaExceeded,
+        PoolExhausted,
+        WindowFull,
+        Busy,
+        NotPermitted,
+        Interrupted,
+        IncompatibleModule,
+    )
+    if cls.default_errno is not None
+}
+
+
+def from_errno(number: int, cause: str | None = None, remedy: str | None = None) -> TensormemError:
+    """Return (not raise) the exception that stands for an errno of the ABI.
+
+    Args:
+        number: the errno, for example ``errno.EDQUOT``.
+        cause: more exact words than the class has, or None.
+        remedy: likewise.
+
+    Returns:
+        An instance of the class for that errno; a plain TensormemError that
+        names the errno where the ABI does not define it.
+    """
+    cls = _BY_ERRNO.get(number)
+    if cls is not None:
+        return cls(cause, remedy, number)
+    name = _errno.errorcode.get(number, str(number))
+    return TensormemError(
+        f"{cause + ': ' if cause else ''}unexpected error {name}",
+        remedy or "look at 'dmesg' and report it",
+        number,
+    )

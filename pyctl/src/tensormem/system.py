@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""Pools and totals, from the sysfs files of the module.
+
+The files hold one value each; ``docs/ABI`` describes them. A file that the module
+lacks reads as None, a file that this package does not know is left in
+:attr:`Group.values`, so that package and module may differ in age.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import errors
+from .units import format_size
+
+__all__ = ["DEFAULT_ROOT", "Group", "PoolLimits", "Status", "read", "root_path", "set_chunk_pool"]
+
+DEFAULT_ROOT = "/sys/class/misc/tensormem"
+
+#: The environment variable that names another directory, for tests.
+ROOT_VARIABLE = "TENSORMEM_SYSFS"
+
+_PRESENT = "load the module with 'sudo modprobe tensormem'; 'tensormem doctor' says more"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One directory of values.
+
+    Attributes:
+        name: ``chunk``, ``buddy``, ``clients`` or whatever else the module has.
+        values: file name -> value: an int where the file holds one, else text.
+    """
+
+    name: str
+    values: Mapping[str, int | str]
+
+    def get(self, name: str) -> int | None:
+        """Return a number, or None where the module has no such file."""
+        value = self.values.get(name)
+        return value if isinstance(value, int) else None
+
+
+@dataclass(frozen=True)
+class Status:
+    """Everything in sysfs at one moment (the files are not read atomically)."""
+
+    groups: Mapping[str, Group]
+
+    def group(self, name: str) -> Group:
+        """Return one group.
+
+        Raises:
+            IncompatibleModule: the module has none of this name.
+        """
+        if name not in self.groups:
+            raise errors.IncompatibleModule(
+                f"the loaded module has no '{name}' in sysfs",
+                "load a tensormem module that matches this package",
+            )
+        return self.groups[name]
+
+
+@dataclass(frozen=True)
+class PoolLimits:
+    """Capacity and reserve of the chunk pool, in chunks."""
+
+    capacity: int
+    reserve: int
+
+
+def root_path(root: str | os.PathLike[str] | None = None) -> Path:
+    """Return the directory in use: the argument, ``TENSORMEM_SYSFS`` or the default."""
+    return Path(root or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
+
+
+def read(root: str | os.PathLike[str] | None = None) -> Status:
+    """Read all groups.
+
+    Args:
+        root: another directory than the default, for tests.
+
+    Raises:
+        NotAvailable: the directory is missing: the module is not loaded.
+    """
+    top = root_path(root)
+    if not top.is_dir():
+        raise errors.NotAvailable(f"{top} does not exist, so the module is not loaded", _PRESENT)
+    groups = {}
+    for folder in sorted(p for p in top.iterdir() if p.is_dir() and not p.is_symlink()):
+        values = {}
+        for file in sorted(p for p in folder.iterdir() if p.is_file()):
+            try:
+                text = file.read_text().strip()
+            except (OSError, UnicodeDecodeError):
+                continue  # write-only, or not ours to read
+            values[file.name] = int(text) if text.isascii() and text.isdigit() else text
+        if values and folder.name != "power":
+            groups[folder.name] = Group(folder.name, values)
+    return Status(groups)
+
+
+def set_chunk_pool(
+    *,
+    capacity: int | None = None,
+    reserve: int | None = None,
+    root: str | os.PathLike[str] | None = None,
+) -> PoolLimits:
+    """Set capacity and reserve of the chunk pool, in chunks; needs root.
+
+    Args:
+        capacity: most chunks the pool may hold, or None to leave it.
+        reserve: chunks it keeps ready, or None to leave it.
+        root: another directory than the default, for tests.
+
+    Returns:
+        Both values as the module reports them afterwards.
+
+    Raises:
+        NotAvailable: the module is not loaded.
+        NotPermitted: the caller is not root.
+        InvalidArgument: the module refuses the value, or the reserve would be
+            larger than the capacity.
+        OutOfMemory: the system cannot fill the reserve.
+        TensormemError: another refusal. Where the second of two values is
+            refused the first is set back.
+    """
+    group = read(root).group("chunk")
+    old_capacity, old_reserve = group.get("capacity"), group.get("reserve")
+    if old_capacity is None or old_reserve is None:
+        raise errors.IncompatibleModule(
+            "the loaded module has no chunk/capacity or chunk/reserve",
+            "load a tensormem module that matches this package",
+        )
+    new_capacity = old_capacity if capacity is None else capacity
+    new_reserve = old_reserve if reserve is None else reserve
+    if new_reserve > new_capacity:
+        raise errors.InvalidArgument(
+            f"a reserve of {new_reserve} chunks does not fit into a capacity of {new_capacity}",
+            "raise the capacity or lower the reserve",
+        )
+    folder = root_path(root) / "chunk"
+    # capacity first when it grows and last when it shrinks, so that the reserve
+    # fits at every moment
+    steps = [("capacity", old_capacity, capacity), ("reserve", old_reserve, reserve)]
+    if new_capacity < old_capacity:
+        steps.reverse()
+    done: list[tuple[str, int]] = []
+    try:
+        for name, old, new in steps:
+            if new is not None:
+                _write(folder / name, new)
+                done.append((name, old))
+    except errors.TensormemError:
+        for name, old in reversed(done):
+            _write(folder / name, old)
+        raise
+    after = read(root).group("chunk")
+    return PoolLimits(after.get("capacity") or 0, after.get("reserve") or 0)
+
+
+def _write(path: Path, value: int) -> None:
+    try:
+        with path.open("w") as file:
+            file.write(str(value))
+    except OSError as error:
+        what = f"cannot set {path.parent.name}/{path.name} to {value}"
+        number = error.errno or 0
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise errors.NotPermitted(f"{what}, this takes root", "run it with sudo") from None
+        remedies = {
+            errno.EINVAL: "the module refuses the value; 'tensormem pool show' has the limits",
+            errno.EBUSY: "free tensors first; 'tensormem pool show' has what is used",
+        }
+        raise errors.from_errno(number, what, remedies.get(number)) from None
+
+
+def chunks(size: int, chunk_size: int) -> int:
+    """Return the chunks that hold a size in bytes: rounded up, 0 for 0."""
+    if chunk_size <= 0:
+        raise errors.InvalidArgument(f"a chunk of {format_size(chunk_size)} is not possible")
+    return -(-size // chunk_size)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""Sizes as people write and read them. Units are powers of 1024."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import InvalidArgument
+
+__all__ = ["format_size", "parse_size"]
+
+_UNITS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_PATTERN = re.compile(r"\s*(\d{1,20}(?:\.\d{1,9})?)\s*([kmgt]?)(i?b)?\s*", re.ASCII | re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a size names: ``64M``, ``1.5 GiB``, ``4096``.
+
+    ``K``, ``KB`` and ``KiB`` all mean 1024 bytes, and so on up to ``T``.
+
+    Raises:
+        InvalidArgument: not a size, not a whole number of bytes, or 2^63 and more.
+    """
+    match = _PATTERN.fullmatch(text)
+    if match is None or ((match[3] or "").lower() == "ib" and not match[2]):
+        raise InvalidArgument(f"{text!r} is not a size", "write it like 64M, 1.5G or 4096")
+    whole, _, fraction = match[1].partition(".")
+    scale = 1024 ** _UNITS[match[2].lower()]
+    size, rest = divmod(int(whole + fraction) * scale, 10 ** len(fraction))
+    if rest:
+        raise InvalidArgument(
+            f"{text!r} is not a whole number of bytes", "write it like 64M, 1.5G or 4096"
+        )
+    if size >= 1 << 63:
+        raise InvalidArgument(f"{text!r} is beyond 2^63 bytes", "ask for less")
+    return size
+
+
+def format_size(size: int) -> str:
+    """Return a size for people: ``0 B``, ``512 B``, ``1.5 KiB``, ``64 MiB``."""
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    text = f"{value:.1f}".removesuffix(".0") if value < 100 else f"{value:.0f}"
+    return f"{text} {unit}"
