@@ -1,0 +1,1 @@
+"""The development board: kernels, build root and guests under QEMU."""

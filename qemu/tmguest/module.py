@@ -1,0 +1,118 @@
+"""Building the kernel module, and static programs for the guest, in the build root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import buildroot, paths, store
+from .errors import GuestError
+from .kernels import Kernel
+from .log import say, step
+
+MADE = (".ko", ".o", ".mod", ".cmd", ".mod.c", ".order", ".symvers", ".a")
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Checks that a build can have beside the compiler's own."""
+
+    sparse: bool = False
+    w1: bool = False
+
+    def arguments(self) -> list[str]:
+        """What to give to make; sparse looks at every file, also those that are up to date."""
+        return (["C=2", "CF=-Wsparse-error"] if self.sparse else []) + (["W=1"] if self.w1 else [])
+
+
+def build(kernel: Kernel, extras: Extras | None = None) -> Path:
+    """Build ``kmod/`` for ``kernel`` with warnings as errors; returns the folder with its ``.ko`` files.
+
+    Raises GuestError with the compiler's output if that fails.
+    """
+    source = paths.kmod_dir()
+    if not (source / "Kbuild").exists() and not (source / "Makefile").exists():
+        raise GuestError(f"there is no kernel module to build: {source} has neither Kbuild nor Makefile")
+    copy = paths.BUILD / "kmod" / kernel.spec.name
+    with store.locked(copy.with_suffix(".lock"), f"the module for {kernel.spec.name}"):
+        # Object files of another kernel version are of no use to make, and it does not notice.
+        stamp = copy / ".kernel"
+        if stamp.exists() and stamp.read_text() != str(kernel.path):
+            shutil.rmtree(copy)
+        mirror_sources(source, copy)
+        stamp.write_text(str(kernel.path))
+        if not (copy / "Kbuild").exists() and not (copy / "Makefile").exists():
+            raise GuestError(f"nothing to build in {source}")
+        command = ["make", "-C", kernel.headers, "M=/build", "ARCH=arm64", f"-j{os.cpu_count()}", "--no-print-directory"]
+        command += [f"CROSS_COMPILE={buildroot.CROSS_PREFIX}", f"CC={buildroot.CROSS_PREFIX}gcc", "KCFLAGS=-Werror"]
+        checks = extras.arguments() if extras else []
+        with step(f"building the module for {kernel.spec.name}", f"Linux {kernel.version}"):
+            result = buildroot.run(
+                [*command, *checks, "modules"], binds=[(copy, "/build")], read_only=[(kernel.path / "src", "/usr/src")]
+            )
+        output = result.stdout.replace("/build/", "kmod/")
+        if result.returncode != 0:
+            raise GuestError(f"the module does not build for {kernel.spec.name}:\n{output.strip()}")
+        if "warning:" in output.lower():
+            say(f"building the module for {kernel.spec.name} gave warnings:\n{output.strip()}")
+    return copy
+
+
+def mirror_sources(source: Path, copy: Path) -> None:
+    """Bring ``copy`` up to date with ``source``; what a build made there stays, times stay as they are."""
+    copy.mkdir(parents=True, exist_ok=True)
+    manifest = copy / ".sources.json"
+    known = set(json.loads(manifest.read_text())) if manifest.exists() else set()
+    present = set()
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if not path.is_file() or path.name.endswith(MADE) or any(part.startswith(".") for part in name.parts):
+            continue
+        present.add(str(name))
+        target = copy / name
+        status = path.stat()
+        if target.exists():
+            old = target.stat()
+            if (old.st_mtime_ns, old.st_size) == (status.st_mtime_ns, status.st_size):
+                continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    for gone in known - present:
+        (copy / gone).unlink(missing_ok=True)
+    manifest.write_text(json.dumps(sorted(present)))
+
+
+def compile_static(sources: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Compile each of ``sources`` to a static arm64 program with threads, where it is not up to date.
+
+    ``kmod/include/uapi`` is on the include path. Raises GuestError with the compiler's output.
+    """
+    for source, output in zip(sources, outputs, strict=True):
+        newest = max(path.stat().st_mtime for path in (source, *source.parent.glob("*.h")))
+        if output.exists() and output.stat().st_mtime >= newest:
+            continue
+        output.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-static", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-I/source/include/uapi"]
+        command = [f"{buildroot.CROSS_PREFIX}gcc", *flags, f"/build/{source.name}", "-o", f"/out/{output.name}"]
+        uapi = paths.kmod_dir()
+        result = buildroot.run(
+            command,
+            binds=[(output.parent, "/out")],
+            read_only=[(source.parent, "/build"), *([(uapi, "/source")] if uapi.is_dir() else [])],
+        )
+        if result.returncode != 0:
+            raise GuestError(f"{source} does not compile:\n{result.stdout.strip()}")
+
+
+def guest_programs() -> list[tuple[str, Path]]:
+    """Compile ``tests/guest/**/*.c``; returns each program's place in the guest's tree and its file here."""
+    sources = sorted((paths.TREE / "tests/guest").rglob("*.c"))
+    names = [str(source.relative_to(paths.TREE).with_suffix("")) for source in sources]
+    outputs = [paths.BUILD / "guest-programs" / name for name in names]
+    with store.locked(paths.BUILD / "guest-programs.lock", "the guest's programs"):
+        compile_static(sources, outputs)
+    return list(zip(names, outputs, strict=True))
