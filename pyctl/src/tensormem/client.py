@@ -490,7 +490,7 @@ def _value(enum: type[_E], value: str | _E, what: str) -> _E:
     if isinstance(value, enum):
         return value
     try:
-        return enum[value.upper()]
+        return enum[cast(str, value).upper()]
     except (KeyError, AttributeError):
         known = ", ".join(member.name.lower() for member in enum)
         raise errors.InvalidArgument(f"{value!r} is not a {what}", f"use one of {known}") from None
@@ -605,7 +605,7 @@ class Tensor:
         Raises:
             NoSuchTensor: the tensor was freed.
         """
-        return memoryview(self._bytes())
+        return self._bytes().data
 
     def array(self, shape: Shape, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
         """Return the memory as an array; its bytes begin at the tensor's first.

@@ -344,7 +344,7 @@ def _fill(
     for entry, place in zip(header.entries, _layout(header, align)[0], strict=True):
         part = memory[place : place + entry.nbytes]
         if entry.nbytes:
-            _read_into(path, file, entry.name, "data", memoryview(part))
+            _read_into(path, file, entry.name, "data", part.data)
         if entry.code == "BOOL" and bool((part > 1).any()):
             raise SafetensorsError(path, entry.name, "data", "a BOOL is neither 0 nor 1")
         arrays[entry.name] = part.view(entry.dtype).reshape(entry.shape)
@@ -401,7 +401,7 @@ def load_into(
     """
     with open(path, "rb", buffering=0) as file:
         header = _read_header(os.fspath(path), file)
-        align = max(64, client.info().cache_line)
+        align = max(64, client.cache_line)
         size = _layout(header, align)[1]
         memory = client.empty((size,), np.uint8, kind=kind, pool=pool)
         return _fill(os.fspath(path), file, header, memory, align)

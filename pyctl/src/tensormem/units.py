@@ -25,8 +25,8 @@ def parse_size(text: str) -> int:
     if match is None or ((match[3] or "").lower() == "ib" and not match[2]):
         raise InvalidArgument(f"{text!r} is not a size", "write it like 64M, 1.5G or 4096")
     whole, _, fraction = match[1].partition(".")
-    scale = 1024 ** _UNITS[match[2].lower()]
-    size, rest = divmod(int(whole + fraction) * scale, 10 ** len(fraction))
+    scale: int = 1024 ** _UNITS[match[2].lower()]
+    size, rest = divmod(int(whole + fraction) * scale, int(10 ** len(fraction)))
     if rest:
         raise InvalidArgument(
             f"{text!r} is not a whole number of bytes", "write it like 64M, 1.5G or 4096"
