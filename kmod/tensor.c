@@ -33,12 +33,12 @@ static u64 tm_tensor_age(const struct tm_tensor *tensor)
  * Which pool serves a tensor: whole chunks from one chunk up, runs below. Kinds
  * differ in their pools once the slab, KV and RT pools exist.
  */
-static u8 tm_tensor_dispatch(const struct tensormem_alloc *request)
+static u8 tm_tensor_dispatch(const struct tensormem_alloc *request, u64 held)
 {
 	if (request->pool != TENSORMEM_POOL_AUTO)
 		return request->pool;
-	return request->size >= TM_CHUNK_SIZE ? TENSORMEM_POOL_CHUNK :
-						TENSORMEM_POOL_BUDDY;
+	return held >= TM_CHUNK_SIZE ? TENSORMEM_POOL_CHUNK :
+				       TENSORMEM_POOL_BUDDY;
 }
 
 static int tm_tensor_check_request(const struct tensormem_alloc *request)
@@ -107,7 +107,7 @@ struct tm_tensor *tm_tensor_create(struct tm_client *client,
 	}
 	tensor->size = request->size;
 	tensor->kind = request->kind;
-	tensor->pool = tm_tensor_dispatch(request);
+	tensor->pool = tm_tensor_dispatch(request, held);
 	INIT_LIST_HEAD(&tensor->doomed);
 	return tensor;
 

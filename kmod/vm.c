@@ -156,7 +156,8 @@ int tm_vm_mmap(struct file *file, struct vm_area_struct *vma)
 	struct tm_client *client = file->private_data;
 	int err;
 
-	if (!(vma->vm_flags & VM_SHARED))
+	/* Not VM_SHARED, which a read-only descriptor never gets. */
+	if (!(vma->vm_flags & VM_MAYSHARE))
 		return -EINVAL;
 	if (vma->vm_flags & VM_EXEC)
 		return -EPERM;

@@ -178,16 +178,17 @@ int tm_buddy_free(struct tm_buddy *buddy, struct tm_page_id page,
 	struct tm_chunk_id id = tm_page_chunk(buddy->geometry, page);
 	u32 index = tm_page_index(buddy->geometry, page);
 	struct tm_buddy_chunk *c;
-	u32 i = index >> order;
-	u32 was;
+	u32 i, was;
 
 	tm_assert_locked(buddy->lock);
-	if (id.v >= buddy->nr_slots)
+	/* Order ~0 would match a page where no run starts. */
+	if (id.v >= buddy->nr_slots || order > tm_buddy_max_order(buddy))
 		return -EINVAL;
 	c = &buddy->chunks[id.v];
 	if (c->run[index] != order + 1)
 		return -EINVAL;
 
+	i = index >> order;
 	c->run[index] = 0;
 	was = c->orders;
 	buddy->free_pages += 1u << order;

@@ -193,15 +193,12 @@ u32 tm_chunk_deficit(const struct tm_chunk_pool *pool)
 	u32 ready = pool->count[TM_CHUNK_FREE_ZEROED] +
 		    pool->count[TM_CHUNK_ZEROING] +
 		    pool->count[TM_CHUNK_GROWING];
+	u32 room = pool->capacity > pool->count[TM_CHUNK_OWNED] ?
+		   pool->capacity - pool->count[TM_CHUNK_OWNED] : 0;
 	u32 reserve = pool->reserve;
 
 	/* A reserve beyond what the capacity leaves room for is out of reach. */
-	if (tm_chunk_total(pool) - pool->count[TM_CHUNK_OWNED] < reserve) {
-		u32 room = pool->capacity > pool->count[TM_CHUNK_OWNED] ?
-			   pool->capacity - pool->count[TM_CHUNK_OWNED] : 0;
-
-		if (room < reserve)
-			reserve = room;
-	}
+	if (room < reserve)
+		reserve = room;
 	return ready < reserve ? reserve - ready : 0;
 }

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""What holds around every test in the guest.
+
+Before and after each: no client and no tensor is left, no page is in use or in
+quarantine, and the kernel has not complained. The runner's own gate looks at the
+whole log once more after the module is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from device import Raw, read, write
+
+KMEMLEAK = Path("/sys/kernel/debug/kmemleak")
+COMPLAINTS = (
+    "WARNING:", "BUG:", "Oops", "Internal error", "Unable to handle", "KASAN", "UBSAN",
+    "INFO: task", "rcu: INFO", "suspicious RCU", "possible circular locking",
+    "possible recursive locking", "inconsistent lock state", "invalid wait context",
+    "sleeping function called", "unreferenced object", "new suspected memory leaks",
+)  # fmt: skip
+
+USAGE = (
+    "clients/count", "clients/tensors", "clients/bytes",
+    "buddy/used_pages", "chunk/used", "chunk/quarantined",
+)  # fmt: skip
+
+
+class KernelLog:
+    """The kernel's messages from now on."""
+
+    def __init__(self) -> None:
+        self.fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+        os.lseek(self.fd, 0, os.SEEK_END)
+
+    def news(self) -> list[str]:
+        lines = []
+        while True:
+            try:
+                lines.append(os.read(self.fd, 8192).decode(errors="replace"))
+            except BlockingIOError:
+                return lines
+            except BrokenPipeError:
+                lines.append("BUG: the test missed kernel messages")
+
+
+@pytest.fixture(scope="session")
+def kernel_log() -> KernelLog:
+    return KernelLog()
+
+
+def usage() -> dict[str, int]:
+    return {name: read(name) for name in USAGE}
+
+
+def settled(expected: dict[str, int], seconds: float = 10) -> dict[str, int]:
+    """The usage, once it is as expected or time is up: the last close is asynchronous."""
+    end = time.monotonic() + seconds
+    while (now := usage()) != expected and time.monotonic() < end:
+        time.sleep(0.02)
+    return now
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(kernel_log: KernelLog) -> Iterator[None]:
+    before = dict.fromkeys(USAGE, 0)
+    assert settled(before) == before, "an earlier test left something behind"
+    kernel_log.news()
+    yield
+    assert settled(before) == before, "the test left something behind"
+    complaints = [m for m in kernel_log.news() if any(c in m for c in COMPLAINTS)]
+    assert not complaints, "".join(complaints)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_leak() -> Iterator[None]:
+    """kmemleak finds nothing new after each file (debug kernel)."""
+    yield
+    if KMEMLEAK.exists():
+        KMEMLEAK.write_text("scan")
+        assert KMEMLEAK.read_text() == ""
+
+
+@pytest.fixture
+def raw() -> Iterator[Raw]:
+    with Raw() as client:
+        yield client
+
+
+@pytest.fixture
+def settings() -> Iterator[None]:
+    """Put back what a test changes in sysfs."""
+    names = ("chunk/capacity", "chunk/reserve", "clients/default_quota")
+    before = {name: read(name) for name in names}
+    yield
+    for name, value in before.items():
+        assert write(name, value) == 0
