@@ -5,8 +5,8 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-from fake import FakeDevice
 
+from fake import FakeDevice
 from tensormem import Client
 
 

@@ -47,8 +47,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
             lines.append(f'printf("{name}.{field} %zu\\n", {place});')
             size = f"sizeof(((struct {name} *)0)->{field})"
             lines.append(f'printf("size:{name}.{field} %zu\\n", {size});')
-    for name in _constants_in_header():
-        lines.append(f'printf("{name} %llu\\n", (unsigned long long){name});')
+    lines += [
+        f'printf("{name} %llu\\n", (unsigned long long){name});' for name in _constants_in_header()
+    ]
     folder = tmp_path_factory.mktemp("abi")
     source = folder / "abi.c"
     body = "\n\t".join(lines)

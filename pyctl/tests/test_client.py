@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from fake import CHUNK, PAGE, POISON, WINDOW, FakeDevice
 
+from fake import CHUNK, PAGE, POISON, WINDOW, FakeDevice
 from tensormem import Client, Kind, Pool, Spec, Tensor, abi, errors
 
 HERE = Path(__file__).parent
@@ -181,7 +181,7 @@ def test_free_finds_the_tensor_behind_any_view(client: Client, device: FakeDevic
         lambda a: a[3:],
         lambda a: a.view(np.uint8)[::2],
         lambda a: a.reshape(2, -1).T,
-        lambda a: memoryview(a),
+        lambda a: a.data,
         lambda a: np.frombuffer(a.data, np.int16),
         lambda a: np.asarray(memoryview(a)[4:]),
     ):
@@ -214,13 +214,14 @@ def test_close_with_live_arrays() -> None:
         lambda: client.alloc(1),
         client.stats,
         client.tensors,
-        lambda: client.query(array),
         lambda: client.set_quota(1),
     ):
         with pytest.raises(errors.Closed):
             call()
     with pytest.raises(errors.NoSuchTensor):
         shown.buffer()
+    with pytest.raises(errors.Closed):
+        client.query(array)
     del array
     assert device.fd >= 0
     del buffer
@@ -284,7 +285,7 @@ def test_each_tensor_is_mapped_where_the_window_does_not_fit() -> None:
         assert [length for _, length in device.maps] == [PAGE, 2 * PAGE]
         assert os.pread(device.fd, 1, client.query(b).offset) == b"\2"
         device.fail_map_after = 2
-        with pytest.raises(errors.OutOfMemory, match="address space|ulimit") as info:
+        with pytest.raises(errors.OutOfMemory, match=r"ulimit") as info:
             client.empty_many([Spec(1), Spec(1)])
         assert isinstance(info.value, MemoryError)
         assert len(device.tensors) == 2, "the tensors without a mapping were freed"

@@ -70,7 +70,7 @@ def test_pickle(number: int) -> None:
 
 
 def test_device_missing(tmp_path: Path) -> None:
-    with pytest.raises(errors.DeviceMissing, match="module is not loaded.*modprobe") as info:
+    with pytest.raises(errors.DeviceMissing, match=r"module is not loaded.*modprobe") as info:
         KernelDevice(tmp_path / "tensormem")
     assert isinstance(info.value, FileNotFoundError)
     assert isinstance(info.value, errors.NotAvailable)

@@ -11,9 +11,8 @@
         print(client.query(weights))
 """
 
-from . import errors, safetensors, system, units
-from .abi import Kind, Pool
-from .client import Client, Spec, Stats, Tensor, TensorInfo, open
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     AccessDenied,
     BadAddress,
@@ -32,6 +31,10 @@ from .errors import (
     TensormemError,
     WindowFull,
 )
+
+if TYPE_CHECKING:
+    from .abi import Kind, Pool
+    from .client import Client, Spec, Stats, Tensor, TensorInfo, open
 
 __version__ = "0.1.0"
 
@@ -59,9 +62,16 @@ __all__ = [
     "TensorInfo",
     "TensormemError",
     "WindowFull",
-    "errors",
     "open",
-    "safetensors",
-    "system",
-    "units",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # numpy takes seconds to import on a slow board, and 'tensormem status' needs none
+    # of it: what does is imported on first use
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import client
+
+    value = globals()[name] = getattr(client, name)
+    return value

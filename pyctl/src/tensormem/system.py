@@ -15,11 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import errors
-from .units import format_size
 
-__all__ = ["DEFAULT_ROOT", "Group", "PoolLimits", "Status", "read", "root_path", "set_chunk_pool"]
+__all__ = [
+    "CHUNK_SIZE",
+    "DEFAULT_ROOT",
+    "Group",
+    "PoolLimits",
+    "Status",
+    "chunks",
+    "read",
+    "root_path",
+    "set_chunk_pool",
+]
 
 DEFAULT_ROOT = "/sys/class/misc/tensormem"
+
+#: Bytes in a chunk, on every page size.
+CHUNK_SIZE = 2 << 20
 
 #: The environment variable that names another directory, for tests.
 ROOT_VARIABLE = "TENSORMEM_SYSFS"
@@ -179,8 +191,6 @@ def _write(path: Path, value: int) -> None:
         raise errors.from_errno(number, what, remedies.get(number)) from None
 
 
-def chunks(size: int, chunk_size: int) -> int:
+def chunks(size: int) -> int:
     """Return the chunks that hold a size in bytes: rounded up, 0 for 0."""
-    if chunk_size <= 0:
-        raise errors.InvalidArgument(f"a chunk of {format_size(chunk_size)} is not possible")
-    return -(-size // chunk_size)
+    return -(-size // CHUNK_SIZE)

@@ -10,8 +10,9 @@ Needs PyTorch, which the package itself does not::
 One run, one seed. First the model hears the sentences of the text in a wrong order,
 and ``demo-a.safetensors`` is saved. Then it hears the text as it stands, and
 ``demo-b.safetensors`` is saved at the end. So both continue a prompt in readable
-English, each in its own way. The run takes a few minutes on two cores. It repeats on the same machine and version of PyTorch; elsewhere
-sums round differently and the figures drift.
+English, each in its own way. The run takes a few minutes on two cores. It repeats on
+the same machine and version of PyTorch; elsewhere sums round differently and the
+figures drift.
 """
 
 from __future__ import annotations

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: MIT
+"""``python -m tensormem`` is the command line."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

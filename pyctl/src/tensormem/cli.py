@@ -1,0 +1,511 @@
+# SPDX-License-Identifier: MIT
+"""The command line. Exit codes: 0 fine, 1 a problem or a refusal, 2 wrong usage."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import ShellComplete, get_completion_class
+
+from . import __version__, errors, system
+from .units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from .demo.run import Holding, Result
+
+__all__ = ["cli", "main"]
+
+WIDTH = 80
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def json_option(function: _F) -> _F:
+    """Give a command ``--json``; its callback gets ``as_json``."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
+    )(function)
+
+
+def emit(document: Any) -> None:
+    """Print the one JSON document."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def _parse(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Turn a size such as ``64M`` into bytes; a bad one is wrong usage."""
+    try:
+        return None if value is None else parse_size(value)
+    except errors.InvalidArgument as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+class Command(click.Command):
+    """A command whose errors are one line, or one document with ``--json``."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; every error that has a remedy ends in exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except errors.TensormemError as error:
+            failure = error
+        except OSError as error:
+            name = f"{error.filename}: " if error.filename else ""
+            failure = errors.TensormemError(
+                f"{name}{error.strerror or error}", "see 'tensormem doctor'", error.errno
+            )
+        if ctx.params.get("as_json"):
+            emit(
+                {
+                    "error": {
+                        "type": type(failure).__name__,
+                        "cause": failure.cause,
+                        "remedy": failure.remedy,
+                        "errno": failure.errno,
+                    }
+                }
+            )
+        else:
+            click.echo(click.style("tensormem: ", fg="red") + str(failure), err=True)
+        return ctx.exit(1)
+
+
+class Group(click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+    group_class = type
+
+
+def table(
+    rows: Sequence[Sequence[str]], *, left: int = 1, rule_before_last: bool = False
+) -> Iterable[str]:
+    """Yield aligned lines: a head, then rows; the first ``left`` columns to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        if rule_before_last and number == len(rows) - 1:
+            yield "  " + "-" * (sum(widths) + 2 * (len(widths) - 1))
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        line = ("  " + "  ".join(cells)).rstrip()
+        yield click.style(line, bold=True) if number == 0 else line
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 fine, 1 a problem was found or the operation failed, 2 wrong usage.",
+)
+@click.version_option(__version__, prog_name="tensormem")
+def cli() -> None:
+    """See and steer the memory that the tensormem kernel module manages."""
+
+
+# -- status and pool ---------------------------------------------------------------
+
+
+def _document(status: system.Status) -> dict[str, Any]:
+    groups = {name: dict(group.values) for name, group in status.groups.items()}
+    return {"chunk_size": system.CHUNK_SIZE, **groups}
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _size(value: int | None, unit: int = 1) -> str:
+    return "-" if value is None else format_size(value * unit)
+
+
+def _bar(used: int, ready: int, capacity: int, width: int = 40) -> str:
+    """Draw a capacity: used, ready, not taken from the system."""
+    if capacity <= 0:
+        return "." * width
+    full = min(width, -(-used * width // capacity))
+    both = min(width, -(-(used + ready) * width // capacity))
+    return (
+        click.style("#" * full, fg="green")
+        + click.style("=" * (both - full), fg="cyan")
+        + "." * (width - both)
+    )
+
+
+@cli.command()
+@json_option
+def status(as_json: bool) -> None:
+    """Show what the pools hold and who holds it."""
+    now = system.read()
+    if as_json:
+        emit(_document(now))
+        return
+    chunk, buddy, clients = now.group("chunk"), now.group("buddy"), now.group("clients")
+    page = os.sysconf("SC_PAGE_SIZE")
+    used, free, capacity = chunk.get("used"), chunk.get("free"), chunk.get("capacity")
+    if used is not None and free is not None and capacity is not None:
+        bar = _bar(used, free, capacity)
+        click.echo(f"chunk pool  [{bar}]  {format_size(capacity * system.CHUNK_SIZE)}")
+        click.echo("             # used   = ready   . left with the system\n")
+    rows = [("", "count", "memory")]
+    for name, what in (
+        ("used", "chunks used"),
+        ("free", "chunks ready"),
+        ("reserve", "chunks in reserve"),
+        ("capacity", "chunks at most"),
+    ):
+        value = chunk.get(name)
+        rows.append((what, _number(value), _size(value, system.CHUNK_SIZE)))
+    held = chunk.get("quarantined")
+    if held:
+        rows.append(("chunks quarantined", _number(held), _size(held, system.CHUNK_SIZE)))
+    rows.append(
+        (
+            "chunks in the buddy pool",
+            _number(buddy.get("chunks")),
+            _size(buddy.get("chunks"), system.CHUNK_SIZE),
+        )
+    )
+    for name, what in (("used_pages", "  its pages used"), ("free_pages", "  its pages free")):
+        value = buddy.get(name)
+        rows.append((what, _number(value), _size(value, page)))
+    rows.append(("clients", _number(clients.get("count")), _size(clients.get("bytes"))))
+    rows.append(("  their tensors", _number(clients.get("tensors")), ""))
+    rows.append(("  quota of a new client", "", _size(clients.get("default_quota"))))
+    for line in table(rows):
+        click.echo(line)
+
+
+@cli.group(cls=Group)
+def pool() -> None:
+    """Show pools, or set the chunk pool's limits."""
+
+
+_MEANING = {
+    "chunk": {
+        "capacity": "most chunks the pool may hold",
+        "reserve": "chunks it keeps ready",
+        "total": "chunks it holds now",
+        "free": "of these, ready to hand out",
+        "zeroed": "of the ready ones, zeroed already",
+        "used": "handed out to pools and tensors",
+        "quarantined": "freed, but somebody else still holds pages",
+        "grown": "taken from the system since load",
+        "shrunk": "given back to the system since load",
+        "grow_failed": "times the system had none",
+    },
+    "buddy": {
+        "chunks": "chunks it carves into runs of pages",
+        "free_pages": "pages free",
+        "used_pages": "pages used",
+        "allocs": "runs allocated since load",
+        "frees": "runs freed since load",
+        "splits": "runs split in two",
+        "merges": "runs joined with their buddy",
+        "fallbacks": "tensors made of smaller runs for want of a large one",
+    },
+}
+
+
+_IN_CHUNKS = {"capacity", "reserve", "total", "free", "used", "chunks"}
+
+
+@pool.command("show")
+@click.argument("name", required=False, metavar="[POOL]")
+@json_option
+def pool_show(name: str | None, as_json: bool) -> None:
+    """Show every figure of the pools, or of one POOL."""
+    now = system.read()
+    names = [name] if name else [n for n in now.groups if n != "clients"]
+    groups = [now.group(n) for n in names]
+    if as_json:
+        emit({"chunk_size": system.CHUNK_SIZE, **{g.name: dict(g.values) for g in groups}})
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    for number, group in enumerate(groups):
+        meaning = _MEANING.get(group.name, {})
+        ordered = [n for n in meaning if n in group.values]
+        ordered += [n for n in group.values if n not in meaning]
+        rows = [(f"{group.name} pool", "value", "memory", "")]
+        for key in ordered:
+            value = group.values[key]
+            unit = page if key.endswith("_pages") else 0
+            if key in _IN_CHUNKS:
+                unit = system.CHUNK_SIZE
+            memory = format_size(value * unit) if unit and isinstance(value, int) else ""
+            rows.append((key, str(value), memory, meaning.get(key, "")))
+        if number:
+            click.echo()
+        plain = [row[:3] for row in rows]
+        for line, row in zip(table(plain), rows, strict=True):
+            # the styled head has no fourth column
+            pad = sum(max(len(r[i]) for r in plain) for i in range(3)) + 6
+            click.echo(f"{line.ljust(pad)}  {row[3]}".rstrip() if row[3] else line)
+
+
+@pool.command("set")
+@click.argument("name", type=click.Choice(["chunk"]), metavar="POOL")
+@click.option(
+    "--capacity",
+    metavar="SIZE",
+    callback=_parse,
+    help="Most memory the pool may hold, for example 1G.",
+)
+@click.option(
+    "--reserve", metavar="SIZE", callback=_parse, help="Memory it keeps ready, for example 64M."
+)
+@json_option
+def pool_set(name: str, capacity: int | None, reserve: int | None, as_json: bool) -> None:
+    """Set the limits of a POOL (chunk); takes root.
+
+    Sizes are bytes or have a unit (K, M, G, T); they are rounded up to chunks of
+    2 MiB.
+    """
+    if capacity is None and reserve is None:
+        raise click.UsageError("nothing to set: give --capacity, --reserve or both")
+    limits = system.set_chunk_pool(
+        capacity=None if capacity is None else system.chunks(capacity),
+        reserve=None if reserve is None else system.chunks(reserve),
+    )
+    if as_json:
+        emit({"pool": name, "chunk_size": system.CHUNK_SIZE, **asdict(limits)})
+        return
+    for what, count in (("capacity", limits.capacity), ("reserve", limits.reserve)):
+        plural = "chunk" if count == 1 else "chunks"
+        click.echo(
+            f"{name} pool: {what} {count} {plural} ({format_size(count * system.CHUNK_SIZE)})"
+        )
+
+
+# -- doctor --------------------------------------------------------------------------
+
+_STATES = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Check this machine and say exactly how to fix what is missing.
+
+    Exit code 1 if a check fails; warnings do not count.
+    """
+    from .doctor import examine
+
+    checks = examine()
+    failed = [check for check in checks if check.state == "fail"]
+    if as_json:
+        emit({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        for check in checks:
+            word, colour = _STATES[check.state]
+            mark = click.style(f"{word:<4}", fg=colour, bold=check.state == "fail")
+            click.echo(f"  {mark}  {check.name:<14} {check.value}")
+            indent = " " * 23
+            if check.note:
+                for line in textwrap.wrap(check.note, WIDTH - len(indent) - 1):
+                    click.echo(click.style(indent + line, dim=True))
+            for line in check.fix:
+                click.echo(click.style(f"          {line}", fg="cyan"))
+        warned = sum(check.state == "warn" for check in checks)
+        click.echo(
+            f"\n{len(checks)} checks: {len(checks) - warned - len(failed)} ok,"
+            f" {warned} warnings, {len(failed)} failed"
+        )
+    if failed:
+        click.get_current_context().exit(1)
+
+
+# -- demo ----------------------------------------------------------------------------
+
+
+class _Printer:
+    """Prints bytes of text as they come, wrapped between words."""
+
+    def __init__(self, width: int = WIDTH - 2) -> None:
+        self.width, self.column, self.word = width, 0, ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, data: bytes, final: bool = False, **style: Any) -> None:
+        for character in self.decoder.decode(data, final):
+            if character in " \n":
+                self._flush(**style)
+                if character == "\n":
+                    click.echo()
+                    self.column = 0
+                elif self.column:
+                    click.echo(" ", nl=False)
+                    self.column += 1
+            else:
+                self.word += character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
+        if final:
+            self._flush(**style)
+
+    def _flush(self, **style: Any) -> None:
+        if self.word:
+            if self.column and self.column + len(self.word) > self.width:
+                click.echo()
+                self.column = 0
+            click.echo(click.style(self.word, **style), nl=False)
+            sys.stdout.flush()
+            self.column += len(self.word)
+            self.word = ""
+
+
+@cli.command()
+@click.option(
+    "--tokens", type=click.IntRange(1), default=112, show_default=True, help="Tokens to generate."
+)
+@click.option("--prompt", help="Text to continue.  [default: the beginning of the story]")
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["a", "b"]),
+    default="b",
+    show_default=True,
+    help="Early (a) or final (b) weights of one training run.",
+)
+@json_option
+def demo(tokens: int, prompt: str | None, checkpoint: str, as_json: bool) -> None:
+    """Run a small language model on memory from the module.
+
+    Weights, KV cache and activations are tensors. The model continues a text, then
+    does so again on ordinary numpy memory, and both must agree token for token:
+    exit code 1 if they do not.
+    """
+    from . import client as client_module
+    from .demo import run
+
+    prompt = run.PROMPT if prompt is None else prompt
+    with client_module.open() as client:
+        printer = _Printer()
+
+        def each(token: int) -> None:
+            printer.feed(bytes([token]))
+
+        if not as_json and prompt:
+            printer.feed(prompt.encode(), bold=True)
+            if not prompt[-1:].isspace():
+                # the word that the prompt ends in goes on in the continuation
+                printer._flush(bold=True)
+        result = run.run(
+            client,
+            checkpoint=checkpoint,
+            prompt=prompt,
+            count=tokens,
+            each=None if as_json else each,
+        )
+        if as_json:
+            emit(_demo_document(result))
+        else:
+            printer.feed(b"", final=True)
+            click.echo("\n")
+            _demo_report(result, client.page_size)
+    if result.first_difference is not None:
+        click.get_current_context().exit(1)
+
+
+def _demo_document(result: Result) -> dict[str, Any]:
+    return {
+        "checkpoint": result.checkpoint,
+        "model": asdict(result.config),
+        "metadata": result.metadata,
+        "prompt": result.prompt,
+        "text": result.text,
+        "tokens": result.tokens,
+        "equal": result.first_difference is None,
+        "first_difference": result.first_difference,
+        "tokens_per_second": {"tensormem": result.speed, "numpy": result.numpy_speed},
+        "holdings": [asdict(holding) for holding in result.holdings],
+        "pools": None if result.pools is None else _document(result.pools),
+    }
+
+
+def _demo_report(result: Result, page: int) -> None:
+    c = result.config
+    step, loss = result.metadata.get("step", "?"), result.metadata.get("loss", "?")
+    click.echo(
+        f"checkpoint {result.checkpoint} (step {step}, loss {loss}): {c.layers} layers,"
+        f" {c.heads} heads on {c.kv_heads} KV heads, width {c.dim}\n"
+    )
+
+    def row(kind: str, pool: str, h: Sequence[Holding]) -> Sequence[str]:
+        return (
+            kind,
+            pool,
+            str(sum(x.tensors for x in h)),
+            format_size(sum(x.size for x in h)),
+            format_size(sum(x.held for x in h)),
+            str(sum(x.chunks for x in h)),
+            str(sum(x.runs for x in h)),
+        )
+
+    rows: list[Sequence[str]] = [("kind", "pool", "tensors", "asked for", "held", "chunks", "runs")]
+    rows += [row(h.kind, h.pool, [h]) for h in result.holdings]
+    rows.append(row("together", "", result.holdings))
+    for line in table(rows, left=2, rule_before_last=True):
+        click.echo(line)
+    if result.pools is not None:
+        chunk, buddy = result.pools.groups.get("chunk"), result.pools.groups.get("buddy")
+        click.echo()
+        if chunk is not None:
+            click.echo(
+                f"  chunk pool   {_number(chunk.get('used'))} chunks used,"
+                f" {_number(chunk.get('free'))} ready, of {_number(chunk.get('capacity'))}"
+                f" ({_size(chunk.get('capacity'), system.CHUNK_SIZE)})"
+            )
+        if buddy is not None:
+            click.echo(
+                f"  buddy pool   {_size(buddy.get('used_pages'), page)} used in"
+                f" {_number(buddy.get('chunks'))} of these chunks"
+            )
+    click.echo()
+    click.echo(
+        f"  speed        {result.speed:.1f} tokens/s on tensormem,"
+        f" {result.numpy_speed:.1f} on numpy memory"
+    )
+    where, count = result.first_difference, len(result.tokens)
+    if where is None:
+        verdict = click.style("equal", fg="green", bold=True)
+        click.echo(f"  verdict      {verdict}: all {count} tokens are those of numpy memory")
+    else:
+        verdict = click.style("DIFFERENT", fg="red", bold=True)
+        click.echo(
+            f"  verdict      {verdict} at token {where} of {count}: {result.tokens[where]} here,"
+            f" {result.expected[where]} on numpy memory"
+        )
+
+
+# -- completion ------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@json_option
+def completion(shell: str, as_json: bool) -> None:
+    """Print the completion script for a shell.
+
+    For bash: tensormem completion bash > ~/.local/share/bash-completion/completions/tensormem
+    """
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise errors.TensormemError(f"click knows no completion for {shell}", "update click")
+    # not kind.source(): for bash that one runs bash to look at its version
+    script = ShellComplete.source(kind(cli, {}, "tensormem", "_TENSORMEM_COMPLETE"))
+    if as_json:
+        emit({"shell": shell, "script": script})
+    else:
+        click.echo(script)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    cli(prog_name="tensormem")

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""The demo run: one model twice, on tensor memory and on ordinary numpy memory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import errors, system
+from ..client import Client, TensorInfo
+from ..safetensors import SafetensorsError, load, load_into, read_header
+from .model import Config, Decoder, HeapMemory, decode, encode
+
+__all__ = ["CHECKPOINTS", "PROMPT", "TOKENS", "Holding", "Result", "run", "text"]
+
+CHECKPOINTS = ("a", "b")
+PROMPT = "The board lived in a grey box"
+TOKENS = 112
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one kind of memory held in one pool.
+
+    Attributes:
+        kind: ``weights``, ``kv`` or ``activations``.
+        pool: ``chunk`` or ``buddy``.
+        tensors: number of tensors.
+        size: bytes asked for.
+        held: bytes of memory they took.
+        chunks: whole chunks.
+        runs: runs of pages.
+    """
+
+    kind: str
+    pool: str
+    tensors: int
+    size: int
+    held: int
+    chunks: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out.
+
+    Attributes:
+        checkpoint: ``a`` or ``b``.
+        config: the shape of the model.
+        metadata: what the file says about its training.
+        prompt: the text it began with.
+        tokens: what the model on tensor memory made of it.
+        expected: what the model on numpy memory made of it.
+        speed: tokens per second on tensor memory.
+        numpy_speed: the same on numpy memory.
+        holdings: what each kind held, while both runs were alive.
+        pools: the pools of the whole machine at that moment; None without sysfs.
+    """
+
+    checkpoint: str
+    config: Config
+    metadata: dict[str, str]
+    prompt: str
+    tokens: list[int]
+    expected: list[int]
+    speed: float
+    numpy_speed: float
+    holdings: list[Holding]
+    pools: system.Status | None = None
+
+    @property
+    def text(self) -> str:
+        """The continuation."""
+        return decode(self.tokens)
+
+    @property
+    def first_difference(self) -> int | None:
+        """The first position where the two runs differ, or None."""
+        for i, (ours, theirs) in enumerate(zip(self.tokens, self.expected, strict=True)):
+            if ours != theirs:
+                return i
+        return None
+
+
+def text() -> str:
+    """Return the text that the model was fitted to."""
+    return (files(__package__) / "text.txt").read_text("utf-8")
+
+
+def _holdings(tensors: Iterable[TensorInfo]) -> list[Holding]:
+    order = ["weights", "kv", "activations", "protocol"]
+    groups: dict[tuple[str, str], list[TensorInfo]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.kind, tensor.pool), []).append(tensor)
+    return [
+        Holding(
+            kind,
+            pool,
+            len(members),
+            sum(t.size for t in members),
+            sum(t.held for t in members),
+            sum(t.chunks for t in members),
+            sum(t.runs for t in members),
+        )
+        for (kind, pool), members in sorted(
+            groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])
+        )
+    ]
+
+
+def _timed(
+    decoder: Decoder, prompt: npt.NDArray[np.int64], count: int, each: Callable[[int], None] | None
+) -> tuple[list[int], float]:
+    decoder.forward(prompt[:1])  # the libraries' first call is not the model's speed
+    begin = time.perf_counter()
+    spent_outside = 0.0
+    tokens = []
+    for token in decoder.generate(prompt, count):
+        tokens.append(token)
+        if each is not None:
+            before = time.perf_counter()
+            each(token)
+            spent_outside += time.perf_counter() - before
+    return tokens, count / max(time.perf_counter() - begin - spent_outside, 1e-9)
+
+
+def run(
+    client: Client,
+    *,
+    checkpoint: str = "b",
+    prompt: str = PROMPT,
+    count: int = TOKENS,
+    each: Callable[[int], None] | None = None,
+) -> Result:
+    """Generate with the model on the client's memory, then again on numpy's.
+
+    Args:
+        client: where weights, KV cache and activations live.
+        checkpoint: ``a`` or ``b``.
+        prompt: the text to continue.
+        count: tokens (bytes) to generate.
+        each: called with every token of the first run as it comes.
+
+    Raises:
+        InvalidArgument: an empty prompt, or one that leaves no room in the context.
+        SafetensorsError: the checkpoint is damaged.
+        TensormemError: the memory could not be had.
+    """
+    ids = encode(prompt)
+    with as_file(files(__package__) / f"demo-{checkpoint}.safetensors") as path:
+        metadata = read_header(path).metadata
+        try:
+            config = Config.from_json(metadata.get("config", ""))
+        except ValueError as error:
+            raise SafetensorsError(str(path), None, "__metadata__", f"config: {error}") from None
+        if not len(ids) >= 1 or len(ids) + count > config.context:
+            raise errors.InvalidArgument(
+                f"a prompt of {len(ids)} bytes and {count} tokens do not fit",
+                f"they may have 1 to {config.context} bytes together",
+            )
+        ours = Decoder(load_into(client, path), config, client)
+        theirs = Decoder(load(path), config, HeapMemory())
+    tokens, speed = _timed(ours, ids, count, each)
+    expected, numpy_speed = _timed(theirs, ids, count, None)
+    pools = None
+    with contextlib.suppress(errors.NotAvailable):
+        pools = system.read()
+    return Result(
+        checkpoint=checkpoint,
+        config=config,
+        metadata=metadata,
+        prompt=prompt,
+        tokens=tokens,
+        expected=expected,
+        speed=speed,
+        numpy_speed=numpy_speed,
+        holdings=_holdings(client.tensors()),
+        pools=pools,
+    )

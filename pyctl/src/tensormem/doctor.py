@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: MIT
+"""What tensormem finds on this machine, and the exact fix for what it misses.
+
+Nothing here changes anything. Every check reads files below one root directory, so
+that tests can put another machine in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from . import errors
+from .units import format_size
+
+__all__ = ["MAX_KERNEL", "MIN_KERNEL", "UDEV_RULE", "Check", "Machine", "examine"]
+
+#: The kernels that are supported: from 6.1 up to any 7.x.
+MIN_KERNEL = (6, 1)
+MAX_KERNEL = (7, 999)
+
+UDEV_RULE = 'KERNEL=="tensormem", GROUP="tensormem", MODE="0660"'
+
+State = Literal["ok", "warn", "fail"]
+
+_SECURE_BOOT = "SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+_BUILD = ["make -C kmod", "sudo insmod kmod/tensormem.ko"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        value: what was found.
+        state: ``ok``; ``warn``: works, with less; ``fail``: tensormem cannot work.
+        note: what follows from it, or empty.
+        fix: commands, lines to add to a file, or a sentence; empty if none is needed.
+    """
+
+    name: str
+    value: str
+    state: State = "ok"
+    note: str = ""
+    fix: list[str] = field(default_factory=list)
+
+
+def _allowed(path: Path) -> bool:
+    return os.access(path, os.R_OK | os.W_OK)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to look; the defaults are this machine.
+
+    Attributes:
+        root: the directory that stands for ``/``.
+        release: the kernel's release, as ``uname -r``.
+        machine: the architecture, as ``uname -m``.
+        page_size: bytes in a page.
+        allowed: says whether the user may read and write a path.
+    """
+
+    root: Path = Path("/")
+    release: str = field(default_factory=platform.release)
+    machine: str = field(default_factory=platform.machine)
+    page_size: int = field(default_factory=lambda: os.sysconf("SC_PAGE_SIZE"))
+    allowed: Callable[[Path], bool] = _allowed
+
+    def path(self, name: str) -> Path:
+        """Return the path of an absolute name below the root."""
+        return self.root / name.lstrip("/")
+
+    def text(self, name: str) -> str | None:
+        """Return a file's content, stripped; None if it cannot be read."""
+        try:
+            return self.path(name).read_text(errors="replace").strip()
+        except OSError:
+            return None
+
+    def exists(self, name: str) -> bool:
+        """Say whether a path exists (also as a link that leads nowhere here)."""
+        return os.path.lexists(self.path(name))
+
+    @property
+    def is_pi(self) -> bool:
+        """True on a Raspberry Pi."""
+        return "raspberry pi" in (self.text("/proc/device-tree/model") or "").lower()
+
+    @property
+    def loaded(self) -> bool:
+        """True if the module is loaded."""
+        modules = self.text("/proc/modules") or ""
+        return self.exists("/sys/module/tensormem") or bool(
+            re.search(r"^tensormem ", modules, re.M)
+        )
+
+    def command_line(self, words: str) -> list[str]:
+        """Say how to add words to the kernel's command line here."""
+        if self.is_pi:
+            return [f"add '{words}' to the one line of /boot/firmware/cmdline.txt, then reboot"]
+        return [
+            f"add '{words}' to GRUB_CMDLINE_LINUX in /etc/default/grub, then:",
+            "sudo update-grub && sudo reboot",
+        ]
+
+
+def _module(m: Machine) -> Check:
+    if m.loaded:
+        version = m.text("/sys/module/tensormem/version")
+        return Check("module", f"loaded, version {version}" if version else "loaded")
+    folder = m.path(f"/lib/modules/{m.release}")
+    places = [folder / "extra", folder / "updates", folder / "updates/dkms", folder]
+    built = any(list(place.glob("tensormem.ko*")) for place in places)
+    if built:
+        return Check("module", "installed, not loaded", "fail", "", ["sudo modprobe tensormem"])
+    return Check(
+        "module",
+        "not loaded and not installed",
+        "fail",
+        "build it in the source tree of tensormem:",
+        list(_BUILD),
+    )
+
+
+def _device(m: Machine) -> Check:
+    path = m.path("/dev/tensormem")
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        note = "it appears when the module is loaded" if not m.loaded else ""
+        fix = [] if not m.loaded else ["sudo udevadm trigger && ls -l /dev/tensormem"]
+        return Check("device", "/dev/tensormem is missing", "fail", note, fix)
+    value = f"/dev/tensormem, mode {stat.S_IMODE(mode):04o}"
+    rule = [
+        "sudo groupadd --system --force tensormem",
+        f"echo '{UDEV_RULE}' |",
+        "  sudo tee /etc/udev/rules.d/60-tensormem.rules",
+        "sudo udevadm control --reload",
+        "sudo udevadm trigger --name-match=tensormem",
+        "sudo usermod -aG tensormem $USER   # then log in again",
+    ]
+    if not m.allowed(path):
+        return Check("device", value, "fail", "this user may not open it", rule)
+    if mode & 0o007:
+        return Check("device", value, "warn", "anybody on this machine may open it", rule[:5])
+    return Check("device", value)
+
+
+def _architecture(m: Machine) -> Check:
+    if m.machine in ("aarch64", "arm64"):
+        return Check("architecture", m.machine)
+    if m.machine.startswith("arm"):
+        return Check(
+            "architecture",
+            m.machine,
+            "fail",
+            "the module needs a 64-bit kernel",
+            ["add 'arm_64bit=1' to /boot/firmware/config.txt, or install the 64-bit system"],
+        )
+    return Check(
+        "architecture",
+        m.machine,
+        "warn",
+        "made for arm64; here, boot the emulated board:",
+        ["make demo"],
+    )
+
+
+def _kernel(m: Machine) -> Check:
+    span = f"supported are {MIN_KERNEL[0]}.{MIN_KERNEL[1]} to {MAX_KERNEL[0]}.x"
+    match = re.match(r"(\d+)\.(\d+)", m.release)
+    version = (int(match[1]), int(match[2])) if match else (0, 0)
+    if version < MIN_KERNEL:
+        fix = ["sudo apt full-upgrade && sudo reboot   # Debian 12 and later have 6.1 or newer"]
+        return Check("kernel", m.release, "fail", span, fix)
+    if version > MAX_KERNEL:
+        fix = ["look for a newer tensormem; this one was never tried on such a kernel"]
+        return Check("kernel", m.release, "warn", span, fix)
+    return Check("kernel", m.release)
+
+
+def _page_size(m: Machine) -> Check:
+    value = format_size(m.page_size)
+    if m.page_size == 4096:
+        return Check("page size", value, note="a chunk can be mapped as one 2 MiB block")
+    if m.page_size in (16384, 65536):
+        fix = []
+        if m.is_pi:
+            fix = ["for 4 KiB: add 'kernel=kernel8.img' to /boot/firmware/config.txt, reboot"]
+        note = (
+            f"a chunk is {(2 << 20) // m.page_size} pages, mapped as contiguous runs;"
+            f" the smallest tensor takes {value}"
+        )
+        return Check("page size", value, "ok", note, fix)
+    return Check("page size", value, "warn", "never tried with this page size")
+
+
+def _thp(m: Machine) -> Check:
+    text = m.text("/sys/kernel/mm/transparent_hugepage/enabled")
+    match = re.search(r"\[(\w+)\]", text or "")
+    if match is None:
+        note = "this kernel has none: tensors are mapped page by page, which costs TLB entries"
+        fix = ["a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y, such as Debian's, has them"]
+        return Check("huge pages", "no THP", "warn", note, fix)
+    if match[1] == "never":
+        fix = ["echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"]
+        return Check("huge pages", "THP never", "warn", "switched off", fix)
+    return Check("huge pages", f"THP {match[1]}")
+
+
+def _psi(m: Machine) -> Check:
+    if m.text("/proc/pressure/memory") is not None:
+        return Check("PSI", "on")
+    note = "pressure is judged by watermarks alone"
+    return Check("PSI", "off", "warn", note, m.command_line("psi=1"))
+
+
+def _cgroup(m: Machine) -> Check:
+    if "memory" in (m.text("/sys/fs/cgroup/cgroup.controllers") or "").split():
+        return Check("memory cgroup", "on (v2)")
+    line = re.search(r"^memory\s+\d+\s+\d+\s+1$", m.text("/proc/cgroups") or "", re.M)
+    if line:
+        return Check("memory cgroup", "on (v1)")
+    note = "memory of tensors is not charged to containers"
+    fix = m.command_line("cgroup_enable=memory cgroup_memory=1")
+    return Check("memory cgroup", "off", "warn", note, fix)
+
+
+def _btf(m: Machine) -> Check:
+    if m.exists("/sys/kernel/btf/vmlinux"):
+        return Check("BTF", "present")
+    note = "eBPF monitors must compile against headers; the rest works"
+    fix = ["a kernel with CONFIG_DEBUG_INFO_BTF=y, such as Debian's, has it"]
+    return Check("BTF", "absent", "warn", note, fix)
+
+
+def _hugetlb(m: Machine) -> Check:
+    total = 0
+    folders = list(m.path("/sys/kernel/mm/hugepages").glob("hugepages-*kB"))
+    for folder in folders:
+        size = int(folder.name.removeprefix("hugepages-").removesuffix("kB")) * 1024
+        count = m.text(f"/sys/kernel/mm/hugepages/{folder.name}/nr_hugepages") or "0"
+        total += size * int(count) if count.isdigit() else 0
+    if total:
+        note = f"{format_size(total)} are set aside that tensormem cannot use"
+        fix = ["echo 0 | sudo tee /sys/kernel/mm/hugepages/*/nr_hugepages"]
+        return Check("hugetlb", format_size(total), "warn", note, fix)
+    return Check("hugetlb", "none reserved" if folders else "absent", note="not needed")
+
+
+def _cma(m: Machine) -> Check:
+    match = re.search(r"^CmaTotal:\s+(\d+) kB", m.text("/proc/meminfo") or "", re.M)
+    size = int(match[1]) * 1024 if match else 0
+    value = format_size(size) if size else "none"
+    if size >= 64 << 20:
+        return Check("CMA", value)
+    note = "chunks come from the page allocator, which fragments as the machine runs"
+    return Check("CMA", value, "warn", note, m.command_line("cma=64M"))
+
+
+def _headers(m: Machine) -> Check:
+    if m.path(f"/lib/modules/{m.release}/build/Makefile").exists():
+        return Check("headers", "present")
+    if "+rpt" in m.release or "-rpi" in m.release:
+        flavour = re.search(r"rpi-([\w-]+)$", m.release)
+        package = f"linux-headers-rpi-{flavour[1] if flavour else 'v8'}"
+    elif m.release.endswith("-raspi"):
+        package = "linux-headers-raspi"
+    else:
+        package = f"linux-headers-{m.release}"
+    fix = [f"sudo apt install {package}"]
+    if package.startswith("linux-headers-rpi"):
+        fix.append("# if the versions differ: sudo apt full-upgrade && sudo reboot")
+    note = "needed to build the module for this kernel"
+    return Check("headers", "missing", "warn" if m.loaded else "fail", note, fix)
+
+
+def _signatures(m: Machine) -> Check:
+    try:
+        variable = m.path(f"/sys/firmware/efi/efivars/{_SECURE_BOOT}").read_bytes()
+    except OSError:
+        variable = b""
+    secure = len(variable) == 5 and variable[4] == 1
+    locked = re.search(r"\[(\w+)\]", m.text("/sys/kernel/security/lockdown") or "")
+    lockdown = locked[1] if locked else "none"
+    enforced = m.text("/sys/module/module/parameters/sig_enforce") == "Y"
+    value = "Secure Boot" if secure else "no Secure Boot"
+    if not enforced and lockdown == "none":
+        return Check("signatures", f"{value}, not enforced")
+    value += ", enforced" if enforced else f", lockdown {lockdown}"
+    if m.loaded:
+        return Check("signatures", value, note="the loaded module passed")
+    fix = [
+        "openssl req -new -x509 -newkey rsa:2048 -nodes -days 3650 \\",
+        "  -subj /CN=tensormem/ -keyout mok.key -outform DER -out mok.der",
+        "sudo mokutil --import mok.der   # then reboot and enrol the key",
+        f"/lib/modules/{m.release}/build/scripts/sign-file sha256 \\",
+        "  mok.key mok.der kmod/tensormem.ko",
+    ]
+    return Check("signatures", value, "fail", "an unsigned module is refused: sign it", fix)
+
+
+def _client(m: Machine) -> Check | None:
+    """Open the device: the proof that everything above adds up."""
+    path = m.path("/dev/tensormem")
+    if not path.exists() or not m.allowed(path):
+        return None
+    from .client import open as open_client
+
+    try:
+        with open_client(path) as client:
+            stats = client.stats()
+    except errors.TensormemError as error:
+        return Check("client", error.cause, "fail", "", [error.remedy])
+    mapped = "one mapping" if stats.whole_window else "one mapping for each tensor"
+    return Check(
+        "client",
+        f"ABI {stats.abi_version}, quota {format_size(stats.quota)},"
+        f" window {format_size(stats.window_size)}",
+        note=mapped if not stats.whole_window else "",
+    )
+
+
+def examine(machine: Machine | None = None) -> list[Check]:
+    """Run every check, in the order in which one would mend things.
+
+    Args:
+        machine: where to look; None for this machine.
+
+    Returns:
+        One finding for each check; ``client`` only where the device can be opened.
+    """
+    m = machine or Machine()
+    checks = [
+        _architecture(m),
+        _kernel(m),
+        _headers(m),
+        _signatures(m),
+        _module(m),
+        _device(m),
+        _client(m),
+        _page_size(m),
+        _thp(m),
+        _psi(m),
+        _cgroup(m),
+        _btf(m),
+        _hugetlb(m),
+        _cma(m),
+    ]
+    return [check for check in checks if check is not None]

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: MIT
+"""doctor on machines that are directories."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake import FakeDevice
+from tensormem import client as client_module
+from tensormem.doctor import UDEV_RULE, Check, Machine, examine
+
+RELEASE = "6.12.48+deb13-arm64"
+EFI = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+
+
+def put(m: Machine, name: str, content: str | bytes = "") -> None:
+    path = m.path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.fixture
+def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Return a machine where every check is fine."""
+    m = Machine(tmp_path, RELEASE, "aarch64", 4096)
+    put(m, "/proc/modules", "ext4 1 0 - Live 0x0\ntensormem 81920 0 - Live 0x0\n")
+    put(m, "/sys/module/tensormem/version", "0.1.0\n")
+    put(m, "/dev/tensormem")
+    m.path("/dev/tensormem").chmod(0o660)
+    put(m, "/sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n")
+    put(m, "/proc/pressure/memory", "some avg10=0.00\n")
+    put(m, "/sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory pids\n")
+    put(m, "/sys/kernel/btf/vmlinux", b"\0")
+    put(m, "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "0\n")
+    put(m, "/proc/meminfo", "MemTotal: 4000000 kB\nCmaTotal:         65536 kB\n")
+    put(m, f"/lib/modules/{RELEASE}/build/Makefile")
+    put(m, "/sys/module/module/parameters/sig_enforce", "N\n")
+    put(m, "/sys/kernel/security/lockdown", "[none] integrity confidentiality\n")
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: FakeDevice())
+    return m
+
+
+def find(m: Machine, name: str) -> Check:
+    checks = examine(m)
+    assert len({c.name for c in checks}) == len(checks)
+    return next(c for c in checks if c.name == name)
+
+
+def others_are_fine(m: Machine, *names: str) -> bool:
+    return all(c.state == "ok" for c in examine(m) if c.name not in names)
+
+
+def fix(check: Check) -> str:
+    return "\n".join(check.fix)
+
+
+def remove(m: Machine, name: str) -> None:
+    m.path(name).unlink()
+
+
+def test_good_machine(good: Machine) -> None:
+    checks = examine(good)
+    assert [c.name for c in checks] == [
+        "architecture", "kernel", "headers", "signatures", "module", "device", "client",
+        "page size", "huge pages", "PSI", "memory cgroup", "BTF", "hugetlb", "CMA",
+    ]  # fmt: skip
+    assert all(c.state == "ok" for c in checks), checks
+    assert not any(c.fix for c in checks)
+    assert all(c.value for c in checks)
+    assert find(good, "module").value == "loaded, version 0.1.0"
+    assert find(good, "client").value == "ABI 1, quota 256 MiB, window 256 MiB"
+
+
+def unload(m: Machine) -> None:
+    put(m, "/proc/modules", "ext4 1 0 - Live 0x0\nnot_tensormem 1 0\n")
+    remove(m, "/sys/module/tensormem/version")
+    m.path("/sys/module/tensormem").rmdir()
+    remove(m, "/dev/tensormem")
+
+
+def test_module_not_built(good: Machine) -> None:
+    unload(good)
+    check = find(good, "module")
+    assert check.state == "fail"
+    assert "make -C kmod" in fix(check)
+    assert "sudo insmod kmod/tensormem.ko" in fix(check)
+    device = find(good, "device")
+    assert device.state == "fail"
+    assert "module is loaded" in device.note
+    assert others_are_fine(good, "module", "device")
+    assert not any(c.name == "client" for c in examine(good))
+
+
+@pytest.mark.parametrize("place", ["extra/tensormem.ko", "updates/dkms/tensormem.ko.xz"])
+def test_module_built_and_not_loaded(good: Machine, place: str) -> None:
+    unload(good)
+    put(good, f"/lib/modules/{RELEASE}/{place}")
+    check = find(good, "module")
+    assert check.state == "fail"
+    assert check.fix == ["sudo modprobe tensormem"]
+
+
+def test_device_missing_under_a_loaded_module(good: Machine) -> None:
+    remove(good, "/dev/tensormem")
+    check = find(good, "device")
+    assert check.state == "fail"
+    assert "udevadm trigger" in fix(check)
+
+
+def test_device_denied(good: Machine) -> None:
+    m = replace(good, allowed=lambda _: False)
+    check = find(m, "device")
+    assert check.state == "fail"
+    assert check.value == "/dev/tensormem, mode 0660"
+    for words in (
+        "groupadd --system --force tensormem",
+        UDEV_RULE,
+        "/etc/udev/rules.d/60-tensormem.rules",
+        "udevadm control --reload",
+        "usermod -aG tensormem $USER",
+    ):
+        assert words in fix(check)
+    assert not any(c.name == "client" for c in examine(m))
+
+
+def test_device_open_to_the_world(good: Machine) -> None:
+    good.path("/dev/tensormem").chmod(0o666)
+    check = find(good, "device")
+    assert check.state == "warn"
+    assert "anybody" in check.note
+    assert UDEV_RULE in fix(check)
+
+
+def test_client_of_another_abi(good: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: FakeDevice(abi_version=9))
+    check = find(good, "client")
+    assert check.state == "fail"
+    assert "ABI 9" in check.value
+    assert check.fix
+
+
+def test_client_without_the_whole_window(good: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: FakeDevice(window_mapping=False))
+    assert "each tensor" in find(good, "client").note
+
+
+@pytest.mark.parametrize(
+    ("machine", "state", "words"),
+    [
+        ("aarch64", "ok", ""),
+        ("armv7l", "fail", "arm_64bit=1"),
+        ("x86_64", "warn", "make demo"),
+    ],
+)
+def test_architecture(good: Machine, machine: str, state: str, words: str) -> None:
+    check = find(replace(good, machine=machine), "architecture")
+    assert (check.state, check.value) == (state, machine)
+    assert words in fix(check)
+
+
+@pytest.mark.parametrize(
+    ("release", "state"),
+    [
+        ("6.0.12-arm64", "fail"),
+        ("5.15.0-rpi", "fail"),
+        ("6.1.0-40-arm64", "ok"),
+        ("6.12.48+deb13-rt-arm64", "ok"),
+        ("7.2.1-arm64-16k", "ok"),
+        ("8.0.0", "warn"),
+        ("weird", "fail"),
+    ],
+)
+def test_kernel(good: Machine, release: str, state: str) -> None:
+    check = find(replace(good, release=release), "kernel")
+    assert (check.state, check.value) == (state, release)
+    assert bool(check.fix) == (state != "ok")
+    if state != "ok":
+        assert "6.1 to 7.x" in check.note
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "words", "state"),
+    [
+        (4096, "4 KiB", "2 MiB block", "ok"),
+        (16384, "16 KiB", "128 pages", "ok"),
+        (65536, "64 KiB", "32 pages", "ok"),
+        (8192, "8 KiB", "never tried", "warn"),
+    ],
+)
+def test_page_size(good: Machine, size: int, value: str, words: str, state: str) -> None:
+    check = find(replace(good, page_size=size), "page size")
+    assert (check.value, check.state) == (value, state)
+    assert words in check.note
+
+
+def test_page_size_of_a_pi_5(good: Machine) -> None:
+    put(good, "/proc/device-tree/model", "Raspberry Pi 5 Model B Rev 1.0\0")
+    assert "kernel=kernel8.img" in fix(find(replace(good, page_size=16384), "page size"))
+
+
+def test_thp(good: Machine) -> None:
+    name = "/sys/kernel/mm/transparent_hugepage/enabled"
+    assert find(good, "huge pages").value == "THP madvise"
+    put(good, name, "always madvise [never]\n")
+    check = find(good, "huge pages")
+    assert check.state == "warn"
+    assert "echo madvise | sudo tee" in fix(check)
+    remove(good, name)
+    check = find(good, "huge pages")
+    assert (check.value, check.state) == ("no THP", "warn")
+    assert "CONFIG_TRANSPARENT_HUGEPAGE" in fix(check)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "words"),
+    [
+        ("PSI", "/proc/pressure/memory", "psi=1"),
+        ("memory cgroup", "/sys/fs/cgroup/cgroup.controllers", "cgroup_enable=memory"),
+        ("CMA", "/proc/meminfo", "cma=64M"),
+    ],
+)
+def test_command_line(good: Machine, name: str, file: str, words: str) -> None:
+    remove(good, file)
+    check = find(good, name)
+    assert check.state == "warn"
+    assert words in fix(check)
+    assert "update-grub" in fix(check)
+    put(good, "/proc/device-tree/model", "Raspberry Pi 4 Model B Rev 1.4\0")
+    check = find(good, name)
+    assert words in fix(check)
+    assert "/boot/firmware/cmdline.txt" in fix(check)
+    assert "grub" not in fix(check)
+    assert others_are_fine(good, name)
+
+
+def test_cgroup_v1(good: Machine) -> None:
+    remove(good, "/sys/fs/cgroup/cgroup.controllers")
+    put(good, "/proc/cgroups", "#name h n e\ncpu\t1\t1\t1\nmemory\t2\t5\t1\n")
+    assert find(good, "memory cgroup").value == "on (v1)"
+    put(good, "/proc/cgroups", "#name h n e\ncpu\t1\t1\t1\nmemory\t2\t5\t0\n")
+    assert find(good, "memory cgroup").state == "warn"
+
+
+def test_small_cma(good: Machine) -> None:
+    put(good, "/proc/meminfo", "CmaTotal:           5120 kB\n")
+    check = find(good, "CMA")
+    assert (check.value, check.state) == ("5 MiB", "warn")
+
+
+def test_btf(good: Machine) -> None:
+    remove(good, "/sys/kernel/btf/vmlinux")
+    check = find(good, "BTF")
+    assert check.state == "warn"
+    assert "CONFIG_DEBUG_INFO_BTF" in fix(check)
+
+
+def test_hugetlb(good: Machine) -> None:
+    put(good, "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "16\n")
+    put(good, "/sys/kernel/mm/hugepages/hugepages-64kB/nr_hugepages", "16\n")
+    check = find(good, "hugetlb")
+    assert (check.value, check.state) == ("33 MiB", "warn")
+    assert "nr_hugepages" in fix(check)
+
+
+@pytest.mark.parametrize(
+    ("release", "package"),
+    [
+        (RELEASE, f"linux-headers-{RELEASE}"),
+        ("6.12.47+rpt-rpi-v8", "linux-headers-rpi-v8"),
+        ("6.12.47+rpt-rpi-2712", "linux-headers-rpi-2712"),
+        ("6.8.0-1013-raspi", "linux-headers-raspi"),
+        ("6.14.0-29-generic", "linux-headers-6.14.0-29-generic"),
+    ],
+)
+def test_headers(good: Machine, release: str, package: str) -> None:
+    remove(good, f"/lib/modules/{RELEASE}/build/Makefile")
+    check = find(replace(good, release=release), "headers")
+    assert check.state == "warn", "the module is loaded already"
+    assert check.fix[0] == f"sudo apt install {package}"
+    unload(good)
+    assert find(replace(good, release=release), "headers").state == "fail"
+
+
+@pytest.mark.parametrize(
+    ("files", "value"),
+    [
+        ({"/sys/module/module/parameters/sig_enforce": "Y\n"}, "no Secure Boot, enforced"),
+        (
+            {"/sys/kernel/security/lockdown": "none [integrity] confidentiality\n"},
+            "no Secure Boot, lockdown integrity",
+        ),
+        (
+            {EFI: b"\6\0\0\0\1", "/sys/module/module/parameters/sig_enforce": "Y\n"},
+            "Secure Boot, enforced",
+        ),
+    ],
+)
+def test_signatures(good: Machine, files: dict[str, Any], value: str) -> None:
+    for name, content in files.items():
+        put(good, name, content)
+    check = find(good, "signatures")
+    assert (check.value, check.state) == (value, "ok"), "the loaded module has passed"
+    unload(good)
+    check = find(good, "signatures")
+    assert (check.value, check.state) == (value, "fail")
+    assert "mokutil --import" in fix(check)
+    assert "sign-file sha256" in fix(check)
+    assert f"/lib/modules/{RELEASE}" in fix(check)
+
+
+def test_secure_boot_that_is_off(good: Machine) -> None:
+    put(good, EFI, b"\6\0\0\0\0")
+    assert find(good, "signatures").value == "no Secure Boot, not enforced"
+
+
+def test_this_machine_can_be_examined() -> None:
+    for check in examine():
+        assert check.state in ("ok", "warn", "fail")
+        assert check.value
+        assert bool(check.fix or check.note) or check.state == "ok"
+
+
+def test_a_machine_without_any_file(tmp_path: Path) -> None:
+    checks = examine(Machine(tmp_path, RELEASE, "aarch64", os.sysconf("SC_PAGE_SIZE")))
+    assert {c.name for c in checks if c.state == "fail"} == {"headers", "module", "device"}
+
+
+def test_everything_fits_into_80_columns(good: Machine) -> None:
+    unload(good)
+    put(good, "/sys/module/module/parameters/sig_enforce", "Y\n")
+    m = replace(good, allowed=lambda _: False)
+    lines = [line for check in examine(m) for line in check.fix]
+    put(good, "/dev/tensormem")
+    lines += [line for check in examine(m) for line in check.fix]
+    assert len(lines) > 10
+    assert not [line for line in lines if len(line) > 80 - 6]
+    assert not any(re.search(r"\s$", line) for line in lines)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensormem import errors, system
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_sysfs(tmp_path)
+
+
+def make_sysfs(top: Path) -> Path:
+    values: dict[str, dict[str, Any]] = {
+        "chunk": {
+            "capacity": 256, "reserve": 4, "total": 20, "free": 5, "zeroed": 4, "used": 15,
+            "quarantined": 0, "grown": 30, "shrunk": 10, "grow_failed": 1,
+        },
+        "buddy": {
+            "chunks": 3, "free_pages": 500, "used_pages": 1036, "allocs": 70, "frees": 40,
+            "splits": 33, "merges": 22, "fallbacks": 0,
+        },
+        "clients": {"count": 2, "tensors": 28, "bytes": 31457280, "default_quota": 1 << 40},
+    }  # fmt: skip
+    root = top / "tensormem"
+    for group, files in values.items():
+        (root / group).mkdir(parents=True)
+        for name, value in files.items():
+            (root / group / name).write_text(f"{value}\n")
+    (root / "dev").write_text("10:120\n")
+    (root / "power").mkdir()
+    (root / "power" / "control").write_text("auto\n")
+    (root / "subsystem").symlink_to(top)
+    return root
+
+
+def test_read(root: Path) -> None:
+    status = system.read(root)
+    assert set(status.groups) == {"chunk", "buddy", "clients"}
+    assert status.group("chunk").get("capacity") == 256
+    assert status.group("buddy").get("fallbacks") == 0
+    assert status.group("clients").get("default_quota") == 1 << 40
+
+
+def test_names_come_and_go(root: Path) -> None:
+    (root / "chunk" / "zeroed").unlink()
+    (root / "chunk" / "novelty").write_text("12\n")
+    (root / "chunk" / "policy").write_text("local bind\n")
+    (root / "kv").mkdir()
+    (root / "kv" / "blocks").write_text("7\n")
+    chunk = system.read(root).group("chunk")
+    assert chunk.get("zeroed") is None
+    assert chunk.get("novelty") == 12
+    assert chunk.get("policy") is None
+    assert chunk.values["policy"] == "local bind"
+    assert system.read(root).group("kv").get("blocks") == 7
+    with pytest.raises(errors.IncompatibleModule, match="'slab'"):
+        system.read(root).group("slab")
+
+
+def test_no_module(tmp_path: Path) -> None:
+    with pytest.raises(errors.NotAvailable, match=r"not loaded.*modprobe"):
+        system.read(tmp_path / "nothing")
+
+
+def test_root_from_the_environment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORMEM_SYSFS", str(root))
+    assert system.read().group("clients").get("count") == 2
+    assert system.root_path() == root
+    monkeypatch.delenv("TENSORMEM_SYSFS")
+    assert system.root_path() == Path(system.DEFAULT_ROOT)
+
+
+@pytest.mark.parametrize(("size", "count"), [(0, 0), (1, 1), (2 << 20, 1), ((2 << 20) + 1, 2)])
+def test_chunks(size: int, count: int) -> None:
+    assert system.chunks(size) == count
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    log: list[tuple[str, int]] = []
+    real = system._write
+
+    def write(path: Path, value: int) -> None:
+        log.append((path.name, value))
+        real(path, value)
+
+    monkeypatch.setattr(system, "_write", write)
+    return log
+
+
+def test_set(root: Path, written: list[tuple[str, int]]) -> None:
+    assert system.set_chunk_pool(capacity=512, reserve=300, root=root) == system.PoolLimits(
+        512, 300
+    )
+    assert written == [("capacity", 512), ("reserve", 300)], "growing: capacity first"
+    written.clear()
+    assert system.set_chunk_pool(capacity=8, reserve=2, root=root).capacity == 8
+    assert written == [("reserve", 2), ("capacity", 8)], "shrinking: reserve first"
+    written.clear()
+    assert system.set_chunk_pool(reserve=0, root=root) == system.PoolLimits(8, 0)
+    assert written == [("reserve", 0)]
+    assert (root / "chunk" / "capacity").read_text() == "8"
+
+
+def test_set_refuses_a_reserve_beyond_the_capacity(
+    root: Path, written: list[tuple[str, int]]
+) -> None:
+    for capacity, reserve in ((2, None), (None, 257), (3, 4)):
+        with pytest.raises(errors.InvalidArgument, match="does not fit"):
+            system.set_chunk_pool(capacity=capacity, reserve=reserve, root=root)
+    assert not written
+
+
+def test_set_takes_back_the_first_when_the_second_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = []
+
+    def write(path: Path, value: int) -> None:
+        log.append((path.name, value))
+        if path.name == "reserve":
+            raise errors.OutOfMemory()
+
+    monkeypatch.setattr(system, "_write", write)
+    with pytest.raises(errors.OutOfMemory):
+        system.set_chunk_pool(capacity=512, reserve=300, root=root)
+    assert log == [("capacity", 512), ("reserve", 300), ("capacity", 256)]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EACCES, errors.NotPermitted, "sudo"),
+        (errno.EPERM, errors.NotPermitted, "sudo"),
+        (errno.EINVAL, errors.InvalidArgument, "limits"),
+        (errno.EBUSY, errors.Busy, "free tensors first"),
+        (errno.ENOMEM, errors.OutOfMemory, "stop something"),
+    ],
+)
+def test_refusals_of_the_module(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kind: type[errors.TensormemError],
+    words: str,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(kind, match=words) as info:
+        system._write(root / "chunk" / "capacity", 5)
+    assert "chunk/capacity to 5" in str(info.value)
+
+
+def test_set_without_the_files(root: Path) -> None:
+    (root / "chunk" / "reserve").unlink()
+    with pytest.raises(errors.IncompatibleModule, match="chunk/reserve"):
+        system.set_chunk_pool(capacity=1, root=root)
