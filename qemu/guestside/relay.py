@@ -1,6 +1,6 @@
 """Carry the guest's channels over one serial line, for a board without virtio.
 
-A frame is a line: the channel's name, a space, and what was read in base64. ``DONE`` files tell that a channel ended.
+A frame is a line: the channel's name, a space, and what was read in base64. A file NAME.done tells that a channel ended.
 """
 
 import base64
@@ -10,6 +10,7 @@ import threading
 from typing import BinaryIO
 
 CHUNK = 4096
+GREETING = b"\ntensormem frames\n"
 
 
 def carry(folder: pathlib.Path, name: str, line: BinaryIO, lock: threading.Lock) -> None:
@@ -27,6 +28,8 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     lock = threading.Lock()
     with open(sys.argv[2], "wb") as line:
+        line.write(GREETING)
+        line.flush()
         threads = [
             threading.Thread(target=carry, args=(folder, name, line, lock)) for name in ("stdout", "stderr", "result")
         ]

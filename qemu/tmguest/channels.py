@@ -66,14 +66,24 @@ def sinks(result: Result) -> dict[str, Sink]:
     }
 
 
+FRAMES_BEGIN = b"tensormem frames"
+
+
 def unframe(channels: dict[str, Sink]) -> Sink:
-    """A sink for the serial line of a board without virtio, where the channels share one line in frames."""
+    """A sink for the serial line of a board without virtio, where the channels share one line in frames.
+
+    What comes before the relay's greeting is the serial driver trying the line.
+    """
     rest = b""
+    greeted = False
 
     def feed(data: bytes) -> None:
-        nonlocal rest
+        nonlocal rest, greeted
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
+            if not greeted:
+                greeted = line.strip() == FRAMES_BEGIN
+                continue
             name, _, payload = line.strip().partition(b" ")
             sink = channels.get(name.decode(errors="replace"))
             try:

@@ -16,7 +16,7 @@ from .log import step
 RECIPE = 1
 PACKAGES = (
     "base-files", "base-passwd", "bash", "coreutils", "dash", "diffutils", "findutils", "gawk", "grep", "gzip",
-    "hostname", "iproute2", "kmod", "less", "ncurses-base", "procps", "sed", "tar", "util-linux",
+    "hostname", "iproute2", "kmod", "less", "mount", "ncurses-base", "procps", "sed", "tar", "util-linux",
     "python3", "python3-click", "python3-numpy", "python3-pyroute2", "python3-pytest",
     "busybox-static",
 )  # fmt: skip

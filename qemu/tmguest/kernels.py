@@ -18,13 +18,13 @@ from . import apt, buildroot, cpio, debugkernel, store
 from .errors import DownloadError, GuestError
 from .log import step
 
-RECIPE = 3
+RECIPE = 4
 DEFAULT = "6.12"
 PARTS = r"linux-(image|binary|modules|base|headers|kbuild)-\d"
 # In the order in which they are wanted; what they depend on comes before them, what a kernel has built in is left out.
 BOOT_MODULES = (
     "virtio_pci", "virtio_blk", "virtio_console", "crc32c_generic", "ext4", "9pnet_virtio", "9p",
-    "bcm2835", "sdhci-iproc", "mmc_block",
+    "bcm2835", "sdhci-iproc", "mmc_block", "bcm2835-rng",
 )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from .kernels import Kernel
 from .log import say, step
 
 MADE = (".ko", ".o", ".mod", ".cmd", ".mod.c", ".order", ".symvers", ".a")
+# The map makes the kernel's warnings name files as they are called in the tree.
+KCFLAGS = "-Werror -fmacro-prefix-map=/build/=kmod/"
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,16 @@ def build(kernel: Kernel, extras: Extras | None = None) -> Path:
         raise GuestError(f"there is no kernel module to build: {source} has neither Kbuild nor Makefile")
     copy = paths.BUILD / "kmod" / kernel.spec.name
     with store.locked(copy.with_suffix(".lock"), f"the module for {kernel.spec.name}"):
+        stamp = copy / ".built-for"
         # Object files of another kernel version are of no use to make, and it does not notice.
-        stamp = copy / ".kernel"
-        if stamp.exists() and stamp.read_text() != str(kernel.path):
+        if copy.exists() and (not stamp.exists() or stamp.read_text() != str(kernel.path)):
             shutil.rmtree(copy)
-        mirror_sources(source, copy)
-        stamp.write_text(str(kernel.path))
-        if not (copy / "Kbuild").exists() and not (copy / "Makefile").exists():
-            raise GuestError(f"nothing to build in {source}")
+        changed = mirror_sources(source, copy)
+        if stamp.exists() and not changed and extras is None:
+            return copy
+        stamp.unlink(missing_ok=True)
         command = ["make", "-C", kernel.headers, "M=/build", "ARCH=arm64", f"-j{os.cpu_count()}", "--no-print-directory"]
-        command += [f"CROSS_COMPILE={buildroot.CROSS_PREFIX}", f"CC={buildroot.CROSS_PREFIX}gcc", "KCFLAGS=-Werror"]
+        command += [f"CROSS_COMPILE={buildroot.CROSS_PREFIX}", f"CC={buildroot.CROSS_PREFIX}gcc", f"KCFLAGS={KCFLAGS}"]
         checks = extras.arguments() if extras else []
         with step(f"building the module for {kernel.spec.name}", f"Linux {kernel.version}"):
             result = buildroot.run(
@@ -59,11 +61,16 @@ def build(kernel: Kernel, extras: Extras | None = None) -> Path:
             raise GuestError(f"the module does not build for {kernel.spec.name}:\n{output.strip()}")
         if "warning:" in output.lower():
             say(f"building the module for {kernel.spec.name} gave warnings:\n{output.strip()}")
+        stamp.write_text(str(kernel.path))
     return copy
 
 
-def mirror_sources(source: Path, copy: Path) -> None:
-    """Bring ``copy`` up to date with ``source``; what a build made there stays, times stay as they are."""
+def mirror_sources(source: Path, copy: Path) -> bool:
+    """Bring ``copy`` up to date with ``source`` and tell if it was not.
+
+    What a build made there stays, times stay as they are.
+    """
+    changed = False
     copy.mkdir(parents=True, exist_ok=True)
     manifest = copy / ".sources.json"
     known = set(json.loads(manifest.read_text())) if manifest.exists() else set()
@@ -81,9 +88,12 @@ def mirror_sources(source: Path, copy: Path) -> None:
                 continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
+        changed = True
     for gone in known - present:
         (copy / gone).unlink(missing_ok=True)
+        changed = True
     manifest.write_text(json.dumps(sorted(present)))
+    return changed
 
 
 def compile_static(sources: Sequence[Path], outputs: Sequence[Path]) -> None:
