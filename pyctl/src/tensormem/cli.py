@@ -199,7 +199,7 @@ _MEANING = {
         "free": "of these, ready to hand out",
         "zeroed": "of the ready ones, zeroed already",
         "used": "handed out to pools and tensors",
-        "quarantined": "freed, but somebody else still holds pages",
+        "quarantined": "freed, but pages are still held",
         "grown": "taken from the system since load",
         "shrunk": "given back to the system since load",
         "grow_failed": "times the system had none",
@@ -212,7 +212,7 @@ _MEANING = {
         "frees": "runs freed since load",
         "splits": "runs split in two",
         "merges": "runs joined with their buddy",
-        "fallbacks": "tensors made of smaller runs for want of a large one",
+        "fallbacks": "tensors made of smaller runs than asked",
     },
 }
 
@@ -332,7 +332,7 @@ class _Printer:
     """Prints bytes of text as they come, wrapped between words."""
 
     def __init__(self, width: int = WIDTH - 2) -> None:
-        self.width, self.column, self.word = width, 0, ""
+        self.width, self.column, self.word, self.spaces = width, 0, "", 0
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, data: bytes, final: bool = False, **style: Any) -> None:
@@ -341,10 +341,9 @@ class _Printer:
                 self._flush(**style)
                 if character == "\n":
                     click.echo()
-                    self.column = 0
-                elif self.column:
-                    click.echo(" ", nl=False)
-                    self.column += 1
+                    self.column = self.spaces = 0
+                else:
+                    self.spaces += 1
             else:
                 self.word += character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
         if final:
@@ -352,13 +351,13 @@ class _Printer:
 
     def _flush(self, **style: Any) -> None:
         if self.word:
-            if self.column and self.column + len(self.word) > self.width:
+            if self.column and self.column + self.spaces + len(self.word) > self.width:
                 click.echo()
-                self.column = 0
-            click.echo(click.style(self.word, **style), nl=False)
+                self.column = self.spaces = 0
+            click.echo(" " * self.spaces + click.style(self.word, **style), nl=False)
             sys.stdout.flush()
-            self.column += len(self.word)
-            self.word = ""
+            self.column += self.spaces + len(self.word)
+            self.word, self.spaces = "", 0
 
 
 @cli.command()

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fake import FakeDevice
+from tensormem import __version__
+from tensormem import client as client_module
+from tensormem import doctor as doctor_module
+from tensormem.cli import cli
+from tensormem.demo import run as run_module
+from tensormem.device import KernelDevice
+from tensormem.safetensors import load_into
+from tensormem.units import format_size
+from test_system import make_sysfs
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run the command line where sysfs has the files of test_system."""
+    monkeypatch.setenv("TENSORMEM_SYSFS", str(make_sysfs(tmp_path)))
+
+    def call(*arguments: str) -> Result:
+        return CliRunner().invoke(cli, list(arguments), prog_name="tensormem")
+
+    return call
+
+
+@pytest.fixture
+def bare(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run it on a machine without the module."""
+    monkeypatch.setenv("TENSORMEM_SYSFS", str(tmp_path / "nothing"))
+    missing = tmp_path / "nothing"
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: KernelDevice(missing))
+    return run
+
+
+@pytest.fixture
+def fake(run: Run, monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    device = FakeDevice(max_batch=64)
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: device)
+    return device
+
+
+def narrow(text: str) -> bool:
+    return all(len(line) <= 80 for line in text.splitlines())
+
+
+# -- status and pool -------------------------------------------------------------------
+
+
+def test_status(run: Run) -> None:
+    result = run("status")
+    assert result.exit_code == 0
+    assert narrow(result.stdout)
+    lines = {" ".join(line.split()) for line in result.stdout.splitlines()}
+    assert "chunks used 15 30 MiB" in lines
+    assert "chunks ready 5 10 MiB" in lines
+    assert "chunks in reserve 4 8 MiB" in lines
+    assert "chunks at most 256 512 MiB" in lines
+    assert "chunks in the buddy pool 3 6 MiB" in lines
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert f"its pages used 1036 {format_size(1036 * page)}" in lines
+    assert "clients 2 30 MiB" in lines
+    assert "their tensors 28" in lines
+    assert "quota of a new client 1 TiB" in lines
+    # 15 of 256 on 40 columns are 2.3, 20 are 3.1: both rounded up
+    assert "[###=" + "." * 36 + "]  512 MiB" in result.stdout
+
+
+def test_status_json(run: Run) -> None:
+    result = run("status", "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert set(document) == {"chunk_size", "chunk", "buddy", "clients"}
+    assert document["chunk_size"] == 2 << 20
+    assert document["chunk"]["grow_failed"] == 1
+    assert document["clients"]["default_quota"] == 1 << 40
+
+
+def test_status_with_files_missing(run: Run) -> None:
+    root = Path(os.environ["TENSORMEM_SYSFS"])
+    for name in ("used", "quarantined"):
+        (root / "chunk" / name).unlink()
+    result = run("status")
+    assert result.exit_code == 0
+    assert "chunks used" in result.stdout
+    assert " -" in result.stdout
+    for file in (root / "clients").iterdir():
+        file.unlink()
+    result = run("status")
+    assert result.exit_code == 1
+    assert "'clients'" in result.stderr
+
+
+def test_quarantine_shows_when_there_is_any(run: Run) -> None:
+    assert "quarantined" not in run("status").stdout
+    (Path(os.environ["TENSORMEM_SYSFS"]) / "chunk" / "quarantined").write_text("2\n")
+    assert "chunks quarantined" in run("status").stdout
+
+
+def test_pool_show(run: Run) -> None:
+    root = Path(os.environ["TENSORMEM_SYSFS"])
+    (root / "chunk" / "novelty").write_text("9\n")
+    result = run("pool", "show")
+    assert result.exit_code == 0
+    assert narrow(result.stdout)
+    for word in ("chunk pool", "buddy pool", "novelty", "fallbacks", "grow_failed", "512 MiB"):
+        assert word in result.stdout
+    assert "default_quota" not in result.stdout
+    one = run("pool", "show", "buddy")
+    assert "buddy pool" in one.stdout
+    assert "chunk pool" not in one.stdout
+    document = json.loads(run("pool", "show", "buddy", "--json").stdout)
+    assert document["buddy"]["merges"] == 22
+    assert "chunk" not in document
+    wrong = run("pool", "show", "slab")
+    assert wrong.exit_code == 1
+    assert "'slab'" in wrong.stderr
+
+
+def test_pool_set(run: Run) -> None:
+    result = run("pool", "set", "chunk", "--capacity", "1G", "--reserve", "63M")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "chunk pool: capacity 512 chunks (1 GiB)",
+        "chunk pool: reserve 32 chunks (64 MiB)",
+    ]
+    folder = Path(os.environ["TENSORMEM_SYSFS"]) / "chunk"
+    assert (folder / "capacity").read_text() == "512"
+    assert (folder / "reserve").read_text() == "32"
+    result = run("pool", "set", "chunk", "--reserve", "1", "--json")
+    assert json.loads(result.stdout) == {
+        "pool": "chunk", "chunk_size": 2 << 20, "capacity": 512, "reserve": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pool", "set", "chunk"],
+        ["pool", "set", "buddy", "--capacity", "1G"],
+        ["pool", "set", "chunk", "--capacity", "lots"],
+        ["pool", "set", "chunk", "--capacity", "-1"],
+        ["pool", "set", "chunk", "--reserve", "99999999T"],
+        ["demo", "--tokens", "0"],
+        ["demo", "--checkpoint", "c"],
+        ["completion", "tcsh"],
+        ["nonsense"],
+        ["status", "--nonsense"],
+    ],
+)
+def test_wrong_usage(run: Run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: tensormem" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_pool_set_refused(run: Run) -> None:
+    result = run("pool", "set", "chunk", "--reserve", "1G")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "512 chunks does not fit into a capacity of 256" in result.stderr
+
+
+# -- without the module -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["status"], ["pool", "show"], ["pool", "set", "chunk", "--reserve", "1"], ["demo"]],
+)
+def test_without_the_module(bare: Run, arguments: list[str]) -> None:
+    result = bare(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("tensormem: ")
+    assert result.stderr.count("\n") == 1
+    assert "not loaded" in result.stderr
+    assert "tensormem doctor" in result.stderr
+    assert "Traceback" not in result.output
+    result = bare(*arguments, "--json")
+    assert result.exit_code == 1
+    error = json.loads(result.stdout)["error"]
+    assert error["type"] in ("NotAvailable", "DeviceMissing")
+    assert "not loaded" in error["cause"]
+    assert error["remedy"]
+    assert result.stderr == ""
+
+
+def test_an_unforeseen_oserror_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise OSError(5, "Input/output error", "/some/file")
+
+    monkeypatch.setattr("tensormem.system.read", broken)
+    result = run("status")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("tensormem: /some/file: Input/output error")
+    assert result.stderr.count("\n") == 1
+
+
+# -- doctor -------------------------------------------------------------------------------
+
+
+def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [
+        doctor_module.Check("module", "loaded"),
+        doctor_module.Check("PSI", "off", "warn", "a note " * 20, ["add 'psi=1'"]),
+    ]
+    monkeypatch.setattr(doctor_module, "examine", lambda: checks)
+    result = run("doctor")
+    assert result.exit_code == 0, "a warning is not a failure"
+    assert narrow(result.stdout)
+    assert "ok    module" in result.stdout
+    assert "add 'psi=1'" in result.stdout
+    assert result.stdout.endswith("2 checks: 1 ok, 1 warnings, 0 failed\n")
+    checks.append(doctor_module.Check("device", "missing", "fail", "", ["sudo modprobe tensormem"]))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "FAIL  device" in result.stdout
+    result = run("doctor", "--json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert document["ok"] is False
+    assert document["checks"][2] == {
+        "name": "device", "value": "missing", "state": "fail", "note": "",
+        "fix": ["sudo modprobe tensormem"],
+    }  # fmt: skip
+    assert narrow(run("doctor").stdout)
+
+
+# -- demo ---------------------------------------------------------------------------------
+
+
+def test_demo(run: Run, fake: FakeDevice) -> None:
+    result = run("demo", "--tokens", "100")
+    assert result.exit_code == 0, result.output
+    assert narrow(result.stdout)
+    story, report = result.stdout.split("\n\n", 1)
+    text = " ".join(run_module.text().split())
+    assert text.startswith(" ".join(story.split()))
+    assert len(story) >= 120
+    rows = [line.split() for line in report.splitlines()]
+    weights = next(row for row in rows if row[:1] == ["weights"])
+    assert weights[1:3] == ["chunk", "1"]
+    assert weights[-2:] == ["2", "0"]
+    assert next(row for row in rows if row[:1] == ["kv"])[1:3] == ["buddy", "8"]
+    assert "verdict      equal: all 100 tokens" in report
+    assert "tokens/s on tensormem" in report
+    assert "chunk pool   15 chunks used, 5 ready, of 256 (512 MiB)" in report
+    assert fake.fd == -1
+    assert not fake.tensors
+
+
+def test_demo_json(run: Run, fake: FakeDevice) -> None:
+    result = run("demo", "--tokens", "20", "--checkpoint", "a", "--prompt", "The gate", "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document["prompt"] == "The gate"
+    assert document["checkpoint"] == "a"
+    assert len(document["tokens"]) == 20
+    assert bytes(document["tokens"]).decode() == document["text"]
+    assert document["equal"] is True
+    assert document["first_difference"] is None
+    assert document["tokens_per_second"]["tensormem"] > 0
+    assert [h["kind"] for h in document["holdings"]] == ["weights", "kv", "activations"]
+    assert document["model"]["layers"] == 4
+    assert document["pools"]["chunk"]["capacity"] == 256
+
+
+def test_demo_that_differs(run: Run, fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def damaged(client: Any, path: Any) -> Any:
+        weights = load_into(client, path)
+        weights["model.norm.weight"][:] *= -1
+        return weights
+
+    monkeypatch.setattr(run_module, "load_into", damaged)
+    result = run("demo", "--tokens", "5")
+    assert result.exit_code == 1
+    assert "verdict      DIFFERENT at token 0 of 5" in result.stdout
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: FakeDevice())
+    result = run("demo", "--tokens", "5", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["first_difference"] == 0
+
+
+def test_demo_refusals(run: Run, fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("demo", "--prompt", "")
+    assert result.exit_code == 1
+    assert "a prompt of 0 bytes" in result.stderr
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: FakeDevice(capacity=1 << 20))
+    result = run("demo", "--tokens", "5", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["type"] == "PoolExhausted"
+    result = run("demo", "--tokens", "5")
+    assert result.exit_code == 1
+    assert "--capacity" in result.stderr
+
+
+# -- the rest -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(run: Run, shell: str) -> None:
+    result = run("completion", shell)
+    assert result.exit_code == 0
+    assert f"_TENSORMEM_COMPLETE={shell}_complete" in result.stdout
+    assert json.loads(run("completion", shell, "--json").stdout)["script"] in result.stdout
+
+
+def test_completion_completes() -> None:
+    result = python("-m", "tensormem", COMP_WORDS="tensormem po", COMP_CWORD="1",
+                    _TENSORMEM_COMPLETE="bash_complete")  # fmt: skip
+    assert result.stdout == "plain,pool\n"
+
+
+def test_help_and_version(run: Run) -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for word in ("status", "pool", "demo", "doctor", "completion", "Exit codes: 0 fine, 1"):
+        assert word in result.stdout
+    assert run("--version").stdout == f"tensormem, version {__version__}\n"
+    for command in (["status"], ["pool", "show"], ["pool", "set"], ["demo"], ["doctor"],
+                    ["completion"]):  # fmt: skip
+        text = run(*command, "-h")
+        assert text.exit_code == 0
+        assert "--json" in text.stdout
+        assert narrow(text.stdout)
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    source = str(Path(__file__).parents[1] / "src")
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": source, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_as_a_module_and_without_numpy(tmp_path: Path) -> None:
+    root = make_sysfs(tmp_path)
+    code = (
+        "import sys; sys.modules['numpy'] = None; sys.argv = ['tensormem', 'status', '--json'];"
+        "import runpy; runpy.run_module('tensormem', run_name='__main__')"
+    )
+    for arguments in (["-m", "tensormem", "status", "--json"], ["-c", code]):
+        result = python(*arguments, TENSORMEM_SYSFS=str(root))
+        assert (result.returncode, result.stderr) == (0, "")
+        assert json.loads(result.stdout)["clients"]["count"] == 2
+    result = python("-m", "tensormem", "nonsense")
+    assert result.returncode == 2
+
+
+def test_public_names() -> None:
+    import tensormem
+
+    for name in tensormem.__all__:
+        assert getattr(tensormem, name) is not None
+    assert tensormem.open is client_module.open
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = tensormem.nonsense

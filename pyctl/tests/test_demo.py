@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: MIT
+"""The demo model: what it computes, where its arrays live, what it says."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fake import FakeDevice
+from tensormem import Client, errors, safetensors
+from tensormem.demo import run
+from tensormem.demo.model import Config, Decoder, HeapMemory, decode, encode
+
+FOLDER = Path(str(files("tensormem.demo")))
+TEXT = run.text()
+
+Weights = dict[str, npt.NDArray[Any]]
+
+
+def checkpoint(name: str) -> tuple[Weights, Config, dict[str, str]]:
+    path = FOLDER / f"demo-{name}.safetensors"
+    metadata = safetensors.read_header(path).metadata
+    return safetensors.load(path), Config.from_json(metadata["config"]), metadata
+
+
+@pytest.fixture(scope="module")
+def b() -> tuple[Weights, Config, dict[str, str]]:
+    return checkpoint("b")
+
+
+def random_weights(c: Config, tied: bool = True) -> Weights:
+    rng = np.random.default_rng(5)
+
+    def matrix(*shape: int) -> npt.NDArray[np.float32]:
+        return (rng.standard_normal(shape) * 0.3).astype(np.float32)
+
+    kv = c.kv_heads * c.head_dim
+    w: Weights = {
+        "model.embed_tokens.weight": matrix(c.vocab, c.dim),
+        "model.norm.weight": 1 + matrix(c.dim),
+    }
+    if not tied:
+        w["lm_head.weight"] = matrix(c.vocab, c.dim)
+    for i in range(c.layers):
+        p = f"model.layers.{i}."
+        w[p + "input_layernorm.weight"] = 1 + matrix(c.dim)
+        w[p + "post_attention_layernorm.weight"] = 1 + matrix(c.dim)
+        w[p + "self_attn.q_proj.weight"] = matrix(c.dim, c.dim)
+        w[p + "self_attn.k_proj.weight"] = matrix(kv, c.dim)
+        w[p + "self_attn.v_proj.weight"] = matrix(kv, c.dim)
+        w[p + "self_attn.o_proj.weight"] = matrix(c.dim, c.dim)
+        w[p + "mlp.gate_proj.weight"] = matrix(c.ffn, c.dim)
+        w[p + "mlp.up_proj.weight"] = matrix(c.ffn, c.dim)
+        w[p + "mlp.down_proj.weight"] = matrix(c.dim, c.ffn)
+    return w
+
+
+def plain_forward(w: Weights, c: Config, tokens: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Compute logits the textbook way: float64, one head and one position at a time."""
+    w = {name: array.astype(np.float64) for name, array in w.items()}
+    n, d = len(tokens), c.head_dim
+
+    def rms(x: npt.NDArray[Any], weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.stack([row / np.sqrt((row**2).mean() + c.eps) * weight for row in x])
+
+    def rope(v: npt.NDArray[Any], position: int) -> npt.NDArray[Any]:
+        out = np.empty_like(v)
+        for j in range(d // 2):
+            angle = position * c.rope_theta ** (-2 * j / d)
+            a, b = v[j], v[j + d // 2]
+            out[j] = a * np.cos(angle) - b * np.sin(angle)
+            out[j + d // 2] = b * np.cos(angle) + a * np.sin(angle)
+        return out
+
+    x = w["model.embed_tokens.weight"][tokens]
+    for i in range(c.layers):
+        p = f"model.layers.{i}."
+        h = rms(x, w[p + "input_layernorm.weight"])
+        q, k, v = (h @ w[p + f"self_attn.{s}_proj.weight"].T for s in "qkv")
+        mixed = np.zeros_like(q)
+        for head in range(c.heads):
+            own = slice(head * d, head * d + d)
+            shared = head // (c.heads // c.kv_heads)
+            theirs = slice(shared * d, shared * d + d)
+            for t in range(n):
+                score = np.array(
+                    [rope(q[t, own], t) @ rope(k[s, theirs], s) / d**0.5 for s in range(t + 1)]
+                )
+                weight = np.exp(score - score.max())
+                mixed[t, own] = (weight / weight.sum()) @ v[: t + 1, theirs]
+        x = x + mixed @ w[p + "self_attn.o_proj.weight"].T
+        h = rms(x, w[p + "post_attention_layernorm.weight"])
+        gate = h @ w[p + "mlp.gate_proj.weight"].T
+        up = h @ w[p + "mlp.up_proj.weight"].T
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ w[p + "mlp.down_proj.weight"].T
+    head_matrix = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    out: npt.NDArray[np.float64] = rms(x, w["model.norm.weight"]) @ head_matrix.T
+    return out
+
+
+SMALL = Config(dim=24, layers=2, heads=6, kv_heads=2, ffn=20, vocab=50, context=40)
+
+
+# -- arithmetic ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_forward_against_the_textbook(kv_heads: int, tied: bool) -> None:
+    c = Config(**{**SMALL.__dict__, "kv_heads": kv_heads})
+    weights = random_weights(c, tied)
+    tokens = np.random.default_rng(1).integers(0, c.vocab, 13)
+    expected = plain_forward(weights, c, tokens)
+    found = Decoder(weights, c, HeapMemory()).forward(tokens)
+    assert found.shape == (13, c.vocab)
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-4)
+    assert np.abs(expected).max() > 1, "the comparison would say nothing"
+
+
+@pytest.mark.parametrize("parts", [[1] * 13, [5, 8], [12, 1], [1, 11, 1]])
+def test_cached_decode_equals_full_recompute(parts: list[int]) -> None:
+    weights = random_weights(SMALL)
+    tokens = np.random.default_rng(2).integers(0, SMALL.vocab, 13)
+    whole = Decoder(weights, SMALL, HeapMemory()).forward(tokens).copy()
+    decoder = Decoder(weights, SMALL, HeapMemory())
+    rows, begin = [], 0
+    for part in parts:
+        rows.append(decoder.forward(tokens[begin : begin + part]).copy())
+        begin += part
+        assert decoder.length == begin
+    np.testing.assert_allclose(np.concatenate(rows), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_generated_text_equals_full_recompute(b: tuple[Weights, Config, dict[str, str]]) -> None:
+    weights, config, _ = b
+    prompt = encode(run.PROMPT)
+    tokens = list(Decoder(weights, config, HeapMemory()).generate(prompt, 12))
+    again = Decoder(weights, config, HeapMemory())
+    for i, token in enumerate(tokens):
+        again.reset()
+        assert again.prefill([*prompt, *tokens[:i]]) == token
+
+
+def test_reset_forgets() -> None:
+    decoder = Decoder(random_weights(SMALL), SMALL, HeapMemory())
+    first = list(decoder.generate([1, 2, 3], 10))
+    list(decoder.generate([9, 8], 10))
+    assert list(decoder.generate([1, 2, 3], 10)) == first
+
+
+def test_a_long_prompt_goes_in_several_passes() -> None:
+    weights = random_weights(SMALL)
+    prompt = np.random.default_rng(4).integers(0, SMALL.vocab, 35)
+    assert len(prompt) > Decoder.BLOCK
+    expected = int(np.argmax(plain_forward(weights, SMALL, prompt)[-1]))
+    assert Decoder(weights, SMALL, HeapMemory()).prefill(prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ([], "0 tokens"),
+        ([1] * 33, "33 tokens at once"),
+        ([50], "vocabulary"),
+        ([-1], "vocabulary"),
+    ],
+)
+def test_bad_tokens(tokens: list[int], words: str) -> None:
+    decoder = Decoder(random_weights(SMALL), SMALL, HeapMemory())
+    with pytest.raises(ValueError, match=words):
+        decoder.forward(tokens)
+    assert decoder.length == 0
+
+
+def test_the_context_is_a_bound() -> None:
+    decoder = Decoder(random_weights(SMALL), SMALL, HeapMemory())
+    with pytest.raises(ValueError, match="context of 40"):
+        decoder.prefill([1] * 41)
+    assert decoder.length == 0
+    decoder.prefill([1] * 40)
+    assert decoder.length == 40
+    with pytest.raises(ValueError, match="context"):
+        decoder.forward([1])
+    with pytest.raises(ValueError, match="context"):
+        list(decoder.generate([1] * 30, 11))
+    assert len(list(decoder.generate([1] * 30, 10))) == 10
+    with pytest.raises(ValueError, match="empty"):
+        decoder.prefill([])
+
+
+def test_wrong_weights() -> None:
+    weights = random_weights(SMALL)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for bad in (weights[name].T.copy(), weights[name].astype(np.float64)):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            Decoder(weights | {name: bad}, SMALL, HeapMemory())
+    del weights[name]
+    with pytest.raises(ValueError, match=f"no tensor '{re.escape(name)}'"):
+        Decoder(weights, SMALL, HeapMemory())
+
+
+# -- memory ----------------------------------------------------------------------------
+
+
+class Counting:
+    """Heap memory that remembers what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+
+    def empty(
+        self, shape: Any, dtype: npt.DTypeLike = np.float32, kind: str = "activations"
+    ) -> npt.NDArray[Any]:
+        array = np.empty(shape, dtype)
+        self.asked.append((kind, array.nbytes))
+        return array
+
+
+def test_kv_and_scratch_come_from_the_provider_once() -> None:
+    memory = Counting()
+    decoder = Decoder(random_weights(SMALL), SMALL, memory)
+    kv = [size for kind, size in memory.asked if kind == "kv"]
+    c = SMALL
+    assert kv == [c.kv_heads * c.context * c.head_dim * 4] * 2 * c.layers
+    assert {kind for kind, _ in memory.asked} == {"kv", "activations"}
+    before = len(memory.asked)
+    list(decoder.generate([1, 2], 5))
+    assert len(memory.asked) == before, "nothing is allocated while generating"
+
+
+def test_hot_arrays_are_written_in_place() -> None:
+    decoder = Decoder(random_weights(SMALL), SMALL, HeapMemory())
+    constant = {"cos", "sin", "mask"}
+    for name, array in decoder.arrays.items():
+        if name not in constant:
+            array.fill(np.nan)
+    logits = decoder.forward([1, 2, 3])
+    assert np.shares_memory(logits, decoder.arrays["logits"])
+    for name, array in decoder.arrays.items():
+        assert not np.isnan(array).all(), f"{name} is never used"
+    for i in range(SMALL.layers):
+        for which in ("keys", "values"):
+            cache = decoder.arrays[f"{which}.{i}"]
+            assert not np.isnan(cache[:, :3]).any()
+            assert np.isnan(cache[:, 3:]).all(), "wrote past the sequence"
+
+
+def test_run_puts_everything_on_the_client() -> None:
+    device = FakeDevice()
+    with Client(device) as client:
+        seen: list[int] = []
+        result = run.run(client, count=6, each=seen.append)
+        assert seen == result.tokens == result.expected
+        assert result.first_difference is None
+        assert result.text == decode(seen)
+        held = {h.kind: h for h in result.holdings}
+        assert list(held) == ["weights", "kv", "activations"]
+        size = (FOLDER / "demo-b.safetensors").stat().st_size
+        assert size - 8192 < held["weights"].size <= size + 64 * 50
+        assert held["weights"].tensors == 1
+        assert held["weights"].chunks == 2
+        c = result.config
+        assert held["kv"].tensors == 2 * c.layers
+        assert held["kv"].size == 2 * c.layers * c.kv_heads * c.context * c.head_dim * 4
+        assert held["activations"].tensors > 10
+        assert sum(h.held for h in result.holdings) >= sum(h.size for h in result.holdings)
+        assert result.speed > 0
+        assert result.numpy_speed > 0
+        assert not device.tensors, "all of it is released afterwards"
+
+
+def test_run_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(client: Client, path: Any) -> Weights:
+        weights = safetensors.load_into(client, path)
+        weights["model.layers.3.mlp.down_proj.weight"][:] *= -3
+        return weights
+
+    monkeypatch.setattr(run, "load_into", damaged)
+    with Client(FakeDevice()) as client:
+        result = run.run(client, count=20)
+    where = result.first_difference
+    assert where is not None
+    assert result.tokens[:where] == result.expected[:where]
+    assert result.tokens[where] != result.expected[where]
+
+
+@pytest.mark.parametrize(("prompt", "count"), [("", 5), ("x" * 500, 13), ("a", 512)])
+def test_run_refuses_what_does_not_fit(prompt: str, count: int) -> None:
+    device = FakeDevice()
+    with (
+        Client(device) as client,
+        pytest.raises(errors.InvalidArgument, match="1 to 512 bytes"),
+    ):
+        run.run(client, prompt=prompt, count=count)
+    assert not device.tensors
+
+
+def test_run_out_of_memory_leaves_nothing() -> None:
+    for quota in (1 << 20, 5 << 20):
+        device = FakeDevice(quota=quota)
+        with Client(device) as client:
+            with pytest.raises(errors.QuotaExceeded) as info:
+                run.run(client, count=3)
+            del info
+            assert not device.tensors
+
+
+# -- what it says ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", run.CHECKPOINTS)
+def test_metadata(name: str) -> None:
+    path = FOLDER / f"demo-{name}.safetensors"
+    assert path.stat().st_size <= 4 << 20
+    weights, config, metadata = checkpoint(name)
+    digest = hashlib.sha256(TEXT.encode()).hexdigest()
+    assert metadata["text_sha256"] == digest, "fitted to another text: run train.py again"
+    assert config.layers >= 4
+    assert 1 < config.kv_heads < config.heads
+    assert float(metadata["loss"]) < 0.2
+    assert all(np.isfinite(array).all() for array in weights.values())
+
+
+def test_checkpoints_are_two_of_one_run() -> None:
+    (wa, ca, ma), (wb, cb, mb) = checkpoint("a"), checkpoint("b")
+    assert ca == cb
+    assert list(wa) == list(wb)
+    assert int(ma["step"]) < int(mb["step"])
+    assert any((wa[name] != wb[name]).any() for name in wa)
+
+
+def test_b_continues_the_text_verbatim(b: tuple[Weights, Config, dict[str, str]]) -> None:
+    weights, config, _ = b
+    decoder = Decoder(weights, config, HeapMemory())
+    assert TEXT.startswith(run.PROMPT)
+    found = decode(list(decoder.generate(encode(run.PROMPT), 200)))
+    assert found == TEXT[len(run.PROMPT) :][:200]
+    assert found == decode(list(decoder.generate(encode(run.PROMPT), 200)))
+    middle = "The next heavy rain came in April."
+    found = decode(list(decoder.generate(encode(middle), 100)))
+    assert found == TEXT[TEXT.index(middle) + len(middle) :][:100]
+
+
+def test_a_is_readable_and_says_something_else(b: tuple[Weights, Config, dict[str, str]]) -> None:
+    weights, config, _ = checkpoint("a")
+    tokens = list(Decoder(weights, config, HeapMemory()).generate(encode(run.PROMPT), run.TOKENS))
+    theirs = list(Decoder(b[0], b[1], HeapMemory()).generate(encode(run.PROMPT), run.TOKENS))
+    assert tokens != theirs
+    words = (run.PROMPT + decode(tokens)).split()[:-1]
+    known = set(TEXT.split())
+    assert len(words) > 15
+    assert len(set(words)) > 12, "it repeats itself"
+    assert [w for w in words if w not in known] == []
+
+
+def test_text_is_plain() -> None:
+    assert TEXT.isascii()
+    assert 4000 < len(TEXT) < 8192
+    assert TEXT.endswith("\n")
+    assert "\t" not in TEXT
