@@ -72,6 +72,8 @@ def test_the_device_is_not_for_everybody() -> None:
     assert os.stat("/dev/tensormem").st_mode & 0o777 == 0o660
     pid = os.fork()
     if pid == 0:
+        os.setgroups([])
+        os.setgid(65534)
         os.setuid(65534)
         try:
             os.open("/dev/tensormem", os.O_RDWR)
