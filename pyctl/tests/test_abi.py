@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tensormem import abi
+from tensormem.device import DEFAULT_PATH
 
 INCLUDE = Path(__file__).parents[2] / "kmod" / "include" / "uapi"
 HEADER = INCLUDE / "linux" / "tensormem.h"
@@ -30,8 +31,13 @@ def _structs_in_header() -> dict[str, list[str]]:
 
 def _constants_in_header() -> list[str]:
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
-    names = re.findall(r"^#define\s+(TENSORMEM_\w+)\s+\S", text, flags=re.M)
+    names = re.findall(r"^#define\s+(TENSORMEM_\w+)\s+[^\s\"]", text, flags=re.M)
     return names + re.findall(r"^\s+(TENSORMEM_\w+)\s*=", text, flags=re.M)
+
+
+def test_every_string_of_the_header() -> None:
+    strings = dict(re.findall(r'^#define\s+TENSORMEM_(\w+)\s+"(.*)"', HEADER.read_text(), re.M))
+    assert {"DEVICE": DEFAULT_PATH} | strings == {"DEVICE": DEFAULT_PATH}
 
 
 @pytest.fixture(scope="module")

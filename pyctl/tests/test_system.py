@@ -18,7 +18,7 @@ def root(tmp_path: Path) -> Path:
 def make_sysfs(top: Path) -> Path:
     values: dict[str, dict[str, Any]] = {
         "chunk": {
-            "capacity": 256, "reserve": 4, "total": 20, "free": 5, "zeroed": 4, "used": 15,
+            "capacity": 256, "reserve": 4, "total": 20, "free": 5, "zeroed": 4, "used": 12,
             "quarantined": 0, "grown": 30, "shrunk": 10, "grow_failed": 1,
         },
         "buddy": {
@@ -138,7 +138,7 @@ def test_set_takes_back_the_first_when_the_second_is_refused(
     [
         (errno.EACCES, errors.NotPermitted, "sudo"),
         (errno.EPERM, errors.NotPermitted, "sudo"),
-        (errno.EINVAL, errors.InvalidArgument, "limits"),
+        (errno.EINVAL, errors.InvalidArgument, "ask for less"),
         (errno.EBUSY, errors.Busy, "free tensors first"),
         (errno.ENOMEM, errors.OutOfMemory, "stop something"),
     ],

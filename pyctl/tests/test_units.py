@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from tensormem.errors import InvalidArgument
-from tensormem.units import format_size, parse_size
+from tensormem.units import format_quota, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,9 @@ def test_refuse(text: str) -> None:
 )
 def test_format(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+def test_quota() -> None:
+    assert format_quota((1 << 64) - 1) == "none"
+    assert format_quota(64 << 20) == "64 MiB"
+    assert format_quota(0) == "0 B"

@@ -16,7 +16,7 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, system
-from .units import format_size, parse_size
+from .units import format_quota, format_size, parse_size
 
 if TYPE_CHECKING:
     from .demo.run import Holding, Result
@@ -152,17 +152,17 @@ def status(as_json: bool) -> None:
         return
     chunk, buddy, clients = now.group("chunk"), now.group("buddy"), now.group("clients")
     page = os.sysconf("SC_PAGE_SIZE")
-    used, free, capacity = chunk.get("used"), chunk.get("free"), chunk.get("capacity")
-    if used is not None and free is not None and capacity is not None:
-        bar = _bar(used, free, capacity)
+    total, free, capacity = chunk.get("total"), chunk.get("free"), chunk.get("capacity")
+    if total is not None and free is not None and capacity is not None:
+        bar = _bar(total - free, free, capacity)
         click.echo(f"chunk pool  [{bar}]  {format_size(capacity * system.CHUNK_SIZE)}")
         click.echo("             # used   = ready   . left with the system\n")
     rows = [("", "count", "memory")]
     for name, what in (
-        ("used", "chunks used"),
-        ("free", "chunks ready"),
-        ("reserve", "chunks in reserve"),
         ("capacity", "chunks at most"),
+        ("reserve", "chunks to keep ready"),
+        ("free", "chunks ready"),
+        ("used", "chunks in large tensors"),
     ):
         value = chunk.get(name)
         rows.append((what, _number(value), _size(value, system.CHUNK_SIZE)))
@@ -181,7 +181,8 @@ def status(as_json: bool) -> None:
         rows.append((what, _number(value), _size(value, page)))
     rows.append(("clients", _number(clients.get("count")), _size(clients.get("bytes"))))
     rows.append(("  their tensors", _number(clients.get("tensors")), ""))
-    rows.append(("  quota of a new client", "", _size(clients.get("default_quota"))))
+    quota = clients.get("default_quota")
+    rows.append(("  quota of a new client", "", "-" if quota is None else format_quota(quota)))
     for line in table(rows):
         click.echo(line)
 
@@ -198,7 +199,7 @@ _MEANING = {
         "total": "chunks it holds now",
         "free": "of these, ready to hand out",
         "zeroed": "of the ready ones, zeroed already",
-        "used": "handed out to pools and tensors",
+        "used": "whole in large tensors",
         "quarantined": "freed, but pages are still held",
         "grown": "taken from the system since load",
         "shrunk": "given back to the system since load",
@@ -457,14 +458,14 @@ def _demo_report(result: Result, page: int) -> None:
         click.echo()
         if chunk is not None:
             click.echo(
-                f"  chunk pool   {_number(chunk.get('used'))} chunks used,"
+                f"  chunk pool   chunks: {_number(chunk.get('used'))} used,"
                 f" {_number(chunk.get('free'))} ready, of {_number(chunk.get('capacity'))}"
                 f" ({_size(chunk.get('capacity'), system.CHUNK_SIZE)})"
             )
         if buddy is not None:
             click.echo(
                 f"  buddy pool   {_size(buddy.get('used_pages'), page)} used in"
-                f" {_number(buddy.get('chunks'))} of these chunks"
+                f" {_number(buddy.get('chunks'))} more"
             )
     click.echo()
     click.echo(

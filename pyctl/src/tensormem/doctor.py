@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import errors
-from .units import format_size
+from .units import format_quota, format_size
 
 __all__ = ["MAX_KERNEL", "MIN_KERNEL", "UDEV_RULE", "Check", "Machine", "examine"]
 
@@ -323,7 +323,7 @@ def _client(m: Machine) -> Check | None:
     mapped = "one mapping" if stats.whole_window else "one mapping for each tensor"
     return Check(
         "client",
-        f"ABI {stats.abi_version}, quota {format_size(stats.quota)},"
+        f"ABI {stats.abi_version}, quota {format_quota(stats.quota)},"
         f" window {format_size(stats.window_size)}",
         note=mapped if not stats.whole_window else "",
     )

@@ -185,7 +185,7 @@ def _write(path: Path, value: int) -> None:
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise errors.NotPermitted(f"{what}, this takes root", "run it with sudo") from None
         remedies = {
-            errno.EINVAL: "the module refuses the value; 'tensormem pool show' has the limits",
+            errno.EINVAL: "it is more than this machine could hold; ask for less",
             errno.EBUSY: "free tensors first; 'tensormem pool show' has what is used",
         }
         raise errors.from_errno(number, what, remedies.get(number)) from None

@@ -7,7 +7,7 @@ import re
 
 from .errors import InvalidArgument
 
-__all__ = ["format_size", "parse_size"]
+__all__ = ["format_quota", "format_size", "parse_size"]
 
 _UNITS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _PATTERN = re.compile(r"\s*(\d{1,20}(?:\.\d{1,9})?)\s*([kmgt]?)(i?b)?\s*", re.ASCII | re.IGNORECASE)
@@ -45,3 +45,8 @@ def format_size(size: int) -> str:
         value, unit = value / 1024, larger
     text = f"{value:.1f}".removesuffix(".0") if value < 100 else f"{value:.0f}"
     return f"{text} {unit}"
+
+
+def format_quota(size: int) -> str:
+    """Return a quota for people: a size, or ``none`` where there is no bound."""
+    return "none" if size >= (1 << 64) - 1 else format_size(size)
