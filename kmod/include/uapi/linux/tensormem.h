@@ -73,6 +73,7 @@
 #include <linux/ioctl.h>
 #include <linux/types.h>
 
+#define TENSORMEM_DEVICE	"/dev/tensormem"
 #define TENSORMEM_ABI_VERSION	1
 
 /* What a tensor is for. It selects the pool unless the call names one. */

@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Everything that has to pass, in order, and one summary at the end.
+
+    tests/run.py                  all stages
+    tests/run.py host guest-6.12  only these
+    tests/run.py --list           their names
+
+The output of a stage goes to build/test/STAGE.log and is shown when it fails. A
+stage counts what its runner counted; one that ran no test has failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "build/test"
+GUEST = str(ROOT / "qemu/guest")
+
+SMOKE = ("6.12-16k", "6.12-rt", "6.1", "newest")
+#: Seconds a guest may take: the debug kernel runs everything some ten times slower.
+GUEST_TIMEOUT = {"6.12": 900, "debug": 2700}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command and where its counts are found."""
+
+    name: str
+    command: tuple[str, ...]
+    junit: bool = False  # build/test/STAGE/junit.xml, else a line "N passed, N failed"
+    once: bool = False  # no counts: the exit code is one test
+
+
+@dataclass
+class Counts:
+    """Tests by outcome."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    bad: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        return f"{self.passed} passed, {self.failed} failed{skipped}"
+
+
+def pytest(name: str, *where: str) -> Stage:
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+               f"--junitxml={RESULTS}/{name}/junit.xml", *where)  # fmt: skip
+    return Stage(name, command, junit=True)
+
+
+def guest(kernel: str, select: str) -> Stage:
+    """The guest suite on one kernel; its report comes back through a shared folder."""
+    name = f"guest-{kernel}"
+    inside = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
+              f"--junitxml=/share/{name}/junit.xml", "tests/guest")  # fmt: skip
+    options = ("--kernel", kernel, "--cpus", "2", "--memory", "1G",
+               "--timeout", str(GUEST_TIMEOUT.get(kernel, 900)),
+               "--share", str(RESULTS / name))  # fmt: skip
+    chosen = ("-k", select) if select else ()
+    return Stage(name, (GUEST, "run", *options, "--", *inside, *chosen), junit=True)
+
+
+def smoke(kernel: str, machine: str = "virt") -> Stage:
+    name = f"smoke-{kernel if machine == 'virt' else machine}"
+    options = ["--kernel", kernel, "--machine", machine, "--timeout", "300"]
+    if machine == "virt":
+        options += ["--cpus", "2", "--memory", "1G"]
+    return Stage(name, (GUEST, "run", *options, "--", "python3", "tests/guest/smoke.py"), once=True)
+
+
+def stages(select: str) -> list[Stage]:
+    return [
+        Stage("core", ("make", "-s", "-C", "tests/host", "check")),
+        pytest("python", "-c", "pyctl/pyproject.toml", "--rootdir=pyctl", "pyctl/tests"),
+        pytest("qemu", "qemu/tests"),
+        pytest("runner", "tests/runner"),
+        guest("6.12", select),
+        guest("debug", select),
+        *(smoke(kernel) for kernel in SMOKE),
+        smoke("6.12", "raspi3b"),
+    ]
+
+
+def count_junit(path: Path) -> Counts:
+    counts = Counts()
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        if case.find("failure") is not None or case.find("error") is not None:
+            counts.failed += 1
+            counts.bad.append(name)
+        elif case.find("skipped") is not None:
+            counts.skipped += 1
+        else:
+            counts.passed += 1
+    return counts
+
+
+def count(stage: Stage, code: int, log: Path) -> Counts:
+    """What the stage counted; its exit code has to agree."""
+    counts = Counts()
+    junit = RESULTS / stage.name / "junit.xml"
+    if stage.once:
+        counts = Counts(passed=int(code == 0), failed=int(code != 0))
+    elif stage.junit and junit.exists():
+        counts = count_junit(junit)
+    elif not stage.junit:
+        lines = re.findall(r"^(\d+) passed, (\d+) failed$", log.read_text(), re.M)
+        if lines:
+            counts = Counts(*map(int, lines[-1]))
+    if code and not counts.failed:
+        counts.failed = 1
+        counts.bad.append(f"exit code {code}")
+    if not counts.passed and not counts.failed:
+        counts.failed = 1
+        counts.bad.append("no test ran")
+    return counts
+
+
+def run(stage: Stage) -> Counts:
+    folder = RESULTS / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "junit.xml").unlink(missing_ok=True)
+    log = RESULTS / f"{stage.name}.log"
+    print(f"{stage.name:<16} …", end="", flush=True)
+    begin = time.monotonic()
+    with log.open("w") as output:
+        code = subprocess.run(
+            stage.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, check=False,
+        ).returncode  # fmt: skip
+    counts = count(stage, code, log)
+    seconds = time.monotonic() - begin
+    print(f"\r{stage.name:<16} {str(counts):<34} {seconds:6.0f} s", flush=True)
+    if counts.failed:
+        print("\n".join("    " + line for line in log.read_text().splitlines()[-80:]))
+        print(f"    whole output: {log}", flush=True)
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", nargs="*", help="only these stages")
+    parser.add_argument("-k", dest="select", default="", help="pytest selection in the guests")
+    parser.add_argument("--list", action="store_true", help="print the stages' names")
+    options = parser.parse_args()
+
+    known = stages(options.select)
+    if options.list:
+        print("\n".join(stage.name for stage in known))
+        return
+    names = {stage.name for stage in known}
+    # guest-KERNEL for any kernel: make test-guest
+    extra = [s for s in options.stage if s not in names and s.startswith("guest-")]
+    known += [guest(name.removeprefix("guest-"), options.select) for name in extra]
+    unknown = set(options.stage) - names - set(extra) - {"host"}
+    if unknown:
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}")
+    wanted = set(options.stage)
+    if "host" in wanted:
+        wanted |= {"core", "python", "qemu"}
+
+    total = Counts()
+    for stage in known:
+        if wanted and stage.name not in wanted:
+            continue
+        counts = run(stage)
+        total.passed += counts.passed
+        total.failed += counts.failed
+        total.skipped += counts.skipped
+        total.bad += [f"{stage.name}: {name}" for name in counts.bad or [""] * bool(counts.failed)]
+    for name in total.bad:
+        print(f"FAILED {name}")
+    print(total)
+    sys.exit(1 if total.failed else 0)
+
+
+if __name__ == "__main__":
+    main()
