@@ -1,6 +1,7 @@
 """Carry the guest's channels over one serial line, for a board without virtio.
 
-A frame is a line: the channel's name, a space, and what was read in base64. A file NAME.done tells that a channel ended.
+A frame is a line: the channel's name, a space, and what was read in base64.
+A file NAME.done tells that a channel ended.
 """
 
 import base64

@@ -134,7 +134,12 @@ class World:
         self.config = self.dir / f"apt-{arch}.conf"
         if self.config.exists():
             return
-        for folder in ("state/lists/partial", "cache/archives/partial", "etc/parts", "etc/preferences"):
+        for folder in (
+            "state/lists/partial",
+            "cache/archives/partial",
+            "etc/parts",
+            "etc/preferences",
+        ):
             (self.dir / folder).mkdir(parents=True, exist_ok=True)
         (self.dir / "status").touch()
         (self.dir / "sources.list").write_text("\n".join(lines) + "\n")
@@ -205,7 +210,12 @@ def resolve(request: Request, update: bool = False) -> list[Package]:
     world = World(request.suites, request.arch)
     world.update(force=update)
     output = world.run(
-        "apt-get", "install", "--yes", "--print-uris", f"--target-release={request.suites[0]}", *request.packages
+        "apt-get",
+        "install",
+        "--yes",
+        "--print-uris",
+        f"--target-release={request.suites[0]}",
+        *request.packages,
     )
     packages = parse_uris(output, request.keep)
     if not packages:
@@ -240,7 +250,12 @@ def unpack(request: Request, packages: Sequence[Package], root: Path) -> None:
     debs.mkdir()
     try:
         with step(f"fetching {len(packages)} packages", f"for {request.name}"):
-            world.run("apt-get", "download", *(f"{p.name}:{p.arch}={p.version}" for p in packages), cwd=debs)
+            world.run(
+                "apt-get",
+                "download",
+                *(f"{p.name}:{p.arch}={p.version}" for p in packages),
+                cwd=debs,
+            )
         files = sorted(debs.glob("*.deb"))
         if len(files) != len(packages):
             raise DownloadError(f"apt fetched {len(files)} of {len(packages)} packages for {request.name}")

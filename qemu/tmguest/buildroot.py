@@ -13,7 +13,19 @@ from . import apt, store
 from .errors import DownloadError, GuestError
 
 RECIPE = 1
-SHELL = ("base-files", "bash", "coreutils", "dash", "diffutils", "findutils", "gawk", "grep", "gzip", "sed", "tar")
+SHELL = (
+    "base-files",
+    "bash",
+    "coreutils",
+    "dash",
+    "diffutils",
+    "findutils",
+    "gawk",
+    "grep",
+    "gzip",
+    "sed",
+    "tar",
+)
 # gcc to openssl are the host programs of a kernel build; beside them they add one second to making the root.
 BUILD = (
     "bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "libssl-dev", "make", "pahole", "perl-base",
@@ -78,7 +90,6 @@ def run(
     binds: Sequence[tuple[Path, str]] = (),
     read_only: Sequence[tuple[Path, str]] = (),
     cwd: str = "/",
-    nice: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``command`` as root of the build root, with host paths bound into it; its output is captured, both together.
 
@@ -89,17 +100,40 @@ def run(
     if problem:
         raise GuestError(f"cannot enter the build root: {problem}")
     arguments = ["bwrap", "--unshare-user", "--uid", "0", "--gid", "0", "--die-with-parent"]
-    arguments += ["--ro-bind", str(root), "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp"]
+    arguments += [
+        "--ro-bind",
+        str(root),
+        "/",
+        "--dev",
+        "/dev",
+        "--proc",
+        "/proc",
+        "--tmpfs",
+        "/tmp",
+    ]
     for host, inside in binds:
         arguments += ["--bind", str(host), inside]
     for host, inside in read_only:
         arguments += ["--ro-bind", str(host), inside]
-    environment = {"PATH": "/usr/sbin:/usr/bin", "HOME": "/tmp", "LC_ALL": "C.UTF-8", "TERM": "dumb"}
-    arguments += ["--chdir", cwd, *(["nice"] if nice else []), *command]
+    environment = {
+        "PATH": f"/usr/sbin:/usr/bin:{os.defpath}",
+        "HOME": "/tmp",
+        "LC_ALL": "C.UTF-8",
+        "TERM": "dumb",
+    }
+    arguments += ["--chdir", cwd, *command]
     return subprocess.run(
         arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", check=False, env={**environment, "PATH": environment["PATH"] + ":" + os.defpath},
+        errors="replace", check=False, env=environment,
     )  # fmt: skip
+
+
+def image_command(folder: str, image: str, size: str) -> str:
+    """The shell command that makes a file system of a folder, both as the build root sees them.
+
+    Without checksums, which would need one more module to reach the root; without a journal, as nothing is kept.
+    """
+    return f"mke2fs -q -t ext4 -O ^has_journal,^metadata_csum -m 0 -E root_owner=0:0 -d {folder} {image} {size}"
 
 
 def check(result: subprocess.CompletedProcess[str], what: str) -> None:

@@ -44,12 +44,28 @@ def parser() -> argparse.ArgumentParser:
 
 def _guest_options(into: argparse.ArgumentParser) -> None:
     default = options.Options
-    into.add_argument("--kernel", default=default.kernel, metavar="NAME", help="see qemu/guest list (default 6.12)")
+    into.add_argument(
+        "--kernel",
+        default=default.kernel,
+        metavar="NAME",
+        help="see qemu/guest list (default 6.12)",
+    )
     into.add_argument("--machine", choices=options.MACHINES, default=default.machine)
     into.add_argument("--cpu", default=default.cpu, metavar="MODEL", help="QEMU's CPU model, such as max")
     into.add_argument("--cpus", type=int, default=default.cpus, metavar="N")
-    into.add_argument("--memory", default=f"{default.memory}M", metavar="SIZE", help="such as 512M or 2G (default)")
-    into.add_argument("--numa", type=int, default=default.numa, metavar="N", help="split memory and CPUs into N nodes")
+    into.add_argument(
+        "--memory",
+        default=f"{default.memory}M",
+        metavar="SIZE",
+        help="such as 512M or 2G (default)",
+    )
+    into.add_argument(
+        "--numa",
+        type=int,
+        default=default.numa,
+        metavar="N",
+        help="split memory and CPUs into N nodes",
+    )
     into.add_argument("--icount", action="store_true", help="one CPU whose clock counts instructions")
     into.add_argument("--share", action="append", default=[], metavar="DIR[:ro]", help="seen as /share/NAME")
     into.add_argument("--append", default="", metavar="ARGS", help="more kernel arguments")

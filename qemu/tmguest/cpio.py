@@ -67,7 +67,21 @@ def archive(entries: Iterable[Entry]) -> bytes:
 def _member(inode: int, entry: Entry) -> bytes:
     name = entry.name.encode() + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
-    fields = (inode, entry.mode, 0, 0, links, entry.mtime, len(entry.data), 0, 0, 0, 0, len(name), 0)
+    fields = (
+        inode,
+        entry.mode,
+        0,
+        0,
+        links,
+        entry.mtime,
+        len(entry.data),
+        0,
+        0,
+        0,
+        0,
+        len(name),
+        0,
+    )
     header = b"070701" + b"".join(b"%08x" % field for field in fields)
     return _padded(header + name, 4) + _padded(entry.data, 4)
 

@@ -16,7 +16,11 @@ RECIPE = 1
 VERSION = "6.12"
 CONFIG = paths.QEMU_DIR / "debug.config"
 REQUEST = apt.Request(
-    "kernel-debug", ("trixie",), (f"linux-source-{VERSION}",), apt.host_arch(), rf"linux-source-{VERSION}$"
+    "kernel-debug",
+    ("trixie",),
+    (f"linux-source-{VERSION}",),
+    apt.host_arch(),
+    rf"linux-source-{VERSION}$",
 )
 INSIDE = "/usr/src/linux-debug"
 # The parts of a built tree that building a module needs; of the rest only the makefiles are kept.
@@ -36,8 +40,15 @@ def build(tree: Path, artefact: Path) -> None:
     archive = f"/source/usr/src/linux-source-{VERSION}.tar.xz"
 
     def make(*targets: str, what: str) -> str:
-        command = ["make", "-C", INSIDE, "ARCH=arm64", f"CROSS_COMPILE={buildroot.CROSS_PREFIX}", *targets]
-        result = buildroot.run(command, binds=[*binds, (CONFIG.parent, "/out")], nice=True)
+        command = [
+            "make",
+            "-C",
+            INSIDE,
+            "ARCH=arm64",
+            f"CROSS_COMPILE={buildroot.CROSS_PREFIX}",
+            *targets,
+        ]
+        result = buildroot.run(command, binds=[*binds, (CONFIG.parent, "/out")])
         buildroot.check(result, what)
         return result.stdout
 

@@ -23,7 +23,7 @@ PACKAGES = (
 # A power of two, because QEMU's SD cards must have such a size.
 IMAGE_SIZE = "1G"
 LIBRARIES = "usr/lib/aarch64-linux-gnu"
-WRAPPER = "#!/bin/sh\nPYTHONPATH=/tensormem/pyctl/src exec python3 -m tensormem \"$@\"\n"
+WRAPPER = '#!/bin/sh\nPYTHONPATH=/tensormem/pyctl/src exec python3 -m tensormem "$@"\n'
 ETC = {
     "hostname": "tensormem\n",
     "hosts": "127.0.0.1 localhost tensormem\n",
@@ -61,9 +61,9 @@ def _make(request: apt.Request, packages: list[apt.Package]) -> Path:
                 ["sh", "-c", f"{compile_all} /source/usr/lib/python3 /source/usr/lib/python3.*"],
                 binds=[(root, "/source")],
             )
-            make_image = "mke2fs -q -t ext4 -O ^has_journal,^metadata_csum -m 0 -E root_owner=0:0 -d /source /out/root.img"
+            image = buildroot.image_command("/source", "/out/root.img", IMAGE_SIZE)
             result = buildroot.run(
-                ["sh", "-c", f"{make_image} {IMAGE_SIZE} && rm -rf /out/root"],
+                ["sh", "-c", f"{image} && rm -rf /out/root"],
                 binds=[(artefact, "/out")],
                 read_only=[(root, "/source")],
             )
@@ -85,12 +85,9 @@ def _configure(root: Path) -> None:
         (root / "etc" / name).write_text(text)
     masters = root / "usr/share/base-passwd"
     (root / "etc/passwd").write_text(
-        (masters / "passwd.master").read_text().replace("root:*:", "root::")
-        + "tester:x:1000:1000::/tmp:/bin/bash\n"
+        (masters / "passwd.master").read_text().replace("root:*:", "root::") + "tester:x:1000:1000::/tmp:/bin/bash\n"
     )
-    (root / "etc/group").write_text(
-        (masters / "group.master").read_text() + "tensormem:x:990:\ntester:x:1000:\n"
-    )
+    (root / "etc/group").write_text((masters / "group.master").read_text() + "tensormem:x:990:\ntester:x:1000:\n")
     wrapper = root / "usr/local/bin/tensormem"
     wrapper.parent.mkdir(parents=True, exist_ok=True)
     wrapper.write_text(WRAPPER)

@@ -62,11 +62,22 @@ KERNELS = {
     spec.name: spec
     for spec in (
         Spec("6.12", ("trixie",), "arm64", what="Debian 13"),
-        Spec("6.12-16k", ("trixie",), "arm64-16k", 16384, "Debian 13, 16K pages as on a Raspberry Pi 5"),
+        Spec(
+            "6.12-16k",
+            ("trixie",),
+            "arm64-16k",
+            16384,
+            "Debian 13, 16K pages as on a Raspberry Pi 5",
+        ),
         Spec("6.12-rt", ("trixie",), "rt-arm64", what="Debian 13, PREEMPT_RT"),
         Spec("6.1", ("bookworm",), "arm64", what="Debian 12"),
         Spec("newest", ("trixie-backports", "trixie"), "arm64", what="Debian 13 backports"),
-        Spec("debug", ("trixie",), "debug", what="KASAN, lockdep, kmemleak, UBSAN, fault injection, KUnit"),
+        Spec(
+            "debug",
+            ("trixie",),
+            "debug",
+            what="KASAN, lockdep, kmemleak, UBSAN, fault injection, KUnit",
+        ),
     )
 }
 
@@ -155,12 +166,13 @@ def _arrange(tree: Path, artefact: Path) -> None:
             path.symlink_to(target)
     shutil.move(sources, artefact / "src")
     with step("making the module tree's image", f"for Linux {version}"):
-        commands = f"depmod -b /source {version} && mke2fs -q -t ext4 -O ^has_journal,^metadata_csum -m 0 -d /source/lib/modules"
+        image = buildroot.image_command("/source/lib/modules", "/out/modules.img", "512M")
         (tree / "lib").mkdir(exist_ok=True)
         if modules.parent != tree / "lib/modules":
             shutil.move(modules.parent, tree / "lib/modules")
         result = buildroot.run(
-            ["sh", "-c", f"{commands} /out/modules.img 512M"], binds=[(tree, "/source"), (artefact, "/out")]
+            ["sh", "-c", f"depmod -b /source {version} && {image}"],
+            binds=[(tree, "/source"), (artefact, "/out")],
         )
         buildroot.check(result, "depmod and mke2fs")
         (artefact / "boot.cpio").write_bytes(boot_modules(tree / "lib/modules" / version))

@@ -12,6 +12,12 @@ QEMU = "qemu-system-aarch64"
 PORTS = ("stdout", "stderr", "result")
 # ignore_loglevel and printk.devkmsg: the splat gate needs the whole log. No panic_on_warn: a test session goes on
 # after a warning, and the gate tells at its end.
+# What a kernel would draw by lot at boot: where things are, and in which order they are handed out.
+# And what watches time: with sleep=off the guest's clock leaps ahead whenever the host is slow to deliver a disk block.
+ICOUNT_ARGUMENTS = (
+    "nokaslr norandmaps randomize_kstack_offset=off "
+    "sysctl.kernel.hung_task_timeout_secs=0 rcupdate.rcu_cpu_stall_suppress=1 nosoftlockup"
+)
 KERNEL_ARGUMENTS = "ignore_loglevel printk.devkmsg=on oops=panic panic=-1"
 
 
@@ -40,7 +46,17 @@ def command(kernel: Kernel, options: Options, files: Files, ports: dict[str, int
 
 def _arguments(options: Options, *consoles: str) -> list[str]:
     words = [f"console={console}" for console in consoles]
-    return ["-append", " ".join([*words, KERNEL_ARGUMENTS, *(["nokaslr"] if options.icount else []), options.append])]
+    return [
+        "-append",
+        " ".join(
+            [
+                *words,
+                KERNEL_ARGUMENTS,
+                *([ICOUNT_ARGUMENTS] if options.icount else []),
+                options.append,
+            ]
+        ),
+    ]
 
 
 def _virt(kernel: Kernel, options: Options, files: Files, ports: dict[str, int], interactive: bool) -> list[str]:
@@ -89,9 +105,21 @@ def _nodes(options: Options) -> list[str]:
 
 
 def _raspi3b(kernel: Kernel, options: Options, files: Files, ports: dict[str, int], interactive: bool) -> list[str]:
-    line = ["-M", "raspi3b", "-dtb", str(kernel.path / "pi3.dtb"), *_arguments(options, "ttyAMA0,115200")]
+    line = [
+        "-M",
+        "raspi3b",
+        "-dtb",
+        str(kernel.path / "pi3.dtb"),
+        *_arguments(options, "ttyAMA0,115200"),
+    ]
     line += ["-drive", f"file={files.root},if=sd,format=raw,snapshot=on"]
     line += ["-chardev", f"file,id=console,path={files.console}", "-serial", "chardev:console"]
     if interactive:
         return [*line, "-serial", "mon:stdio"]
-    return [*line, "-chardev", f"file,id=frames,path=/dev/fd/{ports['frames']}", "-serial", "chardev:frames"]
+    return [
+        *line,
+        "-chardev",
+        f"file,id=frames,path=/dev/fd/{ports['frames']}",
+        "-serial",
+        "chardev:frames",
+    ]

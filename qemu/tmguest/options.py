@@ -69,9 +69,16 @@ def share(text: str) -> Share:
 def check(wanted: Options) -> Options:
     """The options with what follows from them; raises GuestError on a combination that cannot be."""
     if wanted.machine == PI:
-        for set_, flag in ((wanted.shares, "--share"), (wanted.numa > 1, "--numa"), (wanted.cpu, "--cpu")):
+        for set_, flag in (
+            (wanted.shares, "--share"),
+            (wanted.numa > 1, "--numa"),
+            (wanted.cpu, "--cpu"),
+            (wanted.icount, "--icount"),
+        ):
             if set_:
-                raise GuestError(f"{flag} does not work with --machine {PI}: it has no virtio, one node, four Cortex-A53")
+                raise GuestError(
+                    f"{flag} does not work with --machine {PI}: it has no virtio, one node, four Cortex-A53"
+                )
         if wanted.kernel in ("6.12-16k", "debug"):
             raise GuestError(f"{wanted.kernel} does not boot on {PI}: it lacks the board's drivers or page size")
         return _replace(wanted, cpus=PI_CPUS, memory=1024)

@@ -70,6 +70,8 @@ def _configuration(options: Options, nonce: str, modules: Path | None, interacti
         "MODULE": f"/tensormem/kmod/{MODULE}" if modules is not None else "",
         "MODULE_PARAMS": options.module_params,
         "UNLOAD": "1" if options.unload else "0",
+        # Python's hashes decide the order of its sets, and with it what a benchmark executes.
+        "PYTHONHASHSEED": "0" if options.icount else "random",
         "SHARES": " ".join(f"{one.name}:{'ro' if one.read_only else 'rw'}" for one in options.shares),
         "STTY": f"rows {terminal.lines} cols {terminal.columns}",
         "TERM_NAME": "linux" if interactive else "dumb",

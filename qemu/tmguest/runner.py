@@ -17,7 +17,6 @@ from .log import say
 
 LOGS_KEPT = 100
 AFTER_PANIC = 3.0
-AFTER_END = 20.0
 
 
 def run(wanted: options.Options, interactive: bool = False) -> int:
@@ -37,7 +36,7 @@ def run(wanted: options.Options, interactive: bool = False) -> int:
         busybox = root / "busybox.cpio"
         initrd.write_bytes(payload.initrd(kernel, wanted, nonce, modules, programs, busybox, interactive))
         files = machine.Files(root / "root.img", initrd, console)
-        timed_out, qemu_said = _boot(kernel, wanted, files, result, interactive)
+        timed_out, qemu_said = _boot(kernel, wanted, files, result, nonce, interactive)
     code = _judge(wanted, result, console, nonce, timed_out, qemu_said)
     if code in (EXIT_SPLAT, EXIT_TIMEOUT, EXIT_GUEST):
         say(f"the boot log is {console}")
@@ -57,6 +56,7 @@ def _boot(
     wanted: options.Options,
     files: machine.Files,
     result: channels.Result,
+    nonce: str,
     interactive: bool,
 ) -> tuple[bool, str]:
     """Run QEMU to its end; returns whether it had to be ended for its time, and what QEMU itself complained of."""
@@ -82,7 +82,7 @@ def _boot(
             for fd in theirs.values():
                 os.close(fd)
             pumps = [channels.pump(ours[name], sink) for name, sink in sinks.items()]
-            timed_out = not _wait(process, wanted, result, files.console, interactive)
+            timed_out = not _wait(process, wanted, result, files.console, nonce, interactive)
         finally:
             process.kill()
             process.wait()
@@ -97,9 +97,10 @@ def _wait(
     wanted: options.Options,
     result: channels.Result,
     console: Path,
+    nonce: str,
     interactive: bool,
 ) -> bool:
-    """Wait for the guest's end; False if its time ran out. A Pi does not end QEMU, so it is watched."""
+    """Wait for the guest's end; False if its time ran out. A Pi does not end QEMU, so its log is watched."""
     deadline = None if interactive else time.monotonic() + wanted.timeout
     watched = wanted.machine == options.PI
     while True:
@@ -112,10 +113,12 @@ def _wait(
             return True
         except subprocess.TimeoutExpired:
             pass
-        if result.ended.is_set() and watched:
-            time.sleep(1.5)
+        if not watched:
+            continue
+        log = _read(console)
+        if result.ended.is_set() and splat.marker(nonce, "end") in log:
             return True
-        if watched and "Kernel panic - not syncing" in _read(console):
+        if "Kernel panic - not syncing" in log:
             time.sleep(AFTER_PANIC)
             return True
 
@@ -128,7 +131,12 @@ def _read(console: Path) -> str:
 
 
 def _judge(
-    wanted: options.Options, result: channels.Result, console: Path, nonce: str, timed_out: bool, qemu_said: str
+    wanted: options.Options,
+    result: channels.Result,
+    console: Path,
+    nonce: str,
+    timed_out: bool,
+    qemu_said: str,
 ) -> int:
     """The exit code, with the reason on stderr when it is not the command's own."""
     sys.stdout.flush()
