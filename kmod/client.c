@@ -88,6 +88,7 @@ struct tm_client *tm_client_create(void)
 
 /**
  * tm_client_destroy - free a client and every tensor it still has
+ * @client: the client; consumed
  *
  * Context: may sleep. The last file and mapping are gone, so nobody looks.
  */
@@ -102,6 +103,8 @@ void tm_client_destroy(struct tm_client *client)
 
 /**
  * tm_client_charge - count a tensor of @bytes against the quota
+ * @client: who is charged
+ * @bytes: what the tensor holds
  *
  * Context: never sleeps. Return: 0 or -EDQUOT.
  */
@@ -137,6 +140,8 @@ void tm_client_uncharge(struct tm_client *client, u64 bytes)
 
 /**
  * tm_client_set_quota - bound what the client may hold
+ * @client: whose quota
+ * @bytes: the new quota
  *
  * Context: never sleeps.
  * Return: 0, -EBUSY below what it holds, -EPERM above the default quota without

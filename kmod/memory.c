@@ -96,6 +96,8 @@ static int tm_memory_extend(struct tm_memory *memory, unsigned int order,
 
 /**
  * tm_memory_alloc - allocate @nr_pages zeroed pages
+ * @nr_pages: how many
+ * @policy: what it may be made of
  *
  * Takes the largest extents first. Where the policy lets it and a size is not to
  * be had, goes on with smaller runs from chunks that the buddy pool already has,
@@ -149,6 +151,8 @@ err:
 
 /**
  * tm_memory_find - the extent that holds page @index
+ * @memory: where to look
+ * @index: a page of it
  *
  * Context: any; the caller keeps @memory alive. @index must be in range.
  */
@@ -219,6 +223,7 @@ static u32 tm_memory_release(struct tm_memory *memory)
 
 /**
  * tm_memory_free - give back memory that was mapped
+ * @memory: what to give back; consumed
  *
  * Every mapping is gone. Extents with pages that somebody still holds go into
  * quarantine and are given back once nobody does.
@@ -240,6 +245,7 @@ void tm_memory_free(struct tm_memory *memory)
 
 /**
  * tm_memory_discard - give back memory that nobody has seen
+ * @memory: what to give back; consumed
  *
  * Context: may sleep; consumes @memory.
  */

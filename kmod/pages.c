@@ -56,6 +56,7 @@ struct tm_geometry tm_pages_geometry(void)
 
 /**
  * tm_pages_page - the struct page behind a page id
+ * @id: which page
  *
  * Context: any; the caller owns the page, so its chunk cannot go away.
  */
@@ -95,6 +96,8 @@ static void tm_pages_to_system(struct page *page)
 
 /**
  * tm_pages_zero - zero a run
+ * @id: its first page
+ * @order: log2 of its pages
  *
  * Context: may sleep; the caller owns the run.
  */
@@ -258,6 +261,7 @@ out:
 
 /**
  * tm_pages_take_chunk - take a whole chunk for a tensor
+ * @id: the chunk taken
  * @want_zeroed: prefer one that is zeroed
  * @zeroed: whether the one returned is
  *
@@ -271,6 +275,7 @@ int tm_pages_take_chunk(bool want_zeroed, struct tm_chunk_id *id, bool *zeroed)
 
 /**
  * tm_pages_put_chunk - give a chunk back to level 1
+ * @id: the chunk
  * @zeroed: nobody wrote to it since it was zeroed
  *
  * Context: process context; may call the page allocator to free.
@@ -292,6 +297,8 @@ void tm_pages_put_chunk(struct tm_chunk_id id, bool zeroed)
 
 /**
  * tm_pages_alloc_run - allocate 2^@order pages from the buddy pool
+ * @order: log2 of its pages
+ * @page: its first page
  * @may_grow: take a chunk from level 1 when no chunk of the pool has such a run
  *
  * The contents are undefined.
@@ -325,6 +332,8 @@ int tm_pages_alloc_run(unsigned int order, bool may_grow,
 
 /**
  * tm_pages_free_run - free a run; an empty chunk goes back to level 1
+ * @page: its first page
+ * @order: log2 of its pages
  *
  * Context: process context; may call the page allocator to free.
  */
@@ -345,6 +354,7 @@ void tm_pages_free_run(struct tm_page_id page, unsigned int order)
 
 /**
  * tm_pages_set_capacity - bound what the pool may hold
+ * @chunks: the new bound
  *
  * Free chunks above it go to the system at once, others as they are freed.
  *
@@ -363,6 +373,7 @@ int tm_pages_set_capacity(u32 chunks)
 
 /**
  * tm_pages_set_reserve - how many zeroed chunks to keep ready
+ * @chunks: the new reserve
  *
  * Filled in the background; a smaller reserve goes to the system at once.
  *

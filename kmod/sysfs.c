@@ -68,7 +68,7 @@ TM_POOL_RO(chunk, used, s.chunk.owned[TM_OWNER_TENSOR]);
 TM_POOL_RO(chunk, grown, s.chunk.grown);
 TM_POOL_RO(chunk, shrunk, s.chunk.shrunk);
 TM_POOL_RO(chunk, grow_failed, s.chunk.grow_failed);
-TM_SHOW(tm_chunk_quarantined_show, , tm_memory_quarantined())
+TM_SHOW(tm_chunk_quarantined_show, (void)0, tm_memory_quarantined())
 TM_RO(chunk, quarantined);
 
 static struct attribute *tm_chunk_attrs[] = {
@@ -92,7 +92,7 @@ TM_POOL_RO(buddy, allocs, s.buddy.allocs);
 TM_POOL_RO(buddy, frees, s.buddy.frees);
 TM_POOL_RO(buddy, splits, s.buddy.splits);
 TM_POOL_RO(buddy, merges, s.buddy.merges);
-TM_SHOW(tm_buddy_fallbacks_show, , tm_memory_fallbacks())
+TM_SHOW(tm_buddy_fallbacks_show, (void)0, tm_memory_fallbacks())
 TM_RO(buddy, fallbacks);
 
 static struct attribute *tm_buddy_attrs[] = {
@@ -121,7 +121,7 @@ static int tm_sysfs_set_default_quota(u64 bytes)
 TM_CLIENTS_RO(count, t.clients);
 TM_CLIENTS_RO(tensors, t.tensors);
 TM_CLIENTS_RO(bytes, t.bytes);
-TM_SHOW(tm_clients_default_quota_show, , tm_client_default_quota())
+TM_SHOW(tm_clients_default_quota_show, (void)0, tm_client_default_quota())
 TM_STORE(tm_clients_default_quota_store, u64, kstrtou64,
 	 tm_sysfs_set_default_quota)
 TM_RW(clients, default_quota);

@@ -68,6 +68,8 @@ tm_tensor_policy(const struct tensormem_alloc *request)
 
 /**
  * tm_tensor_create - allocate the memory of a tensor
+ * @client: who it is for and who is charged
+ * @request: size, kind, pool and flags, as user space gave them
  *
  * The tensor has no handle and no offset: publish it, or discard it.
  *
@@ -120,6 +122,8 @@ err_free:
 
 /**
  * tm_tensor_discard - free a tensor that was created and never published
+ * @client: whose it is
+ * @tensor: the tensor; consumed
  *
  * Context: may sleep; consumes @tensor.
  */
@@ -169,6 +173,9 @@ static void tm_tensor_unpublish(struct tm_client *client,
 
 /**
  * tm_tensor_publish - give tensors their handles and offsets, all or none
+ * @client: whose they are
+ * @tensors: what tm_tensor_create() made, @count long
+ * @count: how many
  * @results: where handle and offset of each are written
  * @failed: index of the tensor that had no room
  *
@@ -213,6 +220,9 @@ static void tm_tensor_destroy(struct tm_client *client,
 
 /**
  * tm_tensor_free - free tensors by handle, all or none
+ * @client: whose they are
+ * @handles: their names, @count long
+ * @count: how many
  * @failed: index of the handle that names none, or that came twice
  *
  * Context: may sleep; takes the client's invalidate_lock.
@@ -256,6 +266,7 @@ int tm_tensor_free(struct tm_client *client, const u32 *handles, u32 count,
 
 /**
  * tm_tensor_free_all - free what a dying client still has
+ * @client: the dying client
  *
  * Context: may sleep. No file and no mapping of the client is left.
  */
@@ -272,6 +283,8 @@ void tm_tensor_free_all(struct tm_client *client)
 
 /**
  * tm_tensor_query - describe the tensor that @query->handle names
+ * @client: whose it is
+ * @query: in: handle and flags; out: all of it
  *
  * Context: may sleep; takes the client's invalidate_lock shared.
  * Return: 0, -EINVAL for an unknown flag, -ENOENT.

@@ -147,6 +147,8 @@ static int tm_vm_check_range(struct tm_client *client, u64 first, u64 pages)
 
 /**
  * tm_vm_mmap - map the window, one tensor or a part of one
+ * @file: the client's descriptor
+ * @vma: what the kernel is about to map
  *
  * Context: process context with mmap_lock held for writing; may sleep.
  * Return: 0, -EINVAL, -ENOENT or -EPERM as in the UAPI header.

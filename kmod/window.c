@@ -55,17 +55,20 @@ static struct tm_range *tm_window_first_gap(const struct tm_window *window,
 	for (;;) {
 		struct tm_range *range = tm_range_entry(rb);
 
-		if (tm_subtree_gap(rb->rb_left) >= need)
+		if (tm_subtree_gap(rb->rb_left) >= need) {
 			rb = rb->rb_left;
-		else if (range->gap >= need)
+			continue;
+		}
+		if (range->gap >= need)
 			return range;
-		else
-			rb = rb->rb_right;
+		rb = rb->rb_right;
 	}
 }
 
 /**
  * tm_window_insert - take @length pages
+ * @window: where
+ * @length: pages
  * @range: filled in and inserted
  * @align: a power of two the start is a multiple of
  *
@@ -111,6 +114,8 @@ int tm_window_insert(struct tm_window *window, struct tm_range *range,
 
 /**
  * tm_window_remove - give back a range
+ * @window: where it is
+ * @range: what to give back
  *
  * Context: never sleeps; the caller excludes every other use of @window.
  */
@@ -127,6 +132,8 @@ void tm_window_remove(struct tm_window *window, struct tm_range *range)
 
 /**
  * tm_window_find - the range that holds @page, or NULL
+ * @window: where to look
+ * @page: an offset in pages
  *
  * Context: never sleeps; the caller excludes changes to @window.
  */

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-only
 #include <linux/shrinker.h>
 void probe(void);
 void probe(void)

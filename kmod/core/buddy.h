@@ -86,6 +86,9 @@ void tm_buddy_add_chunk(struct tm_buddy *buddy, struct tm_chunk_id id);
 
 /**
  * tm_buddy_alloc - allocate a run of 2^@order pages
+ * @buddy: the pool
+ * @order: log2 of the pages
+ * @page: the first page of the run
  *
  * Constant time: a bounded walk over the orders.
  *
@@ -97,6 +100,9 @@ int __must_check tm_buddy_alloc(struct tm_buddy *buddy, unsigned int order,
 
 /**
  * tm_buddy_free - free a run that tm_buddy_alloc() returned
+ * @buddy: the pool
+ * @page: the first page of the run
+ * @order: what it was allocated with
  * @empty: set when the whole chunk is free now; take it out with
  *         tm_buddy_remove_chunk() to give it back to level 1
  *

@@ -78,6 +78,9 @@ struct tm_chunk_pool {
 
 /**
  * tm_chunk_pool_init - make an empty pool of @nr_slots slots
+ * @pool: the pool
+ * @nr_slots: most chunks there can ever be
+ * @lock: what the caller holds around every other call
  *
  * Context: may sleep; no lock. Return: 0, -EINVAL for no or too many slots,
  * -ENOMEM.
@@ -90,6 +93,8 @@ void tm_chunk_pool_destroy(struct tm_chunk_pool *pool);
 
 /**
  * tm_chunk_grow_begin - reserve a slot for a chunk from the system
+ * @pool: the pool
+ * @id: the slot
  *
  * Return: 0, or -ENOSPC when the pool is at its capacity.
  */
@@ -103,6 +108,9 @@ void tm_chunk_grow_abort(struct tm_chunk_pool *pool, struct tm_chunk_id id);
 
 /**
  * tm_chunk_take - hand a free chunk to @owner
+ * @pool: the pool
+ * @owner: who gets it
+ * @id: the chunk
  * @want_zeroed: prefer a zeroed chunk; otherwise zeroed ones are spared
  * @zeroed: whether the chunk handed out is zeroed
  *
@@ -123,6 +131,8 @@ void tm_chunk_zero_end(struct tm_chunk_pool *pool, struct tm_chunk_id id);
 
 /**
  * tm_chunk_remove - take a free chunk out of the pool, for the system
+ * @pool: the pool
+ * @id: the chunk
  *
  * Dirty ones go first. The slot is ABSENT when this returns; the caller picks
  * up what belongs to the slot before it drops the lock.

@@ -41,6 +41,7 @@ int __must_check tensormem_alloc_run(struct tensormem_run *run,
 
 /**
  * tensormem_free_run - free what tensormem_alloc_run() returned
+ * @run: the run
  *
  * The caller has dropped every reference it took on the pages.
  * Context: process context; may sleep.
