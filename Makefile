@@ -45,7 +45,7 @@ test-guest: $(READY)
 
 bench:
 	@qemu/install-deps demo
-	@tests/bench/run.py $(BENCH)
+	@tests/bench/measure.py $(BENCH)
 
 lint: $(READY)
 	@qemu/install-deps lint

@@ -20,7 +20,7 @@ NOT_FOR_CHECKPATCH = {"trace.h"}
 
 #: Hosts and paths that belong to one machine; the tree names none.
 PRIVATE = re.compile(
-    r"https?://(?!www\.gnu\.org|docs\.kernel\.org|arxiv\.org|github\.com|json\.schemastore\.org)"
+    r"https?://(?![\w.-]+\.example\b|www\.gnu\.org|docs\.kernel\.org|arxiv\.org|github\.com|json\.schemastore\.org)"
     r"[\w.-]+\.\w+|/root/\.cache|/work/|/home/(?!user|pi)\w+"
 )
 
@@ -118,7 +118,7 @@ CHECKS: dict[str, Callable[[], str]] = {
         "sh", "-c", f"cd qemu && {sys.executable} -m mypy --no-incremental --strict tmguest"
     ),
     "mypy tests": lambda: tool(
-        "mypy", "--no-incremental", "--strict", "tests/run.py", "tests/bench/run.py"
+        "mypy", "--no-incremental", "--strict", "tests/run.py", "tests/bench/measure.py"
     ),
     "UAPI header alone": uapi_stands_alone,
     "core/ without kernel": core_is_free_of_the_kernel,

@@ -142,7 +142,7 @@ def run(stage: Stage) -> Counts:
         ).returncode  # fmt: skip
     counts = count(stage, code, log)
     seconds = time.monotonic() - begin
-    print(f"\r{stage.name:<16} {str(counts):<34} {seconds:6.0f} s", flush=True)
+    print(f"\r{stage.name:<16} {counts!s:<34} {seconds:6.0f} s", flush=True)
     if counts.failed:
         print("\n".join("    " + line for line in log.read_text().splitlines()[-80:]))
         print(f"    whole output: {log}", flush=True)

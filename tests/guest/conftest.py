@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from device import Raw, read, write
 
 KMEMLEAK = Path("/sys/kernel/debug/kmemleak")

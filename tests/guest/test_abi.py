@@ -8,6 +8,7 @@ import errno
 import os
 
 import pytest
+
 from device import CHUNK, PAGE, Raw, read, round_up
 from tensormem import abi
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import time
 
 import pytest
+
 from device import CHUNK, KINDS, PAGE, Raw, read, round_up, write
 from tensormem import abi
 
@@ -104,7 +106,7 @@ def test_batches(raw: Raw) -> None:
     assert used == sum(round_up(s, PAGE) for s in sizes)
 
     handles = [item.handle for item in items]
-    for bad, at in ((handles[:5] + [handles[2]], 5), ([0, *handles], 0), ([*handles, 1 << 30], 257)):
+    for bad, at in (([*handles[:5], handles[2]], 5), ([0, *handles], 0), ([*handles, 1 << 30], 257)):
         result, batch = raw.free_batch(bad)
         assert (result, batch.failed) == (errno.ENOENT, at)
         assert raw.info().used == used
@@ -302,7 +304,7 @@ def test_random_operations_against_a_model(raw: Raw, seed: int) -> None:
                 live[item.handle] = (item, dice.randrange(1, 256))
                 write_pattern(window, *live[item.handle])
         spans = sorted((i.offset, round_up(i.size, PAGE)) for i, _ in live.values())
-        assert all(a + n <= b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+        assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(spans))
         info = raw.info()
         assert info.nr_tensors == len(live), step
         assert info.used == sum(round_up(i.size, PAGE) for i, _ in live.values()), step

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from device import CHUNK, DEVICE, PAGE, Raw, read, write
 from tensormem import abi
 
@@ -34,7 +35,7 @@ def injection() -> Iterator[None]:
             file = DEBUGFS / kind / name
             if file.exists():
                 file.write_text(value)
-    yield
+    return
 
 
 def sweep(call: Callable[[], int], allowed: set[int], most: int = 400) -> list[int]:

@@ -16,6 +16,7 @@ import time
 import zlib
 
 import pytest
+
 from conftest import USAGE, settled
 from device import CHUNK, PAGE, Raw, read
 from tensormem import abi

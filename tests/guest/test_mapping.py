@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from device import CHUNK, PAGE, Raw, address_of, round_up
 from tensormem import abi
 
@@ -138,9 +139,8 @@ def test_a_system_call_on_a_freed_tensor_is_efault(raw: Raw) -> None:
     item = raw.alloc(PAGE)
     mapping = raw.map_tensor(item)
     assert raw.free(item.handle) == 0
-    with open("/dev/zero", "rb", buffering=0) as zero, pytest.raises(OSError) as caught:
+    with open("/dev/zero", "rb", buffering=0) as zero, pytest.raises(OSError, match="Bad address"):
         zero.readinto(mapping)
-    assert caught.value.errno == errno.EFAULT
     mapping.close()
 
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from device import CHUNK, PAGE, SYSFS, Raw, read, write
 
 ABI = Path(__file__).parents[2] / "docs/ABI/sysfs-class-misc-tensormem"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from device import CHUNK, PAGE, Raw, read, write
 
 TRACING = Path("/sys/kernel/tracing")

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "buddy_model.h"
+
+void buddy_model_init(struct buddy_model *model, struct tm_geometry g,
+		      u32 nr_slots)
+{
+	CHECK(nr_slots <= BUDDY_MODEL_SLOTS);
+	memset(model, 0, sizeof(*model));
+	model->geometry = g;
+	model->nr_slots = nr_slots;
+}
+
+u32 buddy_model_pages(const struct buddy_model *model)
+{
+	return TM_CHUNK_SIZE >> model->geometry.page_shift;
+}
+
+u32 buddy_model_chunks(const struct buddy_model *model)
+{
+	u32 n = 0;
+
+	for (u32 v = 0; v < model->nr_slots; v++)
+		n += model->in_pool[v];
+	return n;
+}
+
+u32 buddy_model_used(const struct buddy_model *model)
+{
+	u32 n = 0;
+
+	for (u32 v = 0; v < model->nr_slots; v++)
+		for (u32 p = 0; p < buddy_model_pages(model); p++)
+			n += model->used[v][p];
+	return n;
+}
+
+bool buddy_model_empty(const struct buddy_model *model, struct tm_chunk_id id)
+{
+	for (u32 p = 0; p < buddy_model_pages(model); p++)
+		if (model->used[id.v][p])
+			return false;
+	return model->in_pool[id.v];
+}
+
+/* Order of the free run that page @p is in, -1 when it is not free. */
+static int free_order(const struct buddy_model *model, u32 v, u32 p)
+{
+	int order = -1;
+
+	if (!model->in_pool[v])
+		return -1;
+	for (u32 size = 1; size <= buddy_model_pages(model); size *= 2) {
+		u32 start = p / size * size;
+
+		for (u32 q = start; q < start + size; q++)
+			if (model->used[v][q])
+				return order;
+		order++;
+	}
+	return order;
+}
+
+int buddy_model_largest(const struct buddy_model *model, struct tm_chunk_id id)
+{
+	int largest = -1;
+
+	for (u32 p = 0; p < buddy_model_pages(model);) {
+		int order = free_order(model, id.v, p);
+
+		if (order > largest)
+			largest = order;
+		p += order > 0 ? 1u << order : 1;
+	}
+	return largest;
+}
+
+/* Order of the smallest free run of @order or more, -1 for none. */
+static int smallest_fit(const struct buddy_model *model, u32 v,
+			unsigned int order)
+{
+	int fit = -1;
+
+	for (u32 p = 0; p < buddy_model_pages(model);) {
+		int o = free_order(model, v, p);
+
+		if (o >= (int)order && (fit < 0 || o < fit))
+			fit = o;
+		p += o > 0 ? 1u << o : 1;
+	}
+	return fit;
+}
+
+static void compare_chunk(const struct buddy_model *model,
+			  const struct tm_buddy *buddy, u32 v)
+{
+	const struct tm_buddy_chunk *c = &buddy->chunks[v];
+	struct tm_buddy_chunk want = { .in_pool = model->in_pool[v] };
+
+	for (u32 p = 0; p < buddy_model_pages(model);) {
+		int o = free_order(model, v, p);
+		u32 i;
+
+		if (o < 0) {
+			p++;
+			continue;
+		}
+		i = p >> o;
+		want.bits[buddy->word[o] + i / 64] |= 1ull << (i % 64);
+		want.nr[o]++;
+		want.orders |= 1u << o;
+		p += 1u << o;
+	}
+	CHECK_EQ(c->in_pool, want.in_pool);
+	CHECK_EQ(c->orders, want.orders);
+	CHECK(!memcmp(c->nr, want.nr, sizeof(want.nr)));
+	CHECK(!memcmp(c->bits, want.bits, sizeof(want.bits)));
+	CHECK(!memcmp(c->run, model->run[v], sizeof(c->run)));
+}
+
+void buddy_model_compare(const struct buddy_model *model,
+			 const struct tm_buddy *buddy)
+{
+	u32 chunks = buddy_model_chunks(model);
+	u32 used = buddy_model_used(model);
+
+	for (u32 v = 0; v < model->nr_slots; v++)
+		compare_chunk(model, buddy, v);
+	CHECK_EQ(buddy->nr_chunks, chunks);
+	CHECK_EQ(buddy->free_pages, chunks * buddy_model_pages(model) - used);
+	CHECK_EQ(tm_buddy_used_pages(buddy), used);
+	CHECK_EQ(buddy->allocs, model->allocs);
+	CHECK_EQ(buddy->frees, model->frees);
+	CHECK_EQ(buddy->splits, model->splits);
+	CHECK_EQ(buddy->merges, model->merges);
+	CHECK_EQ(buddy->allocs - buddy->frees, model->nr_runs);
+	CHECK_OK(tm_buddy_check(buddy));
+}
+
+void buddy_snapshot_take(struct buddy_snapshot *snapshot,
+			 const struct tm_buddy *buddy)
+{
+	memcpy(&snapshot->buddy, buddy, sizeof(*buddy));
+	memcpy(snapshot->chunks, buddy->chunks,
+	       buddy->nr_slots * sizeof(*buddy->chunks));
+}
+
+bool buddy_snapshot_same(const struct buddy_snapshot *snapshot,
+			 const struct tm_buddy *buddy)
+{
+	return !memcmp(&snapshot->buddy, buddy, sizeof(*buddy)) &&
+	       !memcmp(snapshot->chunks, buddy->chunks,
+		       buddy->nr_slots * sizeof(*buddy->chunks));
+}
+
+void buddy_snapshot_restore(const struct buddy_snapshot *snapshot,
+			    struct tm_buddy *buddy)
+{
+	memcpy(buddy, &snapshot->buddy, sizeof(*buddy));
+	memcpy(buddy->chunks, snapshot->chunks,
+	       buddy->nr_slots * sizeof(*buddy->chunks));
+}
+
+void buddy_do_add(struct buddy_model *model, struct tm_buddy *buddy,
+		  struct tm_chunk_id id)
+{
+	struct buddy_snapshot before;
+
+	if (model->in_pool[id.v]) {
+		buddy_snapshot_take(&before, buddy);
+		tm_host_expect_warnings(1);
+		tm_buddy_add_chunk(buddy, id);
+		CHECK_EQ(tm_host_missing_warnings(), 0);
+		CHECK(buddy_snapshot_same(&before, buddy));
+		return;
+	}
+	tm_buddy_add_chunk(buddy, id);
+	model->in_pool[id.v] = true;
+}
+
+int buddy_do_remove(struct buddy_model *model, struct tm_buddy *buddy,
+		    struct tm_chunk_id id)
+{
+	bool empty = buddy_model_empty(model, id);
+	struct buddy_snapshot before;
+	int err;
+
+	buddy_snapshot_take(&before, buddy);
+	err = tm_buddy_remove_chunk(buddy, id);
+	CHECK_EQ(err, empty ? 0 : -EBUSY);
+	if (err)
+		CHECK(buddy_snapshot_same(&before, buddy));
+	else
+		model->in_pool[id.v] = false;
+	return err;
+}
+
+static void alloc_succeeded(struct buddy_model *model, unsigned int order,
+			    struct tm_page_id page)
+{
+	u32 pages = buddy_model_pages(model);
+	u32 v = page.v / pages, first = page.v % pages;
+	struct tm_chunk_id id = { v };
+	int largest, found;
+
+	CHECK(v < model->nr_slots);
+	CHECK(model->in_pool[v]);
+	CHECK(!(first & ((1u << order) - 1)));
+
+	/* Of all chunks that can serve it, one whose largest run is smallest. */
+	largest = buddy_model_largest(model, id);
+	for (u32 w = 0; w < model->nr_slots; w++) {
+		int other = buddy_model_largest(model,
+						(struct tm_chunk_id){ w });
+
+		CHECK(other < (int)order || other >= largest);
+	}
+	/* In that chunk the smallest run that fits. */
+	found = free_order(model, v, first);
+	CHECK(found >= (int)order);
+	CHECK_EQ(found, smallest_fit(model, v, order));
+
+	for (u32 p = first; p < first + (1u << order); p++) {
+		CHECK(!model->used[v][p]);
+		model->used[v][p] = true;
+	}
+	model->run[v][first] = (u8)(order + 1);
+	CHECK(model->nr_runs < BUDDY_MODEL_RUNS);
+	model->runs[model->nr_runs++] = (struct buddy_run){ page, order };
+	model->allocs++;
+	model->splits += (u32)found - order;
+}
+
+int buddy_do_alloc(struct buddy_model *model, struct tm_buddy *buddy,
+		   unsigned int order, struct tm_page_id *page)
+{
+	struct buddy_snapshot before;
+	int want = -ENOMEM, err;
+
+	for (u32 v = 0; v < model->nr_slots; v++)
+		if (buddy_model_largest(model, (struct tm_chunk_id){ v }) >=
+		    (int)order)
+			want = 0;
+	/* The largest run is half a chunk. */
+	if (order >= 32 || 2ull << order > buddy_model_pages(model))
+		want = -EINVAL;
+
+	buddy_snapshot_take(&before, buddy);
+	err = tm_buddy_alloc(buddy, order, page);
+	CHECK_EQ(err, want);
+	if (err)
+		CHECK(buddy_snapshot_same(&before, buddy));
+	else
+		alloc_succeeded(model, order, *page);
+	return err;
+}
+
+bool buddy_do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth)
+{
+	struct buddy_run run = model->runs[nth];
+	u32 pages = buddy_model_pages(model);
+	u32 v = run.page.v / pages, first = run.page.v % pages;
+	struct tm_chunk_id id = { v };
+	bool empty;
+
+	/* Set wrong beforehand, to see that it is written. */
+	for (u32 p = first; p < first + (1u << run.order); p++)
+		model->used[v][p] = false;
+	empty = !buddy_model_empty(model, id);
+	CHECK_EQ(tm_buddy_free(buddy, run.page, run.order, &empty), 0);
+	CHECK_EQ(empty, buddy_model_empty(model, id));
+
+	model->run[v][first] = 0;
+	model->frees++;
+	model->merges += (u32)free_order(model, v, first) - run.order;
+	model->nr_runs--;
+	memmove(&model->runs[nth], &model->runs[nth + 1],
+		(model->nr_runs - nth) * sizeof(*model->runs));
+	return empty;
+}
+
+void buddy_do_bad_free(const struct buddy_model *model, struct tm_buddy *buddy,
+		       struct tm_page_id page, unsigned int order)
+{
+	struct buddy_snapshot before;
+	bool empty = true;
+
+	for (u32 i = 0; i < model->nr_runs; i++)
+		CHECK(model->runs[i].page.v != page.v ||
+		      model->runs[i].order != order);
+	buddy_snapshot_take(&before, buddy);
+	CHECK_EQ(tm_buddy_free(buddy, page, order, &empty), -EINVAL);
+	CHECK(empty);
+	CHECK(buddy_snapshot_same(&before, buddy));
+}

@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What core/platform.h promises, made of the C library, for the host library and
+ * its tests.
+ *
+ * Stricter than the kernel where that finds bugs: a bit search of 0 aborts, a
+ * lock that is not held aborts, a warning nobody expects aborts, and any table
+ * allocation can be made to fail. With NDEBUG (the library for benchmarks) the
+ * first two cost nothing, as in a kernel without lockdep.
+ */
+#ifndef TM_PLATFORM_HOST_H
+#define TM_PLATFORM_HOST_H
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <string.h>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define __must_check		__attribute__((warn_unused_result))
+
+#define tm_static_assert(...)	_Static_assert(__VA_ARGS__)
+#define tm_likely(cond)		__builtin_expect(!!(cond), 1)
+#define tm_unlikely(cond)	__builtin_expect(!!(cond), 0)
+
+/* Like WARN_ON(): the value of @cond. */
+#define tm_warn_on(cond)						\
+	tm_host_warn(!!(cond), #cond, __FILE__, __LINE__)
+
+bool tm_host_warn(bool cond, const char *text, const char *file, int line);
+/* The next @n warnings are counted instead of ending the program. */
+void tm_host_expect_warnings(unsigned int n);
+/* Warnings still expected; forgets them. */
+unsigned int tm_host_missing_warnings(void);
+
+/* Print and abort. */
+__attribute__((noreturn, format(printf, 3, 4)))
+void tm_host_die(const char *file, int line, const char *fmt, ...);
+
+#ifdef NDEBUG
+#define tm_host_require(cond)	((void)0)
+#else
+#define tm_host_require(cond)						\
+	((cond) ? (void)0 :						\
+	 tm_host_die(__FILE__, __LINE__, "does not hold: %s", #cond))
+#endif
+
+typedef struct {
+	bool held;
+} tm_lock_t;
+
+#define tm_assert_locked(lock)	tm_host_require((lock)->held)
+
+static inline void tm_host_lock(tm_lock_t *lock)
+{
+	tm_host_require(!lock->held);
+	lock->held = true;
+}
+
+static inline void tm_host_unlock(tm_lock_t *lock)
+{
+	tm_host_require(lock->held);
+	lock->held = false;
+}
+
+static inline unsigned int tm_ctz64(u64 v)
+{
+	tm_host_require(v);
+	return (unsigned int)__builtin_ctzll(v);
+}
+
+static inline unsigned int tm_fls32(u32 v)
+{
+	tm_host_require(v);
+	return 31u - (unsigned int)__builtin_clz(v);
+}
+
+void *tm_table_alloc(size_t n, size_t size);
+void tm_table_free(void *table);
+
+/* The @nth allocation from now fails (1 is the next one); 0: none does. */
+void tm_host_fail_table(unsigned int nth);
+/* Tables that are allocated now. */
+unsigned int tm_host_tables(void);
+
+#endif

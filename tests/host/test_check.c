@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The structural checkers: each damage done by hand must be found, and named.
+ * All other tests rest on them.
+ */
+#include "core/check.h"
+#include "harness.h"
+
+static tm_lock_t lock;
+
+static void expect(const char *got, const char *want, int line)
+{
+	if (!got || strcmp(got, want))
+		tm_test_fail(__FILE__, line, "found \"%s\", not \"%s\"",
+			     got ? got : "nothing", want);
+}
+
+/* Do @damage to a copy of what @pool points to, check, and undo it. */
+#define EXPECT_CHUNK(want, damage)					\
+	do {								\
+		damage;							\
+		expect(tm_chunk_check(&pool), want, __LINE__);		\
+		pool = good;						\
+		memcpy(pool.chunks, chunks, sizeof(chunks));		\
+		CHECK_OK(tm_chunk_check(&pool));			\
+	} while (0)
+
+TEST(check_finds_chunk_damage)
+{
+	struct tm_chunk_pool pool, good;
+	struct tm_chunk chunks[12], *c;
+	struct tm_chunk_id id;
+	bool zeroed;
+
+	/* 0 and 1 owned, 2 growing, 3 zeroing, 4 to 6 zeroed, 7 and 8 dirty. */
+	CHECK_EQ(tm_chunk_pool_init(&pool, 12, &lock), 0);
+	tm_host_lock(&lock);
+	for (u32 v = 0; v < 2; v++) {
+		CHECK_EQ(tm_chunk_grow_begin(&pool, &id), 0);
+		tm_chunk_grow_end(&pool, id, false);
+		CHECK_EQ(tm_chunk_take(&pool, v ? TM_OWNER_BUDDY :
+						  TM_OWNER_TENSOR,
+				       false, &id, &zeroed), 0);
+		CHECK_EQ(id.v, v);
+	}
+	for (u32 v = 2; v < 9; v++) {
+		CHECK_EQ(tm_chunk_grow_begin(&pool, &id), 0);
+		CHECK_EQ(id.v, v);
+		if (v != 2)
+			tm_chunk_grow_end(&pool, id, v >= 4 && v < 7);
+		if (v == 3)
+			CHECK_EQ(tm_chunk_zero_begin(&pool, &id), 0);
+	}
+	tm_host_unlock(&lock);
+	CHECK_OK(tm_chunk_check(&pool));
+	good = pool;
+	memcpy(chunks, pool.chunks, sizeof(chunks));
+	c = pool.chunks;
+
+	EXPECT_CHUNK("a chunk has no valid state",
+		     c[0].state = TM_CHUNK_STATES);
+	EXPECT_CHUNK("a chunk has no valid state", c[11].state = 0xff);
+	EXPECT_CHUNK("an owned chunk has no valid owner",
+		     c[0].owner = TM_OWNERS);
+	for (u32 s = 0; s < TM_CHUNK_STATES; s++) {
+		EXPECT_CHUNK("a state's count is not the chunks in it",
+			     pool.count[s]++);
+		EXPECT_CHUNK("a state's count is not the chunks in it",
+			     pool.count[s]--);
+	}
+	for (u32 o = 0; o < TM_OWNERS; o++)
+		EXPECT_CHUNK("an owner's count is not the chunks it owns",
+			     pool.owned[o]++);
+	EXPECT_CHUNK("an owner's count is not the chunks it owns",
+		     c[0].owner = TM_OWNER_BUDDY);
+	/* A chunk that changed its state and its count, but not its list. */
+	EXPECT_CHUNK("a chunk is on the list of another state",
+		     (c[5].state = TM_CHUNK_FREE_DIRTY,
+		      pool.count[TM_CHUNK_FREE_ZEROED]--,
+		      pool.count[TM_CHUNK_FREE_DIRTY]++));
+	EXPECT_CHUNK("a chunk is on the list of another state",
+		     pool.head[TM_CHUNK_FREE_DIRTY] =
+		     pool.head[TM_CHUNK_FREE_ZEROED]);
+	EXPECT_CHUNK("a chunk is on the list of another state",
+		     (c[0].next = c[0].prev = TM_NONE,
+		      pool.head[TM_CHUNK_ABSENT] = 0));
+	/* States that have no list. */
+	EXPECT_CHUNK("a list does not hold all chunks of its state",
+		     (c[0].next = c[0].prev = TM_NONE,
+		      pool.count[TM_CHUNK_OWNED] += 0,
+		      pool.head[TM_CHUNK_OWNED] = 0,
+		      c[0].next = 1, c[1].prev = 0, c[1].next = TM_NONE));
+	for (u32 v = 4; v < 12; v++)
+		EXPECT_CHUNK("a chunk's back link is wrong", c[v].prev ^= 1);
+	/* A ring shows as a back link that cannot be right. */
+	EXPECT_CHUNK("a chunk's back link is wrong",
+		     c[pool.head[TM_CHUNK_FREE_ZEROED]].next =
+		     pool.head[TM_CHUNK_FREE_ZEROED]);
+	EXPECT_CHUNK("a list does not hold all chunks of its state",
+		     pool.head[TM_CHUNK_FREE_DIRTY] = TM_NONE);
+	EXPECT_CHUNK("a list does not hold all chunks of its state",
+		     c[pool.head[TM_CHUNK_FREE_ZEROED]].next = TM_NONE);
+	EXPECT_CHUNK("a list does not hold all chunks of its state",
+		     c[pool.head[TM_CHUNK_ABSENT]].next = TM_NONE);
+	tm_table_free(pool.chunks);
+}
+
+#define EXPECT_BUDDY(want, damage)					\
+	do {								\
+		damage;							\
+		expect(tm_buddy_check(&buddy), want, __LINE__);		\
+		buddy = good;						\
+		memcpy(buddy.chunks, chunks, sizeof(chunks));		\
+		CHECK_OK(tm_buddy_check(&buddy));			\
+	} while (0)
+
+static void flip(const struct tm_buddy *buddy, struct tm_buddy_chunk *c,
+		 unsigned int order, u32 i)
+{
+	c->bits[buddy->word[order] + i / 64] ^= 1ull << (i % 64);
+}
+
+TEST_PAGE_SIZES(check_finds_buddy_damage)
+{
+	struct tm_buddy_chunk chunks[6], *c;
+	struct tm_page_id page, run[3];
+	struct tm_buddy buddy, good;
+	struct tm_geometry g = tm_geometry(page_shift);
+	unsigned int top = g.chunk_order - 1;
+	u32 mine;
+
+	/* 0 and 4 are not in the pool; one chunk of the others is in use. */
+	CHECK_EQ(tm_buddy_init(&buddy, g, 6, &lock), 0);
+	tm_host_lock(&lock);
+	tm_buddy_add_chunk(&buddy, (struct tm_chunk_id){ 1 });
+	tm_buddy_add_chunk(&buddy, (struct tm_chunk_id){ 2 });
+	tm_buddy_add_chunk(&buddy, (struct tm_chunk_id){ 3 });
+	tm_buddy_add_chunk(&buddy, (struct tm_chunk_id){ 5 });
+	/* An order 0 at 0, an order 2, and one full chunk. */
+	CHECK_EQ(tm_buddy_alloc(&buddy, top, &page), 0);
+	CHECK_EQ(tm_buddy_alloc(&buddy, top, &page), 0);
+	for (u32 i = 0; i < 3; i++)
+		CHECK_EQ(tm_buddy_alloc(&buddy, i % 2 * 2, &run[i]), 0);
+	tm_host_unlock(&lock);
+	mine = tm_page_chunk(g, run[0]).v;
+	CHECK(mine != tm_page_chunk(g, page).v);
+	CHECK_OK(tm_buddy_check(&buddy));
+	good = buddy;
+	memcpy(chunks, buddy.chunks, sizeof(chunks));
+	c = &buddy.chunks[mine];
+	/* Pages 0 and 1, then a free pair, then 4 to 7. */
+	CHECK(c->run[0] == 1 && c->run[1] == 1 && c->run[4] == 3);
+	CHECK_EQ(c->orders & 0xf, 2 | (g.chunk_order > 3 ? 8 : 0));
+
+	EXPECT_BUDDY("a chunk outside the pool has free runs",
+		     c->in_pool = false);
+	EXPECT_BUDDY("a chunk outside the pool has free runs",
+		     buddy.chunks[0].orders = 1);
+	EXPECT_BUDDY("a run and its buddy are both free",
+		     flip(&buddy, c, 1, 0));
+	EXPECT_BUDDY("a run and its buddy are both free",
+		     flip(&buddy, c, top, 0));
+	EXPECT_BUDDY("two free runs overlap", (flip(&buddy, c, 0, 2),
+					       c->nr[0]++, c->orders |= 1));
+	EXPECT_BUDDY("an order's count is not its free runs",
+		     flip(&buddy, c, 1, 1));
+	EXPECT_BUDDY("an order's count is not its free runs", c->nr[0]++);
+	EXPECT_BUDDY("an order's count is not its free runs",
+		     c->nr[top]--);
+	EXPECT_BUDDY("the mask of free orders is wrong", c->orders ^= 1);
+	EXPECT_BUDDY("the mask of free orders is wrong", c->orders ^= 2);
+	EXPECT_BUDDY("the mask of free orders is wrong",
+		     c->orders ^= 1u << g.chunk_order);
+	EXPECT_BUDDY("an allocated run is as large as a chunk",
+		     c->run[0] = g.chunk_order + 1);
+	EXPECT_BUDDY("an allocated run is as large as a chunk",
+		     c->run[3] = 0xff);
+	EXPECT_BUDDY("an allocated run is not aligned", c->run[1] = 2);
+	EXPECT_BUDDY("an allocated run overlaps another run", c->run[0] = 2);
+	EXPECT_BUDDY("an allocated run overlaps another run", c->run[0] = 4);
+	EXPECT_BUDDY("an allocated run overlaps another run", c->run[2] = 1);
+	EXPECT_BUDDY("a page is neither free nor allocated", c->run[0] = 0);
+	EXPECT_BUDDY("a page is neither free nor allocated", c->run[4] = 2);
+	EXPECT_BUDDY("a page is neither free nor allocated",
+		     (flip(&buddy, c, 1, 1), c->nr[1]--, c->orders &= ~2u));
+	EXPECT_BUDDY("the pool's chunk count is wrong", buddy.nr_chunks++);
+	EXPECT_BUDDY("the pool's chunk count is wrong", buddy.nr_chunks--);
+	EXPECT_BUDDY("the pool's free page count is wrong",
+		     buddy.free_pages++);
+	EXPECT_BUDDY("the pool's free page count is wrong",
+		     buddy.free_pages--);
+	for (unsigned int o = 0; o <= g.chunk_order; o++)
+		EXPECT_BUDDY("the mask of lists is wrong",
+			     buddy.lists ^= 1u << o);
+	EXPECT_BUDDY("the mask of lists is wrong",
+		     buddy.head[g.chunk_order] = TM_NONE);
+	/* A chunk on the wrong list, one that is full, one not in the pool. */
+	EXPECT_BUDDY("a chunk is on the list of another order",
+		     (buddy.head[0] = mine, buddy.lists |= 1));
+	EXPECT_BUDDY("a chunk is on the list of another order",
+		     buddy.head[g.chunk_order] = tm_page_chunk(g, page).v);
+	EXPECT_BUDDY("a chunk is on the list of another order",
+		     buddy.head[g.chunk_order] = 0);
+	/* A chunk that has more free than its list says. */
+	EXPECT_BUDDY("a chunk is on the list of another order",
+		     buddy.head[top] = buddy.head[g.chunk_order]);
+	EXPECT_BUDDY("a chunk's back link is wrong", c->prev = 0);
+	EXPECT_BUDDY("a chunk's back link is wrong",
+		     buddy.chunks[buddy.head[g.chunk_order]].prev = 3);
+	EXPECT_BUDDY("a chunk's back link is wrong",
+		     buddy.chunks[buddy.head[g.chunk_order]].next =
+		     buddy.head[g.chunk_order]);
+	EXPECT_BUDDY("a chunk with free runs is on no list",
+		     (buddy.head[top] = TM_NONE, buddy.lists &= ~(1u << top)));
+	EXPECT_BUDDY("a chunk with free runs is on no list",
+		     buddy.chunks[buddy.head[g.chunk_order]].next = TM_NONE);
+	tm_table_free(buddy.chunks);
+}
