@@ -710,3 +710,22 @@ def test_random_operations_against_a_model(client: Client, device: FakeDevice) -
         if step % 20 == 0:
             assert all((a == mark).all() for a, mark in live)
     assert len(live) + len(tensors) > 5
+
+
+def test_close_in_the_middle_of_a_call(device: FakeDevice) -> None:
+    client = Client(device)
+    real = device._alloc
+
+    def close_then_allocate(item: abi.Alloc) -> None:
+        client.close()
+        assert device.fd >= 0, "closed under a call"
+        real(item)
+
+    device._alloc = close_then_allocate  # type: ignore[method-assign]
+    tensor = client.alloc(5)
+    assert client.closed
+    assert device.fd >= 0
+    tensor.buffer()[:] = b"12345"
+    tensor.free()
+    assert not device.tensors
+    assert device.fd == -1

@@ -146,6 +146,8 @@ def test_header_padding_and_order_of_keys(path: Path) -> None:
 
 
 def test_a_file_without_tensors(path: Path) -> None:
+    save(path, {})
+    assert load(path) == {}
     path.write_bytes(pack({}))
     assert load(path) == {}
 
