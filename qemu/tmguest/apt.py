@@ -70,6 +70,11 @@ def mirror() -> str:
     chosen = os.environ.get("TENSORMEM_MIRROR")
     if chosen:
         return chosen.rstrip("/")
+    return machine_mirror() or _mmdebstrap_mirror()
+
+
+def machine_mirror() -> str | None:
+    """The Debian mirror in the machine's apt configuration, if there is one (there is none on Ubuntu)."""
     etc = Path("/etc/apt")
     found: list[sources.Source] = []
     for path in [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]:
@@ -81,7 +86,7 @@ def mirror() -> str:
             found += sources.parse_deb822(text)
         elif path.suffix == ".list":
             found += sources.parse_list(text)
-    return sources.debian_mirror(found) or _mmdebstrap_mirror()
+    return sources.debian_mirror(found)
 
 
 def _mmdebstrap_mirror() -> str:
