@@ -384,3 +384,9 @@ def test_public_names() -> None:
     assert tensormem.open is client_module.open
     with pytest.raises(AttributeError, match="nonsense"):
         _ = tensormem.nonsense
+
+
+@pytest.mark.parametrize("name", ["system.read", "safetensors.load", "Client", "open"])
+def test_names_of_the_package_need_no_further_import(name: str) -> None:
+    result = python("-c", f"import tensormem; print(callable(tensormem.{name}))")
+    assert (result.stdout, result.stderr) == ("True\n", "")

@@ -712,7 +712,7 @@ def test_random_operations_against_a_model(client: Client, device: FakeDevice) -
     assert len(live) + len(tensors) > 5
 
 
-def test_close_in_the_middle_of_a_call(device: FakeDevice) -> None:
+def test_close_in_the_middle_of_a_call(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client(device)
     real = device._alloc
 
@@ -721,7 +721,7 @@ def test_close_in_the_middle_of_a_call(device: FakeDevice) -> None:
         assert device.fd >= 0, "closed under a call"
         real(item)
 
-    device._alloc = close_then_allocate  # type: ignore[method-assign]
+    monkeypatch.setattr(device, "_alloc", close_then_allocate)
     tensor = client.alloc(5)
     assert client.closed
     assert device.fd >= 0

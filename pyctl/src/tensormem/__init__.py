@@ -11,6 +11,7 @@
         print(client.query(weights))
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -33,6 +34,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from . import safetensors, system
     from .abi import Kind, Pool
     from .client import Client, Spec, Stats, Tensor, TensorInfo, open
 
@@ -63,6 +65,8 @@ __all__ = [
     "TensormemError",
     "WindowFull",
     "open",
+    "safetensors",
+    "system",
 ]
 
 
@@ -71,7 +75,7 @@ def __getattr__(name: str) -> Any:
     # of it: what does is imported on first use
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import client
-
-    value = globals()[name] = getattr(client, name)
+    if name in ("safetensors", "system"):
+        return import_module(f".{name}", __name__)
+    value = globals()[name] = getattr(import_module(".client", __name__), name)
     return value

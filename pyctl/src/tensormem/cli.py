@@ -16,6 +16,7 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, system
+from .demo import CHECKPOINTS, PROMPT, TOKENS
 from .units import format_quota, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -363,12 +364,16 @@ class _Printer:
 
 @cli.command()
 @click.option(
-    "--tokens", type=click.IntRange(1), default=112, show_default=True, help="Tokens to generate."
+    "--tokens",
+    type=click.IntRange(1),
+    default=TOKENS,
+    show_default=True,
+    help="Tokens to generate.",
 )
 @click.option("--prompt", help="Text to continue.  [default: the beginning of the story]")
 @click.option(
     "--checkpoint",
-    type=click.Choice(["a", "b"]),
+    type=click.Choice(CHECKPOINTS),
     default="b",
     show_default=True,
     help="Early (a) or final (b) weights of one training run.",
@@ -384,7 +389,7 @@ def demo(tokens: int, prompt: str | None, checkpoint: str, as_json: bool) -> Non
     from . import client as client_module
     from .demo import run
 
-    prompt = run.PROMPT if prompt is None else prompt
+    prompt = PROMPT if prompt is None else prompt
     with client_module.open() as client:
         printer = _Printer()
 

@@ -1,2 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The demo: a small language model whose memory comes from the module."""
+
+#: The two sets of weights: early and final.
+CHECKPOINTS = ("a", "b")
+
+#: What the model continues unless told otherwise: how the story begins.
+PROMPT = "The board lived in a grey box"
+
+#: Tokens (bytes) it generates unless told otherwise.
+TOKENS = 128

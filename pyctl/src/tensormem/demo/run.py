@@ -16,13 +16,10 @@ import numpy.typing as npt
 from .. import errors, system
 from ..client import Client, TensorInfo
 from ..safetensors import SafetensorsError, load, load_into, read_header
+from . import CHECKPOINTS, PROMPT, TOKENS
 from .model import Config, Decoder, HeapMemory, decode, encode
 
 __all__ = ["CHECKPOINTS", "PROMPT", "TOKENS", "Holding", "Result", "run", "text"]
-
-CHECKPOINTS = ("a", "b")
-PROMPT = "The board lived in a grey box"
-TOKENS = 112
 
 
 @dataclass(frozen=True)
