@@ -11,7 +11,7 @@ def frame(name: str, data: bytes) -> bytes:
 
 def test_result_in_pieces() -> None:
     result = Result()
-    for byte in b"ready\nunload rmmod: in use\nexit 42\nend\n":
+    for byte in b"unload rmmod: in use\nexit 42\nend\n":
         result.feed(bytes([byte]))
     assert (result.exit_code, result.unload, result.failure) == (42, "rmmod: in use", "")
     assert result.ended.is_set()

@@ -14,11 +14,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote
 
 from . import paths, sources
@@ -26,6 +27,7 @@ from .errors import DownloadError, GuestError
 from .log import step
 from .store import key_of, locked
 
+Made = TypeVar("Made")
 KEYRINGS = ("debian-archive-keyring.gpg", "debian-archive-keyring.pgp")
 
 
@@ -245,6 +247,18 @@ def parse_uris(output: str, keep: str = "") -> list[Package]:
 def is_remembered(request: Request) -> bool:
     """Whether ``request`` can be resolved without the network."""
     return _remembered(request).exists()
+
+
+def obtain(request: Request, make: Callable[[list[Package]], Made], update: bool = False) -> Made:
+    """Call ``make`` with what ``request`` comes to; again with new lists if the mirror no longer has that.
+
+    What ``make`` raises passes through, a second DownloadError too.
+    """
+    packages = resolve(request, update)
+    try:
+        return make(packages)
+    except DownloadError:
+        return make(resolve(request, update=True))
 
 
 def unpack(request: Request, packages: Sequence[Package], root: Path) -> None:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from . import apt, store
-from .errors import DownloadError, GuestError
+from .errors import GuestError
 
 RECIPE = 1
 SHELL = (
@@ -47,11 +47,7 @@ def _request() -> apt.Request:
 def prepare(update: bool = False) -> Path:
     """The build root, made on first use; raises GuestError."""
     request = _request()
-    packages = apt.resolve(request, update)
-    try:
-        return _make(request, packages)
-    except DownloadError:
-        return _make(request, apt.resolve(request, update=True))
+    return apt.obtain(request, lambda packages: _make(request, packages), update)
 
 
 def _make(request: apt.Request, packages: list[apt.Package]) -> Path:

@@ -37,7 +37,7 @@ class Result:
                 self.unload = rest
             elif word == "end":
                 self.ended.set()
-            elif word != "ready":
+            else:
                 self.failure = self.failure or f"the guest said {line!r}"
 
 

@@ -27,9 +27,9 @@ INSIDE = "/usr/src/linux-debug"
 NEEDED = ("arch/arm64", "include", "scripts", "tools")
 
 
-def material() -> object:
+def recipe() -> object:
     """What the kernel is made from beside its source."""
-    return {"recipe": RECIPE, "config": CONFIG.read_text()}
+    return [RECIPE, CONFIG.read_text()]
 
 
 def build(tree: Path, artefact: Path) -> None:

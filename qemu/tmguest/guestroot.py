@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import apt, buildroot, cpio, store
-from .errors import DownloadError
 from .log import step
 
 RECIPE = 1
@@ -39,11 +38,7 @@ def _request() -> apt.Request:
 def prepare(update: bool = False) -> Path:
     """The artefact with ``root.img`` and ``busybox``; raises GuestError."""
     request = _request()
-    packages = apt.resolve(request, update)
-    try:
-        return _make(request, packages)
-    except DownloadError:
-        return _make(request, apt.resolve(request, update=True))
+    return apt.obtain(request, lambda packages: _make(request, packages), update)
 
 
 def _make(request: apt.Request, packages: list[apt.Package]) -> Path:

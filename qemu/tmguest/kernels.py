@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import apt, buildroot, cpio, debugkernel, store
-from .errors import DownloadError, GuestError
+from .errors import GuestError
 from .log import step
 
 RECIPE = 4
@@ -98,10 +98,8 @@ def _request(wanted: Spec) -> apt.Request:
 
 
 def _material(wanted: Spec, packages: list[apt.Package]) -> object:
-    material: dict[str, object] = {"recipe": RECIPE, "packages": [asdict(p) for p in packages]}
-    if wanted.is_debug:
-        material["debug"] = debugkernel.material()
-    return material
+    recipe = debugkernel.recipe() if wanted.is_debug else RECIPE
+    return {"recipe": recipe, "packages": [asdict(p) for p in packages]}
 
 
 def cached(wanted: Spec) -> Kernel | None:
@@ -116,11 +114,7 @@ def cached(wanted: Spec) -> Kernel | None:
 def prepare(wanted: Spec, update: bool = False) -> Kernel:
     """The kernel, fetched or built on first use; raises GuestError."""
     request = _request(wanted)
-    packages = apt.resolve(request, update)
-    try:
-        return _make(wanted, request, packages)
-    except DownloadError:
-        return _make(wanted, request, apt.resolve(request, update=True))
+    return apt.obtain(request, lambda packages: _make(wanted, request, packages), update)
 
 
 def _make(wanted: Spec, request: apt.Request, packages: list[apt.Package]) -> Kernel:
