@@ -34,7 +34,7 @@ def test_unpacked_tree_is_the_packed_one(tmp_path: Path) -> None:
     (source / "run").write_text("#!/bin/sh\n")
     (source / "run").chmod(0o755)
     (source / "link").symlink_to("deep/er/data")
-    archive = cpio.archive(cpio.tree(source, "top", ["__pycache__"]))
+    archive = cpio.archive(cpio.tree(source, "top", lambda path: path.name == "__pycache__"))
     target = tmp_path / "target"
     target.mkdir()
     subprocess.run(["cpio", "-i", "--quiet", "-d"], input=archive, cwd=target, check=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -33,18 +33,17 @@ def symlink(name: str, target: str) -> Entry:
     return Entry(name, stat.S_IFLNK | 0o777, target.encode())
 
 
-def tree(source: Path, name: str, skip: Iterable[str] = ()) -> list[Entry]:
-    """Everything below the folder ``source`` as entries below ``name``, without the folders named in ``skip``."""
-    skipped = frozenset(skip)
+def tree(source: Path, name: str, skip: Callable[[Path], bool]) -> list[Entry]:
+    """What is below the folder ``source`` as entries below ``name``, without the paths that ``skip`` is true for."""
     entries = [directory(name)]
     for path in sorted(source.iterdir()):
-        if path.name in skipped:
+        if skip(path):
             continue
         inside = f"{name}/{path.name}"
         if path.is_symlink():
             entries.append(symlink(inside, str(path.readlink())))
         elif path.is_dir():
-            entries += tree(path, inside, skipped)
+            entries += tree(path, inside, skip)
         elif path.is_file():
             status = path.stat()
             entries.append(file(inside, path.read_bytes(), bool(status.st_mode & 0o100), int(status.st_mtime)))

@@ -44,16 +44,13 @@ def _static() -> list[cpio.Entry]:
     ]
 
 
+def _left_out(path: Path) -> bool:
+    """Hidden files are the tools' own, and a folder with this file holds a Python environment of the host's."""
+    return path.name in LEFT_OUT or path.name.startswith(".") or (path / "pyvenv.cfg").exists()
+
+
 def _tree(modules: Path | None, programs: list[tuple[str, Path]]) -> list[cpio.Entry]:
-    entries = [cpio.directory("payload/tree")]
-    for path in sorted(paths.TREE.iterdir()):
-        if path.name.startswith(".") or path.name in LEFT_OUT:
-            continue
-        if path.is_dir():
-            if not (path / "pyvenv.cfg").exists():
-                entries += cpio.tree(path, f"payload/tree/{path.name}", LEFT_OUT)
-        elif path.is_file():
-            entries.append(cpio.file(f"payload/tree/{path.name}", path.read_bytes()))
+    entries = cpio.tree(paths.TREE, "payload/tree", _left_out)
     if modules is not None:
         for path in sorted(modules.rglob("*.ko")):
             entries.append(cpio.file(f"payload/tree/kmod/{path.relative_to(modules)}", path.read_bytes()))
