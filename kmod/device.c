@@ -106,10 +106,8 @@ static int tm_device_alloc_results(struct tm_client *client,
 		err = tm_copy_out(tm_item(items, i), items->size, &results[i],
 				  sizeof(results[i]));
 	}
-	if (!err) {
-		*failed = items->count;
+	if (!err)
 		return 0;
-	}
 	/* Another thread may have guessed a handle and freed it: fine as well. */
 	for (i = 0; i < items->count; i++)
 		if (tm_tensor_free(client, &results[i].handle, 1, &ignored))
@@ -203,11 +201,10 @@ static int tm_device_query(struct tm_client *client,
 		if (!err && fatal_signal_pending(current))
 			err = -EINTR;
 	}
-	if (!err)
-		*failed = items->count;
 	return err;
 }
 
+/* @failed: on failure the item concerned; else without meaning. */
 typedef int (*tm_items_fn)(struct tm_client *client,
 			   const struct tm_items *items, u32 *failed);
 
@@ -237,15 +234,15 @@ static int tm_device_batch(struct tm_client *client, void __user *arg,
 		.count = batch.count,
 		.size = batch.item_size,
 	};
-	/* Find out before anything is done whether the struct can be written. */
-	batch.failed = 0;
+	/* Told now, so that nothing is left to write once the call has succeeded. */
+	batch.failed = batch.count;
 	err = tm_copy_out(arg, size, &batch, sizeof(batch));
 	if (err)
 		return err;
 	err = call(client, &items, &batch.failed);
-	if (tm_copy_out(arg, size, &batch, sizeof(batch)) && !err)
-		pr_debug("a batch succeeded and its index was unmapped meanwhile\n");
-	return err;
+	if (!err)
+		return 0;
+	return tm_copy_out(arg, size, &batch, sizeof(batch)) ?: err;
 }
 
 static long tm_device_ioctl(struct file *file, unsigned int cmd,

@@ -65,6 +65,14 @@ static struct tm_range *tm_window_first_gap(const struct tm_window *window,
 	}
 }
 
+/* What is left of the gap below @range when its start is aligned. */
+static u64 tm_aligned_gap(const struct tm_range *range, u64 align)
+{
+	u64 start = ALIGN(range->start - range->gap, align);
+
+	return start < range->start ? range->start - start : 0;
+}
+
 /**
  * tm_window_insert - take @length pages
  * @window: where
@@ -74,16 +82,20 @@ static struct tm_range *tm_window_first_gap(const struct tm_window *window,
  *
  * Context: never sleeps; the caller excludes every other use of @window.
  * Return: 0, or -ENOBUFS when no gap is large enough. A gap is taken as large
- * enough when it holds @length however it is aligned.
+ * enough when it holds @length however it is aligned, the lowest one of @length
+ * also when it is aligned as it is.
  */
 int tm_window_insert(struct tm_window *window, struct tm_range *range,
 		     u64 length, u64 align)
 {
 	struct rb_node **link = &window->ranges.rb_node, *parent = NULL;
-	struct tm_range *above = tm_window_first_gap(window, length + align - 1);
+	struct tm_range *above = tm_window_first_gap(window, length);
 	struct tm_range *below;
 	u64 start;
 
+	/* A gap that an equal range left is aligned as it is; else allow for it. */
+	if (above && tm_aligned_gap(above, align) < length)
+		above = tm_window_first_gap(window, length + align - 1);
 	if (above) {
 		start = ALIGN(above->start - above->gap, align);
 		below = tm_range_entry(rb_prev(&above->node));

@@ -118,7 +118,8 @@ def count(stage: Stage, code: int, log: Path) -> Counts:
     elif not stage.junit:
         lines = re.findall(r"^(\d+) passed, (\d+) failed$", log.read_text(), re.M)
         if lines:
-            counts = Counts(*map(int, lines[-1]))
+            passed, failed = map(int, lines[-1])
+            counts = Counts(passed, failed)
     if code and not counts.failed:
         counts.failed = 1
         counts.bad.append(f"exit code {code}")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Carry the guest's channels over one serial line, for a board without virtio.
 
 A frame is a line: the channel's name, a space, and what was read in base64.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The channels' host side."""
 
 import base64

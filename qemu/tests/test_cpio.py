@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The cpio writer, judged by cpio itself."""
 
 import os

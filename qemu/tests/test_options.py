@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Options of a guest: what they mean, what follows from them, and what is refused."""
 
 from pathlib import Path

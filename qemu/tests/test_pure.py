@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The small pure parts: apt's answers, Kconfig's losses, copies of the module's source."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Finding the Debian mirror among what apt configurations hold."""
 
 from tmguest.sources import debian_mirror, parse_deb822, parse_list

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The gate lets a clean log pass, finds every kind of trouble, and never trusts what it cannot read."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The store survives interruption, and artefacts are made once."""
 
 import threading

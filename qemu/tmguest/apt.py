@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Debian packages through a private apt configuration: resolved, remembered, verified by signature, unpacked.
 
 The machine's own apt state is never touched, so this works as an ordinary user, on derivatives of Debian and for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The build root: a Debian trixie with the compilers, entered by bubblewrap, as root or as an ordinary user."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The host's end of a guest's channels: stdout, stderr and the lines of the result."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Writing cpio archives in the "newc" format, which is what the kernel unpacks as an initramfs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The debug kernel: Debian's source with the options of ``debug.config``, built once in the build root."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The exit codes of ``qemu/guest`` and the exceptions that lead to them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The guest's root file system: a Debian trixie for arm64 with Python, as an ext4 image that all guests share.
 
 No maintainer script runs (that would take an emulated machine 16 minutes), so the little they would have done is

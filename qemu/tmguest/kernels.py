@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The kernels by name: Debian's, and the debug kernel that is built from Debian's source.
 
 A kernel's artefact holds ``Image``, ``pi3.dtb`` (Debian's kernels), ``modules.img`` (the whole module tree as a file

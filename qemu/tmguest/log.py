@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Progress lines. They go to stderr only: stdout belongs to the command that runs in the guest."""
 
 from __future__ import annotations

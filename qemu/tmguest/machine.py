@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """QEMU's command line for a guest. Pure but for the paths it is given."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Building the kernel module, and static programs for the guest, in the build root."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a guest is to be: the options of ``run`` and ``shell``, checked. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where things are: the project's tree and the cache outside it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a guest gets for one run: the project's tree, its modules, its programs, and what to do with them."""
 
 from __future__ import annotations

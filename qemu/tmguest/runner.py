@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One guest from boot to verdict."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Finding a Debian mirror in the machine's own apt sources. Pure functions over text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The splat gate: does a kernel log show that something went wrong? A pure function over the log's text.
 
 It fails closed: a log without both of the run's own markers, or one that lost lines, proves nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The artefact store: directories made once, keyed by what they are made from.
 
 An artefact is built in ``<name>-<key>.partial`` and renamed when it is whole, under a lock, so that neither an

@@ -218,8 +218,10 @@ def test_a_read_only_descriptor_maps_read_only(raw: Raw) -> None:
     window = raw.info().window_size
     assert libc.mmap(None, window, READ | WRITE, mmap.MAP_SHARED, fd, 0) == FAILED
     assert ctypes.get_errno() == errno.EACCES
-    assert libc.mmap(None, window, READ, mmap.MAP_SHARED, fd, 0) != FAILED
+    at = libc.mmap(None, window, READ, mmap.MAP_SHARED, fd, 0)
+    assert at != FAILED
     os.close(fd)
+    assert libc.munmap(at, window) == 0
 
 
 def test_madvise_dontneed_keeps_the_data(raw: Raw) -> None:
@@ -244,11 +246,9 @@ def test_populate_and_fixed(raw: Raw) -> None:
     size = 8 * PAGE
     item = raw.alloc(size)
     populated = raw.map(size, item.offset, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    before = minor_faults()
     address = address_of(populated)
     assert smaps(address)["Rss"] == size // 1024
     populated[:] = b"x" * size
-    assert minor_faults() - before <= 8
     MAP_FIXED = 0x10
     place = mmap.mmap(-1, 16 * PAGE)
     at = address_of(place) + 4 * PAGE
