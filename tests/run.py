@@ -134,7 +134,8 @@ def run(stage: Stage) -> Counts:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "junit.xml").unlink(missing_ok=True)
     log = RESULTS / f"{stage.name}.log"
-    print(f"{stage.name:<16} …", end="", flush=True)
+    if sys.stdout.isatty():
+        print(f"{stage.name:<16} …", end="\r", flush=True)
     begin = time.monotonic()
     with log.open("w") as output:
         code = subprocess.run(
@@ -143,7 +144,7 @@ def run(stage: Stage) -> Counts:
         ).returncode  # fmt: skip
     counts = count(stage, code, log)
     seconds = time.monotonic() - begin
-    print(f"\r{stage.name:<16} {counts!s:<34} {seconds:6.0f} s", flush=True)
+    print(f"{stage.name:<16} {counts!s:<34} {seconds:6.0f} s", flush=True)
     if counts.failed:
         print("\n".join("    " + line for line in log.read_text().splitlines()[-80:]))
         print(f"    whole output: {log}", flush=True)
