@@ -40,6 +40,13 @@ def test_deliberate_warning_is_found_whole() -> None:
     assert verdict.splats == (WARN,)
 
 
+def test_a_warnings_own_message_is_shown() -> None:
+    cut = "[    5.896] ------------[ cut here ]------------"
+    message = "[    5.897] tensormem: a deliberate warning"
+    verdict = splat.scan(log("[    5.0] before", cut, message, WARN), NONCE)
+    assert verdict.splats == (f"{message}\n{WARN}",)
+
+
 @pytest.mark.parametrize(
     "line",
     [

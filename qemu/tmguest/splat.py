@@ -12,6 +12,8 @@ from dataclasses import dataclass
 MARK = "tensormem-gate"
 MOST = 3
 EXCERPT = 70
+CUT = "[ cut here ]"
+MESSAGE = 5
 
 # The kernel's own words for trouble, as the big kernel test beds look for them.
 TROUBLE = re.compile(
@@ -53,11 +55,19 @@ def scan(text: str, nonce: str) -> Verdict:
         if TROUBLE.search(lines[at]):
             last = _end(lines, at)
             if len(splats) < MOST:
-                splats.append("\n".join(lines[at:last]))
+                splats.append("\n".join(lines[_start(lines, at) : last]))
             at = last
         else:
             at += 1
     return Verdict(tuple(splats), _problem(lines, nonce))
+
+
+def _start(lines: list[str], trouble: int) -> int:
+    """Where the excerpt begins: newer kernels print a warning's own message above its header."""
+    for at in range(max(trouble - MESSAGE, 0), trouble):
+        if CUT in lines[at]:
+            return at + 1
+    return trouble
 
 
 def _end(lines: list[str], start: int) -> int:
