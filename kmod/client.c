@@ -23,6 +23,9 @@
  */
 #define TM_WINDOW_PER_RAM	4
 
+/* Page indexes within a tensor are 32 bits wide. */
+#define TM_WINDOW_MAX_PAGES	BIT(31)
+
 static struct vfsmount *tm_mount;
 static u64 tm_window_pages;
 static u64 tm_default_quota = U64_MAX;
@@ -48,8 +51,8 @@ static struct file_system_type tm_fs = {
 
 int __init tm_clients_init(void)
 {
-	tm_window_pages = roundup_pow_of_two(totalram_pages()) *
-			  TM_WINDOW_PER_RAM;
+	tm_window_pages = min_t(u64, roundup_pow_of_two(totalram_pages()) *
+				     TM_WINDOW_PER_RAM, TM_WINDOW_MAX_PAGES);
 	tm_mount = kern_mount(&tm_fs);
 	return PTR_ERR_OR_ZERO(tm_mount);
 }

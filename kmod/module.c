@@ -36,7 +36,11 @@ static void __exit tm_exit(void)
 {
 	tm_device_exit();
 	tm_clients_exit();
-	/* No client is left, but pages of a dead one may still be held. */
+	/*
+	 * No client is left, but somebody may still read the pages of a dead one:
+	 * with no reserve to fill, nothing of theirs is zeroed before they are done.
+	 */
+	WARN_ON(tm_pages_set_reserve(0));
 	tm_memory_exit();
 	tm_pages_exit();
 }

@@ -198,13 +198,15 @@ int tm_tensor_publish(struct tm_client *client, struct tm_tensor **tensors,
 			break;
 		results[i].handle = tensors[i]->handle;
 		results[i].offset = tensors[i]->range.start << PAGE_SHIFT;
-		trace_tensormem_alloc(client->id, tensors[i],
-				      tm_tensor_age(tensors[i]));
 	}
 	*failed = i;
-	if (err)
-		while (i--)
-			tm_tensor_unpublish(client, tensors[i]);
+	for (u32 done = 0; done < i; done++) {
+		if (err)
+			tm_tensor_unpublish(client, tensors[done]);
+		else
+			trace_tensormem_alloc(client->id, tensors[done],
+					      tm_tensor_age(tensors[done]));
+	}
 	filemap_invalidate_unlock(mapping);
 	return err;
 }

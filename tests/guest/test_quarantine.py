@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import time
+from pathlib import Path
 
 from device import CHUNK, PAGE, Raw, address_of, read
+
+MODULE = Path(__file__).parents[2] / "kmod/tensormem.ko"
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -87,3 +91,25 @@ def test_the_holder_outlives_the_client() -> None:
     os.close(reader)
     os.close(writer)
     wait_until_released()
+
+
+def test_the_holder_outlives_the_module() -> None:
+    """What is still held at unload is the holder's: neither zeroed nor reused before it is done."""
+    with Raw() as client:
+        item = client.alloc(CHUNK + PAGE)
+        mapping = client.map_tensor(item)
+        mapping[:PAGE] = b"\x77" * PAGE
+        mapping[CHUNK:] = b"\x78" * PAGE
+        pipes = [hold(address_of(mapping) + at, PAGE) for at in (0, CHUNK)]
+        mapping.close()
+    assert read("chunk/quarantined") == CHUNK // PAGE + 1
+    subprocess.run(["rmmod", "tensormem"], check=True)
+    try:
+        hog = bytearray(b"\xff" * (64 << 20))  # whoever gets the memory now writes to it
+        for (reader, writer), expected in zip(pipes, (b"\x77", b"\x78"), strict=True):
+            assert os.read(reader, PAGE) == expected * PAGE
+            os.close(reader)
+            os.close(writer)
+        del hog
+    finally:
+        subprocess.run(["insmod", MODULE], check=True)
