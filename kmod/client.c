@@ -18,8 +18,8 @@
 #define TM_FS_MAGIC		0x544d454d	/* "TMEM" */
 
 /*
- * Offsets are cheap and memory is not: a window of four times the RAM always
- * has room for a client that fills the RAM, however its offsets are fragmented.
+ * Offsets are cheap and memory is not: with a window of four times the RAM it is
+ * the memory that runs out first, unless offsets are fragmented on purpose.
  */
 #define TM_WINDOW_PER_RAM	4
 
@@ -80,7 +80,7 @@ struct tm_client *tm_client_create(void)
 		kfree(client);
 		return ERR_PTR(err);
 	}
-	xa_init_flags(&client->tensors, XA_FLAGS_ALLOC1);
+	xa_init_flags(&client->tensors, XA_FLAGS_ALLOC1 | XA_FLAGS_ACCOUNT);
 	tm_window_init(&client->window, tm_window_pages);
 	spin_lock_init(&client->lock);
 	client->quota = tm_client_default_quota();
@@ -147,17 +147,19 @@ void tm_client_uncharge(struct tm_client *client, u64 bytes)
  * @bytes: the new quota
  *
  * Context: never sleeps.
- * Return: 0, -EBUSY below what it holds, -EPERM above the default quota without
- * CAP_SYS_RESOURCE.
+ * Return: 0, -EBUSY below what it holds, -EPERM for a raise above the default
+ * quota without CAP_SYS_RESOURCE.
  */
 int tm_client_set_quota(struct tm_client *client, u64 bytes)
 {
+	bool any = bytes <= tm_client_default_quota() ||
+		   capable(CAP_SYS_RESOURCE);
 	int err = 0;
 
-	if (bytes > tm_client_default_quota() && !capable(CAP_SYS_RESOURCE))
-		return -EPERM;
 	spin_lock(&client->lock);
-	if (bytes < client->used)
+	if (!any && bytes > client->quota)
+		err = -EPERM;
+	else if (bytes < client->used)
 		err = -EBUSY;
 	else
 		client->quota = bytes;

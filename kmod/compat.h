@@ -66,7 +66,8 @@ static inline void tm_shrinker_stop(struct tm_shrinker *s)
 
 /* Return: the registered shrinker, or NULL when memory is short. */
 static inline struct tm_shrinker *
-tm_shrinker_register(const char *name, tm_shrink_fn count, tm_shrink_fn scan)
+tm_shrinker_register(const char *name, long batch, tm_shrink_fn count,
+		     tm_shrink_fn scan)
 {
 	struct tm_shrinker *s = kzalloc(sizeof(*s), GFP_KERNEL);
 	struct shrinker *shrinker = s ? tm_shrinker_get(s, name) : NULL;
@@ -76,6 +77,7 @@ tm_shrinker_register(const char *name, tm_shrink_fn count, tm_shrink_fn scan)
 	shrinker->count_objects = count;
 	shrinker->scan_objects = scan;
 	shrinker->seeks = DEFAULT_SEEKS;
+	shrinker->batch = batch;
 	if (tm_shrinker_start(s, name))
 		goto err;
 	return s;

@@ -169,16 +169,18 @@ static int tm_device_free(struct tm_client *client,
 				 GFP_KERNEL_ACCOUNT);
 	if (!handles)
 		return -ENOMEM;
-	for (u32 i = 0; i < items->count && !err; i++) {
+	for (u32 i = 0; i < items->count; i++) {
 		*failed = i;
 		err = tm_copy_in(&request, sizeof(request), TM_MIN_FREE,
 				 tm_item(items, i), items->size);
 		if (!err && request.flags)
 			err = -EINVAL;
+		if (err)
+			goto out;
 		handles[i] = request.handle;
 	}
-	if (!err)
-		err = tm_tensor_free(client, handles, items->count, failed);
+	err = tm_tensor_free(client, handles, items->count, failed);
+out:
 	kvfree(handles);
 	return err;
 }

@@ -7,7 +7,6 @@
 #include <linux/err.h>
 #include <linux/log2.h>
 #include <linux/mm.h>
-#include <linux/overflow.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/workqueue.h>
@@ -15,7 +14,7 @@
 #include "memory.h"
 #include "pages.h"
 
-/* How often quarantined pages are looked at; O_DIRECT ends within this. */
+/* How often quarantined pages are looked at: about as long as an I/O takes. */
 #define TM_QUARANTINE_PERIOD	(HZ / 10)
 
 static void tm_quarantine_poll(struct work_struct *work);
@@ -115,6 +114,9 @@ struct tm_memory *tm_memory_alloc(u32 nr_pages, enum tm_memory_policy policy)
 	struct tm_memory *memory;
 	int first_err = 0, err;
 
+	/* What cannot be had must not drain the pool before it fails. */
+	if (!tm_pages_could_hold(nr_pages))
+		return ERR_PTR(-ENOSPC);
 	memory = kmalloc(sizeof(*memory), GFP_KERNEL_ACCOUNT);
 	if (!memory)
 		return ERR_PTR(-ENOMEM);

@@ -7,12 +7,12 @@
  *
  *   mmap_lock                   the kernel's
  *   mapping->invalidate_lock    a client's window and handles (client.c)
- *   tm_client::lock             a client's quota
- *   tm_quarantine_lock          memory that somebody still holds (memory.c)
  *   tm_pools.lock               both allocator levels (here)
  *
  * The last is a spinlock held for a bounded number of steps; no page or slab
- * allocator is called under it. Nothing here runs in interrupt context.
+ * allocator is called under it. Two more stand alone, nothing is taken inside
+ * them: tm_client::lock (a client's quota) and tm_quarantine_lock (memory.c).
+ * Nothing here runs in interrupt context.
  */
 #include <linux/gfp.h>
 #include <linux/highmem.h>
@@ -111,8 +111,8 @@ void tm_pages_zero(struct tm_page_id id, unsigned int order)
 	}
 }
 
-/* Give free chunks back until no more than @keep are in excess. */
-static u32 tm_pages_trim(u32 keep, u32 most)
+/* Give free chunks in excess back, @most of them. Return: how many. */
+static u32 tm_pages_trim(u32 most)
 {
 	u32 done = 0;
 
@@ -122,7 +122,7 @@ static u32 tm_pages_trim(u32 keep, u32 most)
 		int err = -ENOENT;
 
 		spin_lock(&tm_pools.lock);
-		if (tm_chunk_excess(&tm_pools.chunk) > keep)
+		if (tm_chunk_excess(&tm_pools.chunk))
 			err = tm_chunk_remove(&tm_pools.chunk, &id);
 		if (!err) {
 			page = tm_pools.page[id.v];
@@ -152,7 +152,7 @@ static void tm_pages_trim_to_capacity(void)
 	over = tm_pages_over_capacity() ?
 	       tm_chunk_total(&tm_pools.chunk) - tm_pools.chunk.capacity : 0;
 	spin_unlock(&tm_pools.lock);
-	tm_pages_trim(0, over);
+	tm_pages_trim(over);
 }
 
 /* Ask the system for the chunk that tm_chunk_grow_begin() made room for. */
@@ -161,7 +161,7 @@ static struct page *tm_pages_grow(struct tm_chunk_id id, bool zeroed)
 	u64 start = trace_tensormem_chunk_grow_enabled() ? ktime_get_ns() : 0;
 	struct page *page = tm_pages_from_system(zeroed);
 
-	if (trace_tensormem_chunk_grow_enabled())
+	if (start)
 		trace_tensormem_chunk_grow(id.v, !!page, ktime_get_ns() - start);
 	return page;
 }
@@ -212,6 +212,8 @@ static void tm_pages_refill(struct work_struct *work)
 			break;
 		}
 	}
+	/* A lower capacity could not reach the chunk that was in hand here. */
+	tm_pages_trim_to_capacity();
 }
 
 static void tm_pages_kick(void)
@@ -222,7 +224,7 @@ static void tm_pages_kick(void)
 static int tm_pages_take(enum tm_owner owner, bool want_zeroed,
 			 struct tm_chunk_id *id, bool *zeroed)
 {
-	bool zeroing, kick = false;
+	bool kick = false;
 	struct page *page;
 	int err;
 
@@ -236,11 +238,11 @@ retry:
 		goto out;
 	}
 	err = tm_chunk_grow_begin(&tm_pools.chunk, id);
-	zeroing = tm_pools.chunk.count[TM_CHUNK_ZEROING];
 	spin_unlock(&tm_pools.lock);
-	if (err && zeroing) {
-		/* The last free chunk is in the worker's hands. */
-		flush_work(&tm_pools.reserve_work);
+	/* At capacity, but the last chunk may be in the worker's hands. */
+	if (err && flush_work(&tm_pools.reserve_work)) {
+		if (fatal_signal_pending(current))
+			return -EINTR;
 		goto retry;
 	}
 	if (err)
@@ -252,6 +254,7 @@ retry:
 	if (!err)
 		err = tm_chunk_take(&tm_pools.chunk, owner, want_zeroed, id,
 				    zeroed);
+	kick = tm_chunk_deficit(&tm_pools.chunk);
 	spin_unlock(&tm_pools.lock);
 out:
 	if (kick)
@@ -266,7 +269,8 @@ out:
  * @zeroed: whether the one returned is
  *
  * Context: may sleep; not under tm_pools.lock.
- * Return: 0, -ENOSPC at capacity, -ENOMEM when the system has none.
+ * Return: 0, -ENOSPC at capacity, -ENOMEM when the system has none, -EINTR on a
+ * fatal signal.
  */
 int tm_pages_take_chunk(bool want_zeroed, struct tm_chunk_id *id, bool *zeroed)
 {
@@ -311,7 +315,7 @@ int tm_pages_alloc_run(unsigned int order, bool may_grow,
 		       struct tm_page_id *page)
 {
 	struct tm_chunk_id id;
-	bool zeroed;
+	bool zeroed, spare;
 	int err;
 
 	spin_lock(&tm_pools.lock);
@@ -324,9 +328,16 @@ int tm_pages_alloc_run(unsigned int order, bool may_grow,
 	if (err)
 		return err;
 	spin_lock(&tm_pools.lock);
-	tm_buddy_add_chunk(&tm_pools.buddy, id);
+	/* A run freed meanwhile comes first: a chunk added for nothing would stay. */
 	err = tm_buddy_alloc(&tm_pools.buddy, order, page);
+	spare = !err;
+	if (!spare) {
+		tm_buddy_add_chunk(&tm_pools.buddy, id);
+		err = tm_buddy_alloc(&tm_pools.buddy, order, page);
+	}
 	spin_unlock(&tm_pools.lock);
+	if (spare)
+		tm_pages_put_chunk(id, zeroed);
 	return err;
 }
 
@@ -343,13 +354,23 @@ void tm_pages_free_run(struct tm_page_id page, unsigned int order)
 	bool empty = false;
 
 	spin_lock(&tm_pools.lock);
-	if (WARN_ON_ONCE(tm_buddy_free(&tm_pools.buddy, page, order, &empty)))
-		empty = false;
+	WARN_ON_ONCE(tm_buddy_free(&tm_pools.buddy, page, order, &empty));
 	if (empty)
 		empty = !tm_buddy_remove_chunk(&tm_pools.buddy, id);
 	spin_unlock(&tm_pools.lock);
 	if (empty)
 		tm_pages_put_chunk(id, false);
+}
+
+/* Whether the pool could ever hold @nr_pages. Context: never sleeps. */
+bool tm_pages_could_hold(u64 nr_pages)
+{
+	u64 pages;
+
+	spin_lock(&tm_pools.lock);
+	pages = (u64)tm_pools.chunk.capacity << tm_pools.geometry.chunk_order;
+	spin_unlock(&tm_pools.lock);
+	return nr_pages <= pages;
 }
 
 /**
@@ -394,7 +415,7 @@ int tm_pages_set_reserve(u32 chunks)
 	if (err)
 		return err;
 	if (shrink)
-		tm_pages_trim(0, U32_MAX);
+		tm_pages_trim(U32_MAX);
 	tm_pages_kick();
 	return 0;
 }
@@ -416,8 +437,9 @@ static unsigned long tm_pages_scan(struct shrinker *shrinker,
 {
 	u32 order = tm_pools.geometry.chunk_order;
 	u32 most = DIV_ROUND_UP(sc->nr_to_scan, 1ul << order);
-	u32 done = tm_pages_trim(0, most);
+	u32 done = tm_pages_trim(most);
 
+	sc->nr_scanned = (unsigned long)done << order;
 	return done ? (unsigned long)done << order : SHRINK_STOP;
 }
 
@@ -459,6 +481,7 @@ int __init tm_pages_init(void)
 	}
 	tm_pages_defaults();
 	tm_pools.shrinker = tm_shrinker_register("tensormem-chunk",
+						 tm_chunk_pages(tm_pools.geometry),
 						 tm_pages_count, tm_pages_scan);
 	if (!tm_pools.shrinker) {
 		err = -ENOMEM;
@@ -482,7 +505,7 @@ void tm_pages_exit(void)
 	tm_shrinker_unregister(tm_pools.shrinker);
 	cancel_work_sync(&tm_pools.reserve_work);
 	tm_pools.chunk.reserve = 0;
-	tm_pages_trim(0, U32_MAX);
+	tm_pages_trim(U32_MAX);
 	kvfree(tm_pools.page);
 	tm_buddy_destroy(&tm_pools.buddy);
 	tm_chunk_pool_destroy(&tm_pools.chunk);

@@ -34,6 +34,7 @@ void tm_pages_free_run(struct tm_page_id page, unsigned int order);
 
 void tm_pages_zero(struct tm_page_id page, unsigned int order);
 
+bool tm_pages_could_hold(u64 nr_pages);
 int __must_check tm_pages_set_capacity(u32 chunks);
 int __must_check tm_pages_set_reserve(u32 chunks);
 

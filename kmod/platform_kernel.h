@@ -19,8 +19,6 @@ typedef spinlock_t tm_lock_t;
 #define tm_assert_locked(lock)	lockdep_assert_held(lock)
 #define tm_warn_on(cond)	WARN_ON_ONCE(cond)
 #define tm_static_assert	static_assert
-#define tm_likely(cond)		likely(cond)
-#define tm_unlikely(cond)	unlikely(cond)
 
 static inline unsigned int tm_ctz64(u64 v)
 {

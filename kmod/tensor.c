@@ -258,6 +258,7 @@ int tm_tensor_free(struct tm_client *client, const u32 *handles, u32 count,
 				    (loff_t)tensor->range.start << PAGE_SHIFT,
 				    (loff_t)tensor->range.length << PAGE_SHIFT,
 				    1);
+		cond_resched();
 	}
 	filemap_invalidate_unlock(mapping);
 

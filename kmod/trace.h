@@ -94,7 +94,7 @@ TRACE_EVENT(tensormem_chunk_shrink,
 	TP_printk("chunk=%u", __entry->chunk)
 );
 
-/* mapped: pages made present by this fault; 0 for a fault that ends in SIGBUS. */
+/* mapped: pages this fault saw to; 0 when there is no tensor (SIGBUS). */
 TRACE_EVENT(tensormem_fault,
 	TP_PROTO(u32 client, u64 page, u32 mapped, u64 latency_ns),
 	TP_ARGS(client, page, mapped, latency_ns),

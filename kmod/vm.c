@@ -100,16 +100,26 @@ static vm_fault_t tm_vm_fault(struct vm_fault *vmf)
 	u32 mapped = 0;
 	int err;
 
+	/* A userfaultfd marker is no hole: to map around it would fault for ever. */
+	if (vmf->flags & FAULT_FLAG_ORIG_PTE_VALID && !pte_none(vmf->orig_pte))
+		return VM_FAULT_SIGBUS;
+
 	tm_vm_born_dirty(vmf->vma);
 	filemap_invalidate_lock_shared(mapping);
 	range = tm_window_find(&client->window, vmf->pgoff);
 	if (range) {
 		err = tm_vm_map_around(vmf, tm_range_tensor(range), &mapped);
-		result = err ? vmf_error(err) : VM_FAULT_NOPAGE;
+		result = VM_FAULT_NOPAGE;
+		/*
+		 * EFAULT: MADV_DONTNEED took the page table away meanwhile
+		 * (PT_RECLAIM, 6.14). The fault comes again and makes a new one.
+		 */
+		if (err && err != -EFAULT)
+			result = vmf_error(err);
 	}
 	filemap_invalidate_unlock_shared(mapping);
 
-	if (trace_tensormem_fault_enabled())
+	if (start)
 		trace_tensormem_fault(client->id, vmf->pgoff, mapped,
 				      ktime_get_ns() - start);
 	return result;

@@ -13,6 +13,7 @@
 #include <linux/debugfs.h>
 #include <linux/gfp.h>
 #include <linux/ktime.h>
+#include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/sched.h>
@@ -24,7 +25,7 @@
 #define TM_BENCH_ROUNDS		100
 #define TM_BENCH_LIVE		64	/* allocations held at a time */
 #define TM_BENCH_CHUNKS		32
-#define TM_BENCH_TOP_ORDER	8	/* 1 MiB with 4K pages */
+#define TM_BENCH_TOP_ORDER	ilog2(SZ_1M >> PAGE_SHIFT)
 
 struct tm_bench {
 	struct tensormem_run run[TM_BENCH_LIVE];

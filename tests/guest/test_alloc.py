@@ -175,7 +175,15 @@ def test_quota(raw: Raw, settings: None) -> None:
                      client.set_quota(10 * PAGE), client.set_quota(EVERY_LIMIT))  # fmt: skip
             os._exit(0 if codes == (errno.EPERM, 0, 0, errno.EPERM) else 1)
         assert os.waitpid(pid, 0)[1] == 0
-    # whoever was here before keeps what it had
+    # whoever was here before keeps what it had, and may always lower it
+    pid = os.fork()
+    if pid == 0:
+        os.setuid(65534)
+        codes = (raw.set_quota(1 << 40), raw.set_quota(1 << 41), raw.set_quota(1 << 39))
+        os._exit(0 if codes == (0, errno.EPERM, 0) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert raw.info().quota == 1 << 39
+    assert raw.set_quota(EVERY_LIMIT) == 0
     assert raw.info().quota == EVERY_LIMIT
 
 
@@ -212,6 +220,29 @@ def test_capacity(raw: Raw, settings: None) -> None:
     assert raw.free_batch([item.handle for item in items])[0] == 0
     assert read("chunk/total") == 2
     assert raw.info().nr_tensors == 1
+
+
+def test_a_hopeless_request_does_not_drain_the_pool(raw: Raw) -> None:
+    grown = read("chunk/grown")
+    size = (read("chunk/capacity") + 1) * CHUNK
+    assert raw.try_alloc(size)[0] == errno.ENOSPC
+    assert raw.try_alloc(size, pool=abi.Pool.BUDDY)[0] == errno.ENOSPC
+    assert read("chunk/grown") == grown
+
+
+def test_the_reserve_never_stands_in_the_way(raw: Raw, settings: None) -> None:
+    """All of the capacity can be had while the reserve worker has a chunk in hand."""
+    for _ in range(10):
+        assert write("chunk/reserve", 0) == 0
+        assert write("chunk/capacity", 0) == 0
+        assert write("chunk/capacity", 8) == 0
+        assert write("chunk/reserve", 8) == 0
+        result, _, items = raw.alloc_batch([CHUNK] * 8)
+        assert result == 0
+        assert raw.free_batch([item.handle for item in items])[0] == 0
+        assert write("chunk/capacity", 1) == 0
+        wait_for(lambda: read("chunk/total") <= 1, seconds=5)
+        assert write("chunk/reserve", 0) == 0
 
 
 def test_fallback_to_smaller_runs_is_counted(raw: Raw, settings: None) -> None:

@@ -18,7 +18,7 @@ import zlib
 import pytest
 
 from conftest import USAGE, settled
-from device import CHUNK, PAGE, Raw, read
+from device import CHUNK, PAGE, Raw, read, write
 from tensormem import abi
 
 
@@ -221,6 +221,27 @@ def test_faults_race_with_frees(raw: Raw) -> None:
     assert results[1] and results[2], "the readers never got through"
     results.close()
     window.close()
+
+
+def test_runs_race_for_the_last_chunk(settings: None) -> None:
+    """Threads that grow the buddy pool at the same time leave no empty chunk in it."""
+    assert write("chunk/reserve", 0) == 0
+    children = []
+    for seed in range(4):
+        pid = os.fork()
+        if pid == 0:
+            dice = random.Random(seed)
+            with Raw() as client:
+                for _ in range(300):
+                    items = [client.alloc(PAGE << dice.randrange(9)) for _ in range(4)]
+                    for item in items:
+                        client.free(item.handle)
+            os._exit(0)
+        children.append(pid)
+    for pid in children:
+        assert os.waitpid(pid, 0)[1] == 0
+    assert settled(dict.fromkeys(USAGE, 0)) == dict.fromkeys(USAGE, 0)
+    assert read("buddy/chunks") == 0
 
 
 def test_the_module_stays_while_it_is_used(raw: Raw) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import re
 import signal
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -298,6 +300,61 @@ def test_direct_io_into_a_tensor(raw: Raw, tmp_path_factory: pytest.TempPathFact
     os.close(fd)
     path.unlink()
     mapping.close()
+
+
+def test_a_userfaultfd_marker_is_sigbus(raw: Raw) -> None:
+    """Since 6.7 any mapping can be write-protected asynchronously; ours has no such pages."""
+    item = raw.alloc(4 * PAGE)
+    mapping = raw.map_tensor(item)
+    address = address_of(mapping)
+    userfaultfd, user_mode_only, wp_async = 282, 1, 1 << 15
+    fd = libc.syscall(userfaultfd, os.O_CLOEXEC | user_mode_only)
+    if fd < 0:
+        pytest.skip("no userfaultfd")
+    api = bytearray(struct.pack("<QQQ", 0xAA, wp_async, 0))
+    register = bytearray(struct.pack("<QQQQ", address, 4 * PAGE, 2, 0))
+    protect = bytearray(struct.pack("<QQQ", address + PAGE, PAGE, 1))
+    try:
+        fcntl.ioctl(fd, 0xC018AA3F, api)
+        fcntl.ioctl(fd, 0xC020AA00, register)
+        fcntl.ioctl(fd, 0xC018AA06, protect)
+    except OSError as error:
+        pytest.skip(f"refused by this kernel: {error}")
+    copy = os.memfd_create("copy")
+    with pytest.raises(OSError, match="Bad address"):
+        os.pwrite(copy, memoryview(mapping)[PAGE : 2 * PAGE], 0)
+    os.close(copy)
+    os.close(fd)
+    assert mapping[PAGE] == 0
+    mapping[PAGE] = 1
+
+
+def test_dontneed_races_with_faults(raw: Raw) -> None:
+    """Dropping entries while others touch them never costs data or a signal."""
+    size = 2 * CHUNK
+    item = raw.alloc(size)
+    mapping = raw.map_tensor(item)
+    mapping[:] = b"\x3c" * size
+    address = address_of(mapping)
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            if mapping[PAGE::PAGE].strip(b"\x3c"):
+                os._exit(1)
+    done = threading.Event()
+
+    def drop() -> None:
+        for _ in range(300):
+            libc.madvise(address, size, mmap.MADV_DONTNEED)
+        done.set()
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    while not done.is_set():
+        assert not mapping[::PAGE].strip(b"\x3c")
+    thread.join()
+    os.kill(pid, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
 def test_unaligned_access(raw: Raw) -> None:

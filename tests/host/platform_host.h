@@ -24,8 +24,6 @@ typedef unsigned long long u64;
 #define __must_check		__attribute__((warn_unused_result))
 
 #define tm_static_assert(...)	_Static_assert(__VA_ARGS__)
-#define tm_likely(cond)		__builtin_expect(!!(cond), 1)
-#define tm_unlikely(cond)	__builtin_expect(!!(cond), 0)
 
 /* Like WARN_ON(): the value of @cond. */
 #define tm_warn_on(cond)						\

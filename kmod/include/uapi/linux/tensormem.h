@@ -29,7 +29,8 @@
  *   shared file: they survive fork(), mprotect() works, MADV_DONTNEED drops
  *   page-table entries and never data, and pages can be pinned (O_DIRECT).
  *   Touching a part of the window that holds no tensor, or a tensor that was
- *   freed, raises SIGBUS. mmap() fails with:
+ *   freed, raises SIGBUS until its offset is given to the client's next tensor.
+ *   userfaultfd is not supported: a page it marked raises SIGBUS. mmap() fails with:
  *
  *     EINVAL   not MAP_SHARED; or the range is neither the whole window nor
  *              inside one tensor. Map what TENSORMEM_IOC_ALLOC returned.
@@ -126,7 +127,8 @@ struct tensormem_info {
  * @handle: out: the tensor's name; ignored on input
  * @offset: out: where it lies in the window; ignored on input
  *
- * Takes whole pages (POOL_BUDDY) or whole chunks (POOL_CHUNK). The tensor is
+ * Takes whole pages (POOL_BUDDY), whole chunks (POOL_CHUNK), or, for POOL_AUTO and
+ * a chunk or more, whole chunks and the rest as whole pages. The tensor is
  * physically allocated and zeroed when the call returns. A tensor of a chunk or
  * more starts at a multiple of chunk_size in the window.
  */
@@ -187,8 +189,9 @@ struct tensormem_query {
  * @flags: in: must be 0
  * @failed: out: on failure the index of the item that failed, else @count
  *
- * All items or none: where one fails, those before it are undone and the call
- * returns the errno of the one that failed. A handle named twice in one
+ * All items or none: where one fails, those before it are undone (a query has
+ * nothing to undo: they are filled in) and the call returns the errno of the one
+ * that failed. A handle named twice in one
  * TENSORMEM_IOC_FREE_BATCH fails at its second place with ENOENT.
  */
 struct tensormem_batch {
@@ -204,7 +207,9 @@ struct tensormem_batch {
  * @bytes: in: the new quota
  *
  * Any client may lower its quota down to what it holds, and raise it up to
- * clients/default_quota in sysfs. Going above that takes CAP_SYS_RESOURCE.
+ * clients/default_quota in sysfs. Going above that takes CAP_SYS_RESOURCE. Memory
+ * that was freed and is still held by somebody else (see struct tensormem_free)
+ * is not counted; a quota bounds one client, not all clients of a user.
  */
 struct tensormem_quota {
 	__u64 bytes;
