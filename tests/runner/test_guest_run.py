@@ -58,7 +58,7 @@ def test_a_leak_closes_the_gate() -> None:
 
 
 def test_a_module_that_cannot_be_unloaded_fails() -> None:
-    result = guest(command="insmod kmod/tests/tm_bench.ko; echo left")
+    result = guest(command="insmod kmod/tests/tm_stay.ko; echo left")
     assert result.returncode == BROKEN
     assert result.stdout == "left\n"
     assert "rmmod" in result.stderr
