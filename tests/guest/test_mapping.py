@@ -285,7 +285,7 @@ def test_mremap_shrinks_and_does_nothing_else(raw: Raw) -> None:
 
 def test_direct_io_into_a_tensor(raw: Raw, tmp_path_factory: pytest.TempPathFactory) -> None:
     """O_DIRECT pins the pages; the root file system is a real block device."""
-    path = Path("/root/direct-io.bin")
+    path = Path("/var/tmp/direct-io.bin")
     data = os.urandom(1 << 20)
     path.write_bytes(data)
     os.sync()
