@@ -48,18 +48,21 @@ CALLS = [
 ]
 
 
+def good_request(struct: type[abi.Struct], raw: Raw, handle: int) -> abi.Struct:
+    """A call that succeeds; those that name a tensor name @handle."""
+    if struct is abi.Alloc:
+        return abi.Alloc(size=1, kind=abi.Kind.KV)
+    if struct is abi.Quota:
+        return abi.Quota(bytes=raw.info().quota)
+    return struct() if struct is abi.Info else struct(handle=handle)
+
+
 @pytest.mark.parametrize(("number", "struct", "least"), CALLS)
 def test_older_callers(raw: Raw, number: int, struct: type[abi.Struct], least: int) -> None:
     """A shorter struct works down to what every version has had, and is not overrun."""
     for size in range(0, ctypes.sizeof(struct), 4):
         handle = raw.alloc(PAGE).handle
-        value = struct()
-        if struct is abi.Alloc:
-            value = abi.Alloc(size=1, kind=abi.Kind.KV)
-        elif struct is abi.Quota:
-            value = abi.Quota(bytes=raw.info().quota)
-        elif struct is not abi.Info:
-            value.handle = handle  # type: ignore[attr-defined]
+        value = good_request(struct, raw, handle)
         buffer = bytearray(bytes(value)[:size] + b"\xa5" * (ctypes.sizeof(struct) - size))
         result = raw.ioctl(abi.iowr(number, size), buffer)
         assert result == (0 if size >= least else errno.EINVAL), size
@@ -76,13 +79,7 @@ def test_newer_callers(raw: Raw, number: int, struct: type[abi.Struct], least: i
     size = ctypes.sizeof(struct)
     for extra in (1, 4, 8, 64, PAGE - size):
         handle = raw.alloc(PAGE).handle
-        value = struct()
-        if struct is abi.Alloc:
-            value = abi.Alloc(size=1, kind=abi.Kind.KV)
-        elif struct is abi.Quota:
-            value = abi.Quota(bytes=raw.info().quota)
-        elif struct is not abi.Info:
-            value.handle = handle  # type: ignore[attr-defined]
+        value = good_request(struct, raw, handle)
         for at in {0, extra - 1}:
             tail = bytearray(extra)
             tail[at] = 1
