@@ -4,44 +4,49 @@
 static bool tm_chunk_listed(enum tm_chunk_state state)
 {
 	return state == TM_CHUNK_ABSENT || state == TM_CHUNK_FREE_ZEROED ||
-	       state == TM_CHUNK_FREE_DIRTY;
+	       state == TM_CHUNK_FREE_DIRTY || state == TM_CHUNK_FREE_SPLIT;
 }
 
-static void tm_chunk_unlink(struct tm_chunk_pool *pool, u32 v)
+static void tm_chunk_push(struct tm_chunk_pool *pool, u32 v)
 {
 	struct tm_chunk *c = &pool->chunks[v];
 
-	if (c->prev != TM_NONE)
-		pool->chunks[c->prev].next = c->next;
-	else
-		pool->head[c->state] = c->next;
-	if (c->next != TM_NONE)
-		pool->chunks[c->next].prev = c->prev;
-}
-
-static void tm_chunk_link(struct tm_chunk_pool *pool, u32 v)
-{
-	struct tm_chunk *c = &pool->chunks[v];
-
-	c->prev = TM_NONE;
 	c->next = pool->head[c->state];
-	if (c->next != TM_NONE)
-		pool->chunks[c->next].prev = v;
 	pool->head[c->state] = v;
 }
 
+/* Move a chunk on: one that is listed has to be the top of its stack. */
 static void tm_chunk_move(struct tm_chunk_pool *pool, u32 v,
 			  enum tm_chunk_state to)
 {
 	struct tm_chunk *c = &pool->chunks[v];
 
 	if (tm_chunk_listed(c->state))
-		tm_chunk_unlink(pool, v);
+		pool->head[c->state] = c->next;
 	pool->count[c->state]--;
 	pool->count[to]++;
 	c->state = to;
 	if (tm_chunk_listed(to))
-		tm_chunk_link(pool, v);
+		tm_chunk_push(pool, v);
+}
+
+/* The free chunk that is missed least, or TM_NONE. */
+static u32 tm_chunk_least(const struct tm_chunk_pool *pool)
+{
+	if (pool->head[TM_CHUNK_FREE_SPLIT] != TM_NONE)
+		return pool->head[TM_CHUNK_FREE_SPLIT];
+	if (pool->head[TM_CHUNK_FREE_DIRTY] != TM_NONE)
+		return pool->head[TM_CHUNK_FREE_DIRTY];
+	return pool->head[TM_CHUNK_FREE_ZEROED];
+}
+
+static void tm_chunk_own(struct tm_chunk_pool *pool, u32 v, enum tm_owner owner,
+			 struct tm_chunk_form form)
+{
+	tm_chunk_move(pool, v, TM_CHUNK_OWNED);
+	pool->chunks[v].owner = owner;
+	pool->chunks[v].form = form;
+	pool->owned[owner]++;
 }
 
 static bool tm_chunk_is(const struct tm_chunk_pool *pool, struct tm_chunk_id id,
@@ -68,7 +73,7 @@ int tm_chunk_pool_init(struct tm_chunk_pool *pool, u32 nr_slots,
 		pool->head[s] = TM_NONE;
 	/* Highest first, so that slots are handed out from 0 up. */
 	for (u32 v = nr_slots; v-- > 0;)
-		tm_chunk_link(pool, v);
+		tm_chunk_push(pool, v);
 	pool->count[TM_CHUNK_ABSENT] = nr_slots;
 	return 0;
 }
@@ -103,6 +108,16 @@ void tm_chunk_grow_end(struct tm_chunk_pool *pool, struct tm_chunk_id id,
 		      zeroed ? TM_CHUNK_FREE_ZEROED : TM_CHUNK_FREE_DIRTY);
 }
 
+void tm_chunk_grow_take(struct tm_chunk_pool *pool, struct tm_chunk_id id,
+			enum tm_owner owner, struct tm_chunk_form form)
+{
+	tm_assert_locked(pool->lock);
+	if (!tm_chunk_is(pool, id, TM_CHUNK_GROWING))
+		return;
+	pool->grown++;
+	tm_chunk_own(pool, id.v, owner, form);
+}
+
 void tm_chunk_grow_abort(struct tm_chunk_pool *pool, struct tm_chunk_id id)
 {
 	tm_assert_locked(pool->lock);
@@ -112,38 +127,59 @@ void tm_chunk_grow_abort(struct tm_chunk_pool *pool, struct tm_chunk_id id)
 	tm_chunk_move(pool, id.v, TM_CHUNK_ABSENT);
 }
 
-int tm_chunk_take(struct tm_chunk_pool *pool, enum tm_owner owner,
+int tm_chunk_recast_begin(struct tm_chunk_pool *pool, struct tm_chunk_id *id)
+{
+	tm_assert_locked(pool->lock);
+	id->v = tm_chunk_least(pool);
+	if (id->v == TM_NONE)
+		return -ENOENT;
+	tm_chunk_move(pool, id->v, TM_CHUNK_GROWING);
+	pool->shrunk++;
+	pool->recast++;
+	return 0;
+}
+
+int tm_chunk_take(struct tm_chunk_pool *pool, enum tm_owner owner, bool split,
 		  bool want_zeroed, struct tm_chunk_id *id, bool *zeroed)
 {
-	enum tm_chunk_state first = want_zeroed ? TM_CHUNK_FREE_ZEROED :
-						  TM_CHUNK_FREE_DIRTY;
-	enum tm_chunk_state second = want_zeroed ? TM_CHUNK_FREE_DIRTY :
-						   TM_CHUNK_FREE_ZEROED;
-	enum tm_chunk_state from = first;
+	enum tm_chunk_state from = split ? TM_CHUNK_FREE_SPLIT :
+				   want_zeroed ? TM_CHUNK_FREE_ZEROED :
+						 TM_CHUNK_FREE_DIRTY;
+	enum tm_chunk_state else_from = want_zeroed ? TM_CHUNK_FREE_DIRTY :
+						      TM_CHUNK_FREE_ZEROED;
 
 	tm_assert_locked(pool->lock);
-	if (pool->head[first] == TM_NONE)
-		from = second;
+	if (!split && pool->head[from] == TM_NONE)
+		from = else_from;
 	if (pool->head[from] == TM_NONE)
 		return -ENOMEM;
 
 	id->v = pool->head[from];
 	*zeroed = from == TM_CHUNK_FREE_ZEROED;
-	tm_chunk_move(pool, id->v, TM_CHUNK_OWNED);
-	pool->chunks[id->v].owner = owner;
-	pool->owned[owner]++;
+	tm_chunk_own(pool, id->v, owner,
+		     (struct tm_chunk_form){ .split = split });
 	return 0;
 }
 
-void tm_chunk_put(struct tm_chunk_pool *pool, struct tm_chunk_id id,
+bool tm_chunk_put(struct tm_chunk_pool *pool, struct tm_chunk_id id,
 		  bool zeroed)
 {
+	struct tm_chunk_form form;
+
 	tm_assert_locked(pool->lock);
 	if (!tm_chunk_is(pool, id, TM_CHUNK_OWNED))
-		return;
+		return false;
+	form = pool->chunks[id.v].form;
 	pool->owned[pool->chunks[id.v].owner]--;
-	tm_chunk_move(pool, id.v,
-		      zeroed ? TM_CHUNK_FREE_ZEROED : TM_CHUNK_FREE_DIRTY);
+	if (form.charged) {
+		tm_chunk_move(pool, id.v, TM_CHUNK_ABSENT);
+		pool->shrunk++;
+	} else {
+		tm_chunk_move(pool, id.v, form.split ? TM_CHUNK_FREE_SPLIT :
+					  zeroed ? TM_CHUNK_FREE_ZEROED :
+						   TM_CHUNK_FREE_DIRTY);
+	}
+	return form.charged;
 }
 
 int tm_chunk_zero_begin(struct tm_chunk_pool *pool, struct tm_chunk_id *id)
@@ -166,9 +202,7 @@ void tm_chunk_zero_end(struct tm_chunk_pool *pool, struct tm_chunk_id id)
 int tm_chunk_remove(struct tm_chunk_pool *pool, struct tm_chunk_id *id)
 {
 	tm_assert_locked(pool->lock);
-	id->v = pool->head[TM_CHUNK_FREE_DIRTY];
-	if (id->v == TM_NONE)
-		id->v = pool->head[TM_CHUNK_FREE_ZEROED];
+	id->v = tm_chunk_least(pool);
 	if (id->v == TM_NONE)
 		return -ENOENT;
 	tm_chunk_move(pool, id->v, TM_CHUNK_ABSENT);

@@ -7,12 +7,23 @@
  * _begin moves the chunk to a state in which nobody else can have it and the
  * caller drops the lock; _end or _abort concludes.
  *
- *             grow_begin           grow_end             take
- *     ABSENT ------------> GROWING --------> FREE ---------------> OWNED
- *        ^  <------------            zeroed | dirty <-------------
- *        |    grow_abort                    | ^           put
- *        |                       zero_begin v | zero_end
- *        +---------------- remove        ZEROING
+ *             grow_begin           grow_end                  take
+ *     ABSENT ------------> GROWING --------> FREE --------------------> OWNED
+ *        ^  <------------   |  ^     zeroed | dirty | split <----------  ^ |
+ *        |    grow_abort    |  |            | ^     |           put      | |
+ *        |                  |  |  zero_begin v | zero_end                | |
+ *        |                  |  |          ZEROING   |                    | |
+ *        |                  |  +--------------------+ recast_begin       | |
+ *        |                  +------------------------------ grow_take ---+ |
+ *        +---------------- remove ----------------- put of a charged one --+
+ *
+ * A chunk has one of two forms, fixed when the system hands it out: *whole*, one
+ * object with one reference count, which can be mapped as one block; or *split*,
+ * a count for each page, which tells who still holds which run. When the wrong
+ * form is free, the chunk is recast: given back and asked for again.
+ *
+ * A *charged* chunk is on the bill of the memory cgroup it was grown for. It is never
+ * free in the pool: nobody else may have it while that cgroup pays.
  *
  * The two-level scheme is Jenga's (arXiv:2503.18292): memory moves between uses
  * a chunk at a time, so that no static split strands it.
@@ -27,8 +38,9 @@
 enum tm_chunk_state {
 	TM_CHUNK_ABSENT,	/* the slot holds no memory */
 	TM_CHUNK_GROWING,	/* asked of the system */
-	TM_CHUNK_FREE_ZEROED,
-	TM_CHUNK_FREE_DIRTY,
+	TM_CHUNK_FREE_ZEROED,	/* whole */
+	TM_CHUNK_FREE_DIRTY,	/* whole */
+	TM_CHUNK_FREE_SPLIT,	/* dirty as well */
 	TM_CHUNK_ZEROING,
 	TM_CHUNK_OWNED,
 	TM_CHUNK_STATES,
@@ -41,11 +53,17 @@ enum tm_owner {
 	TM_OWNERS,
 };
 
+/* What a chunk is grown as. */
+struct tm_chunk_form {
+	bool split;
+	bool charged;
+};
+
 struct tm_chunk {
 	u32 next;
-	u32 prev;
 	u8 state;
 	u8 owner;
+	struct tm_chunk_form form;
 };
 
 /**
@@ -54,12 +72,13 @@ struct tm_chunk {
  * @nr_slots: most chunks there can ever be
  * @capacity: most chunks the pool may hold now
  * @reserve: free zeroed chunks the caller should keep ready
- * @head: list heads by state; only ABSENT and the FREE states are listed
+ * @head: stacks by state; only ABSENT and the FREE states have one
  * @count: chunks by state
  * @owned: OWNED chunks by owner
  * @grown: chunks ever taken from the system
  * @shrunk: chunks ever given back
  * @grow_failed: times the system had none
+ * @recast: times a chunk was given back to be had in another form
  * @lock: the caller's lock, for assertions only
  */
 struct tm_chunk_pool {
@@ -73,6 +92,7 @@ struct tm_chunk_pool {
 	u64 grown;
 	u64 shrunk;
 	u64 grow_failed;
+	u64 recast;
 	tm_lock_t *lock;
 };
 
@@ -100,31 +120,57 @@ void tm_chunk_pool_destroy(struct tm_chunk_pool *pool);
  */
 int __must_check tm_chunk_grow_begin(struct tm_chunk_pool *pool,
 				     struct tm_chunk_id *id);
-/* The system gave memory for @id: it is free now. */
+/* The system gave whole memory for @id: it is free now. */
 void tm_chunk_grow_end(struct tm_chunk_pool *pool, struct tm_chunk_id id,
 		       bool zeroed);
+/* The system gave memory of @form for @id: @owner has it at once. */
+void tm_chunk_grow_take(struct tm_chunk_pool *pool, struct tm_chunk_id id,
+			enum tm_owner owner, struct tm_chunk_form form);
 /* The system had none: the slot is absent again. */
 void tm_chunk_grow_abort(struct tm_chunk_pool *pool, struct tm_chunk_id id);
 
 /**
- * tm_chunk_take - hand a free chunk to @owner
+ * tm_chunk_recast_begin - take a free chunk to have it in another form
+ * @pool: the pool
+ * @id: the chunk
+ *
+ * For when tm_chunk_take() had none of the form wanted and the pool may not grow.
+ * The chunk is GROWING when this returns: the caller gives its memory back, asks for
+ * other memory and concludes as after tm_chunk_grow_begin(). Zeroed ones go last.
+ *
+ * Return: 0, or -ENOENT when no chunk is free.
+ */
+int __must_check tm_chunk_recast_begin(struct tm_chunk_pool *pool,
+				       struct tm_chunk_id *id);
+
+/**
+ * tm_chunk_take - hand a free, uncharged chunk to @owner
  * @pool: the pool
  * @owner: who gets it
- * @id: the chunk
+ * @split: a split one; else a whole one
  * @want_zeroed: prefer a zeroed chunk; otherwise zeroed ones are spared
+ * @id: the chunk
  * @zeroed: whether the chunk handed out is zeroed
  *
- * Return: 0, or -ENOMEM when no chunk is free.
+ * Return: 0, or -ENOMEM when no chunk of that form is free.
  */
 int __must_check tm_chunk_take(struct tm_chunk_pool *pool, enum tm_owner owner,
-			       bool want_zeroed, struct tm_chunk_id *id,
-			       bool *zeroed);
+			       bool split, bool want_zeroed,
+			       struct tm_chunk_id *id, bool *zeroed);
 
-/* An owner lets go of @id. @zeroed says that nobody wrote to it. */
-void tm_chunk_put(struct tm_chunk_pool *pool, struct tm_chunk_id id,
-		  bool zeroed);
+/**
+ * tm_chunk_put - an owner lets go of a chunk
+ * @pool: the pool
+ * @id: the chunk
+ * @zeroed: it is whole and nobody wrote to it
+ *
+ * Return: whether the chunk left the pool because it was charged: the slot is ABSENT
+ * and the caller gives the memory to the system.
+ */
+bool __must_check tm_chunk_put(struct tm_chunk_pool *pool,
+			       struct tm_chunk_id id, bool zeroed);
 
-/* Take a dirty free chunk aside for zeroing. Return: 0, -ENOENT for none. */
+/* Take a dirty whole chunk aside for zeroing. Return: 0, -ENOENT for none. */
 int __must_check tm_chunk_zero_begin(struct tm_chunk_pool *pool,
 				     struct tm_chunk_id *id);
 void tm_chunk_zero_end(struct tm_chunk_pool *pool, struct tm_chunk_id id);
@@ -134,7 +180,7 @@ void tm_chunk_zero_end(struct tm_chunk_pool *pool, struct tm_chunk_id id);
  * @pool: the pool
  * @id: the chunk
  *
- * Dirty ones go first. The slot is ABSENT when this returns; the caller picks
+ * Split ones go first, zeroed ones last. The slot is ABSENT when this returns; the caller picks
  * up what belongs to the slot before it drops the lock.
  *
  * Return: 0, or -ENOENT when no chunk is free.
@@ -151,13 +197,14 @@ static inline u32 tm_chunk_total(const struct tm_chunk_pool *pool)
 static inline u32 tm_chunk_free_count(const struct tm_chunk_pool *pool)
 {
 	return pool->count[TM_CHUNK_FREE_ZEROED] +
-	       pool->count[TM_CHUNK_FREE_DIRTY];
+	       pool->count[TM_CHUNK_FREE_DIRTY] +
+	       pool->count[TM_CHUNK_FREE_SPLIT];
 }
 
 /* Free chunks the system may have: those above the reserve or the capacity. */
 u32 tm_chunk_excess(const struct tm_chunk_pool *pool);
 
-/* Chunks to zero or to grow until the reserve is full. */
+/* Chunks to zero, to grow or to recast until the reserve is full. */
 u32 tm_chunk_deficit(const struct tm_chunk_pool *pool);
 
 #endif
