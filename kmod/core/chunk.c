@@ -104,6 +104,7 @@ void tm_chunk_grow_end(struct tm_chunk_pool *pool, struct tm_chunk_id id,
 	if (!tm_chunk_is(pool, id, TM_CHUNK_GROWING))
 		return;
 	pool->grown++;
+	pool->chunks[id.v].form = (struct tm_chunk_form){ 0 };
 	tm_chunk_move(pool, id.v,
 		      zeroed ? TM_CHUNK_FREE_ZEROED : TM_CHUNK_FREE_DIRTY);
 }
