@@ -1,6 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "core/check.h"
 
+/* Whether @c has the form that its state says it has. */
+static bool tm_chunk_check_form(const struct tm_chunk *c)
+{
+	switch (c->state) {
+	case TM_CHUNK_FREE_ZEROED:
+	case TM_CHUNK_FREE_DIRTY:
+	case TM_CHUNK_ZEROING:
+		return !c->form.split && !c->form.charged;
+	case TM_CHUNK_FREE_SPLIT:
+		return c->form.split && !c->form.charged;
+	default:
+		return true;
+	}
+}
+
 const char *tm_chunk_check(const struct tm_chunk_pool *pool)
 {
 	u32 count[TM_CHUNK_STATES] = { 0 };
@@ -11,6 +26,8 @@ const char *tm_chunk_check(const struct tm_chunk_pool *pool)
 
 		if (c->state >= TM_CHUNK_STATES)
 			return "a chunk has no valid state";
+		if (!tm_chunk_check_form(c))
+			return "a free chunk is charged or of the wrong form";
 		count[c->state]++;
 		if (c->state == TM_CHUNK_OWNED) {
 			if (c->owner >= TM_OWNERS)
@@ -19,25 +36,28 @@ const char *tm_chunk_check(const struct tm_chunk_pool *pool)
 		}
 	}
 	for (u32 s = 0; s < TM_CHUNK_STATES; s++) {
-		bool listed = s == TM_CHUNK_ABSENT ||
-			      s == TM_CHUNK_FREE_ZEROED ||
-			      s == TM_CHUNK_FREE_DIRTY;
-		u32 n = 0, prev = TM_NONE;
+		bool stacked = s == TM_CHUNK_ABSENT ||
+			       s == TM_CHUNK_FREE_ZEROED ||
+			       s == TM_CHUNK_FREE_DIRTY ||
+			       s == TM_CHUNK_FREE_SPLIT;
+		u32 n = 0;
 
 		if (count[s] != pool->count[s])
 			return "a state's count is not the chunks in it";
+		if (!stacked && pool->head[s] != TM_NONE)
+			return "a state that has no stack has one";
 		for (u32 v = pool->head[s]; v != TM_NONE;
 		     v = pool->chunks[v].next) {
+			if (v >= pool->nr_slots)
+				return "a stack leads out of the table";
 			if (pool->chunks[v].state != s)
-				return "a chunk is on the list of another state";
-			if (pool->chunks[v].prev != prev)
-				return "a chunk's back link is wrong";
-			if (++n > pool->nr_slots)
-				return "a list of chunks is a ring";
-			prev = v;
+				return "a chunk is on the stack of another state";
+			/* More chunks of the state than there are: one came twice. */
+			if (++n > count[s])
+				return "a stack is a ring";
 		}
-		if (n != (listed ? count[s] : 0))
-			return "a list does not hold all chunks of its state";
+		if (stacked && n != count[s])
+			return "a stack does not hold all chunks of its state";
 	}
 	for (u32 o = 0; o < TM_OWNERS; o++)
 		if (owned[o] != pool->owned[o])

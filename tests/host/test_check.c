@@ -27,27 +27,43 @@ static void expect(const char *got, const char *want, int line)
 
 TEST(check_finds_chunk_damage)
 {
+	static const u8 stacked[] = {
+		TM_CHUNK_ABSENT, TM_CHUNK_FREE_ZEROED, TM_CHUNK_FREE_DIRTY,
+		TM_CHUNK_FREE_SPLIT,
+	};
+	static const u8 unstacked[] = {
+		TM_CHUNK_GROWING, TM_CHUNK_ZEROING, TM_CHUNK_OWNED,
+	};
 	struct tm_chunk_pool pool, good;
-	struct tm_chunk chunks[12], *c;
+	struct tm_chunk chunks[14], *c;
 	struct tm_chunk_id id;
 	bool zeroed;
 
-	/* 0 and 1 owned, 2 growing, 3 zeroing, 4 to 6 zeroed, 7 and 8 dirty. */
-	CHECK_EQ(tm_chunk_pool_init(&pool, 12, &lock), 0);
+	/*
+	 * 0 and 1 owned, 2 growing, 3 zeroing, 4 to 6 zeroed, 7 and 8 dirty,
+	 * 9 and 10 split, 11 to 13 absent.
+	 */
+	CHECK_EQ(tm_chunk_pool_init(&pool, 14, &lock), 0);
 	tm_host_lock(&lock);
 	for (u32 v = 0; v < 2; v++) {
 		CHECK_EQ(tm_chunk_grow_begin(&pool, &id), 0);
 		tm_chunk_grow_end(&pool, id, false);
 		CHECK_EQ(tm_chunk_take(&pool, v ? TM_OWNER_BUDDY :
 						  TM_OWNER_TENSOR,
-				       false, &id, &zeroed), 0);
+				       false, false, &id, &zeroed), 0);
 		CHECK_EQ(id.v, v);
 	}
-	for (u32 v = 2; v < 9; v++) {
+	for (u32 v = 2; v < 11; v++) {
 		CHECK_EQ(tm_chunk_grow_begin(&pool, &id), 0);
 		CHECK_EQ(id.v, v);
-		if (v != 2)
+		if (v >= 9) {
+			tm_chunk_grow_take(&pool, id, TM_OWNER_BUDDY,
+					   (struct tm_chunk_form){
+						   .split = true });
+			CHECK(!tm_chunk_put(&pool, id, false));
+		} else if (v != 2) {
 			tm_chunk_grow_end(&pool, id, v >= 4 && v < 7);
+		}
 		if (v == 3)
 			CHECK_EQ(tm_chunk_zero_begin(&pool, &id), 0);
 	}
@@ -59,7 +75,23 @@ TEST(check_finds_chunk_damage)
 
 	EXPECT_CHUNK("a chunk has no valid state",
 		     c[0].state = TM_CHUNK_STATES);
-	EXPECT_CHUNK("a chunk has no valid state", c[11].state = 0xff);
+	EXPECT_CHUNK("a chunk has no valid state", c[13].state = 0xff);
+	for (u32 v = 3; v < 11; v++) {
+		EXPECT_CHUNK("a free chunk is charged or of the wrong form",
+			     c[v].form.split = v < 9);
+		EXPECT_CHUNK("a free chunk is charged or of the wrong form",
+			     c[v].form.charged = true);
+	}
+	/* An owned chunk may have any form; that of the last memory is nothing. */
+	for (u32 i = 1; i < 4; i++) {
+		for (u32 v = 0; v < 14; v++)
+			if (v < 3 || v >= 11)
+				c[v].form = (struct tm_chunk_form){
+					.split = i & 1,
+					.charged = i >> 1,
+				};
+		CHECK_OK(tm_chunk_check(&pool));
+	}
 	EXPECT_CHUNK("an owned chunk has no valid owner",
 		     c[0].owner = TM_OWNERS);
 	for (u32 s = 0; s < TM_CHUNK_STATES; s++) {
@@ -68,40 +100,50 @@ TEST(check_finds_chunk_damage)
 		EXPECT_CHUNK("a state's count is not the chunks in it",
 			     pool.count[s]--);
 	}
-	for (u32 o = 0; o < TM_OWNERS; o++)
+	for (u32 o = 0; o < TM_OWNERS; o++) {
 		EXPECT_CHUNK("an owner's count is not the chunks it owns",
 			     pool.owned[o]++);
+		EXPECT_CHUNK("an owner's count is not the chunks it owns",
+			     pool.owned[o]--);
+	}
 	EXPECT_CHUNK("an owner's count is not the chunks it owns",
 		     c[0].owner = TM_OWNER_BUDDY);
-	/* A chunk that changed its state and its count, but not its list. */
-	EXPECT_CHUNK("a chunk is on the list of another state",
+	/* A chunk that changed its state and its count, but not its stack. */
+	EXPECT_CHUNK("a chunk is on the stack of another state",
 		     (c[5].state = TM_CHUNK_FREE_DIRTY,
 		      pool.count[TM_CHUNK_FREE_ZEROED]--,
 		      pool.count[TM_CHUNK_FREE_DIRTY]++));
-	EXPECT_CHUNK("a chunk is on the list of another state",
-		     pool.head[TM_CHUNK_FREE_DIRTY] =
-		     pool.head[TM_CHUNK_FREE_ZEROED]);
-	EXPECT_CHUNK("a chunk is on the list of another state",
-		     (c[0].next = c[0].prev = TM_NONE,
-		      pool.head[TM_CHUNK_ABSENT] = 0));
-	/* States that have no list. */
-	EXPECT_CHUNK("a list does not hold all chunks of its state",
-		     (c[0].next = c[0].prev = TM_NONE,
-		      pool.count[TM_CHUNK_OWNED] += 0,
-		      pool.head[TM_CHUNK_OWNED] = 0,
-		      c[0].next = 1, c[1].prev = 0, c[1].next = TM_NONE));
-	for (u32 v = 4; v < 12; v++)
-		EXPECT_CHUNK("a chunk's back link is wrong", c[v].prev ^= 1);
-	/* A ring shows as a back link that cannot be right. */
-	EXPECT_CHUNK("a chunk's back link is wrong",
-		     c[pool.head[TM_CHUNK_FREE_ZEROED]].next =
-		     pool.head[TM_CHUNK_FREE_ZEROED]);
-	EXPECT_CHUNK("a list does not hold all chunks of its state",
-		     pool.head[TM_CHUNK_FREE_DIRTY] = TM_NONE);
-	EXPECT_CHUNK("a list does not hold all chunks of its state",
-		     c[pool.head[TM_CHUNK_FREE_ZEROED]].next = TM_NONE);
-	EXPECT_CHUNK("a list does not hold all chunks of its state",
-		     c[pool.head[TM_CHUNK_ABSENT]].next = TM_NONE);
+	for (u32 i = 0; i < 3; i++)
+		EXPECT_CHUNK("a state that has no stack has one",
+			     (pool.head[unstacked[i]] = i > 1 ? 0 : 2 + i,
+			      c[2 + i].next = TM_NONE));
+	for (u32 i = 0; i < 4; i++) {
+		u32 s = stacked[i], top = good.head[s], last = top;
+
+		while (chunks[last].next != TM_NONE)
+			last = chunks[last].next;
+		CHECK(top != last);
+		EXPECT_CHUNK("a chunk is on the stack of another state",
+			     pool.head[s] = good.head[stacked[(i + 1) % 4]]);
+		EXPECT_CHUNK("a chunk is on the stack of another state",
+			     c[last].next = 0);
+		EXPECT_CHUNK("a stack leads out of the table",
+			     pool.head[s] = 14);
+		EXPECT_CHUNK("a stack leads out of the table",
+			     c[last].next = 14);
+		EXPECT_CHUNK("a stack leads out of the table",
+			     c[top].next = TM_NONE - 1);
+		/* The smallest ring, and the one that has all. */
+		EXPECT_CHUNK("a stack is a ring", c[top].next = top);
+		EXPECT_CHUNK("a stack is a ring", c[last].next = last);
+		EXPECT_CHUNK("a stack is a ring", c[last].next = top);
+		EXPECT_CHUNK("a stack does not hold all chunks of its state",
+			     pool.head[s] = TM_NONE);
+		EXPECT_CHUNK("a stack does not hold all chunks of its state",
+			     c[top].next = TM_NONE);
+		EXPECT_CHUNK("a stack does not hold all chunks of its state",
+			     pool.head[s] = c[top].next);
+	}
 	tm_table_free(pool.chunks);
 }
 

@@ -108,6 +108,43 @@ TEST(chunk_destroy_warns_of_chunks)
 	CHECK_EQ(tm_host_missing_warnings(), 0);
 }
 
+static const struct tm_chunk_form whole = { 0 };
+static const struct tm_chunk_form split = { .split = true };
+static const struct tm_chunk_form charged = { .charged = true };
+static const struct tm_chunk_form charged_split = {
+	.split = true,
+	.charged = true,
+};
+
+/* The next slot, with memory of @form that a tensor has. */
+static struct tm_chunk_id grow(struct tm_chunk_form form)
+{
+	struct tm_chunk_id id;
+
+	CHECK_EQ(chunk_do_grow_begin(&model, &pool, &id), 0);
+	chunk_do_grow_take(&model, &pool, id, TM_OWNER_TENSOR, form, false);
+	return id;
+}
+
+/* The next slot, free and whole. */
+static struct tm_chunk_id grow_free(bool zeroed)
+{
+	struct tm_chunk_id id;
+
+	CHECK_EQ(chunk_do_grow_begin(&model, &pool, &id), 0);
+	chunk_do_grow_end(&model, &pool, id, zeroed);
+	return id;
+}
+
+/* The next slot, free and split. */
+static struct tm_chunk_id grow_split(void)
+{
+	struct tm_chunk_id id = grow(split);
+
+	CHECK(!chunk_do_put(&model, &pool, id));
+	return id;
+}
+
 /* A call on a chunk in the wrong state warns and changes nothing. */
 static void misuse(struct tm_chunk_id id)
 {
@@ -119,14 +156,17 @@ static void misuse(struct tm_chunk_id id)
 	chunk_snapshot_take(&before, &pool);
 	for (u32 zeroed = 0; zeroed < 2; zeroed++) {
 		if (state != TM_CHUNK_GROWING) {
-			tm_host_expect_warnings(2);
+			tm_host_expect_warnings(4);
 			tm_chunk_grow_end(&pool, id, zeroed);
+			tm_chunk_grow_take(&pool, id, TM_OWNER_BUDDY,
+					   zeroed ? split : whole);
+			tm_chunk_grow_take(&pool, id, TM_OWNER_TENSOR, charged);
 			tm_chunk_grow_abort(&pool, id);
 			CHECK_EQ(tm_host_missing_warnings(), 0);
 		}
 		if (state != TM_CHUNK_OWNED) {
 			tm_host_expect_warnings(1);
-			tm_chunk_put(&pool, id, zeroed);
+			CHECK(!tm_chunk_put(&pool, id, zeroed));
 			CHECK_EQ(tm_host_missing_warnings(), 0);
 		}
 		if (state != TM_CHUNK_ZEROING) {
@@ -141,25 +181,255 @@ static void misuse(struct tm_chunk_id id)
 /* Every state, and every call that does not belong to it. */
 TEST(chunk_misuse_changes_nothing)
 {
-	struct tm_chunk_id id;
+	struct tm_chunk_id id, gone;
 
-	setup(8);
+	setup(12);
 	for (u32 i = 0; i < 6; i++) {
 		CHECK_EQ(chunk_do_grow_begin(&model, &pool, &id), 0);
 		if (i)
 			chunk_do_grow_end(&model, &pool, id, i % 2);
 	}
-	CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_TENSOR, true, &id), 0);
-	CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_BUDDY, false, &id), 0);
+	CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_TENSOR, false, true,
+			       &id), 0);
+	CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_BUDDY, false, false,
+			       &id), 0);
 	CHECK_EQ(chunk_do_zero_begin(&model, &pool, &id), 0);
-	/* Slots 6 and 7 are absent. */
 	CHECK_EQ(chunk_do_zero_begin(&model, &pool, &id), -ENOENT);
-	for (id.v = 0; id.v < 8; id.v++)
+	grow_free(false);
+	grow_split();
+	grow(split);
+	grow(charged);
+	/* A slot that a charged chunk left is absent, whatever it was before. */
+	gone = grow(charged_split);
+	CHECK(chunk_do_put(&model, &pool, gone));
+	CHECK_EQ(model.state[gone.v], TM_CHUNK_ABSENT);
+	for (u32 s = 0; s < TM_CHUNK_STATES; s++)
+		CHECK(chunk_model_count(&model, s));
+	for (id.v = 0; id.v < 12; id.v++)
 		misuse(id);
-	id.v = 8;
+	id.v = 12;
 	misuse(id);
 	id.v = TM_NONE;
 	misuse(id);
+	chunk_model_compare(&model, &pool);
+	drain();
+	teardown();
+}
+
+/* A request for one form is not served with the other, not even at the last. */
+TEST(chunk_take_keeps_to_the_form)
+{
+	struct tm_chunk_id id;
+
+	setup(4);
+	grow_free(true);
+	grow_free(false);
+	for (u32 want_zeroed = 0; want_zeroed < 2; want_zeroed++)
+		CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_BUDDY, true,
+				       want_zeroed, &id), -ENOMEM);
+	while (!chunk_do_remove(&model, &pool, &id))
+		;
+	grow_split();
+	grow_split();
+	for (u32 want_zeroed = 0; want_zeroed < 2; want_zeroed++)
+		CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_TENSOR, false,
+				       want_zeroed, &id), -ENOMEM);
+	/* A split chunk is never handed out as zeroed. */
+	for (u32 want_zeroed = 0; want_zeroed < 2; want_zeroed++) {
+		bool zeroed = true;
+
+		CHECK_EQ(tm_chunk_take(&pool, TM_OWNER_BUDDY, true, want_zeroed,
+				       &id, &zeroed), 0);
+		CHECK(!zeroed);
+		CHECK(pool.chunks[id.v].form.split);
+		CHECK(!tm_chunk_put(&pool, id, false));
+		CHECK_EQ(pool.chunks[id.v].state, TM_CHUNK_FREE_SPLIT);
+	}
+	chunk_model_compare(&model, &pool);
+	drain();
+	teardown();
+}
+
+/* Stacks: what came last goes first, whatever order the chunks have. */
+TEST(chunk_last_put_is_first_taken)
+{
+	static const u32 order[] = { 2, 0, 3, 1 };
+	struct tm_chunk_id id;
+
+	setup(4);
+	for (u32 is_split = 0; is_split < 2; is_split++) {
+		for (u32 i = 0; i < 4; i++)
+			grow(is_split ? split : whole);
+		for (u32 i = 0; i < 4; i++)
+			chunk_do_put(&model, &pool,
+				     (struct tm_chunk_id){ order[i] });
+		for (u32 i = 4; i-- > 0;) {
+			CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_TENSOR,
+					       is_split, false, &id), 0);
+			CHECK_EQ(id.v, order[i]);
+		}
+		for (id.v = 4; id.v-- > 0;)
+			chunk_do_put(&model, &pool, id);
+		/* 0 is on top: removed first, and last when they grow again. */
+		for (u32 i = 0; i < 4; i++) {
+			CHECK_EQ(chunk_do_remove(&model, &pool, &id), 0);
+			CHECK_EQ(id.v, i);
+		}
+		CHECK_EQ(chunk_do_grow_begin(&model, &pool, &id), 0);
+		CHECK_EQ(id.v, 3);
+		chunk_do_grow_abort(&model, &pool, id);
+	}
+	chunk_model_compare(&model, &pool);
+	drain();
+	teardown();
+}
+
+/* Whoever had a charged chunk, and whatever form it has, nobody else gets it. */
+TEST(chunk_charged_leaves_the_pool)
+{
+	setup(8);
+	for (u32 i = 0; i < 2; i++) {
+		for (u32 owner = 0; owner < TM_OWNERS; owner++) {
+			for (u32 zeroed = 0; zeroed < 2; zeroed++) {
+				struct tm_chunk_id id;
+
+				CHECK_EQ(chunk_do_grow_begin(&model, &pool,
+							     &id), 0);
+				chunk_do_grow_take(&model, &pool, id, owner,
+						   i ? charged_split : charged,
+						   zeroed);
+				CHECK_EQ(pool.owned[owner], 1);
+				chunk_model_compare(&model, &pool);
+				CHECK(chunk_do_put(&model, &pool, id));
+				CHECK_EQ(pool.owned[owner], 0);
+				CHECK_EQ(tm_chunk_total(&pool), 0);
+				CHECK_EQ(pool.shrunk, pool.grown);
+				chunk_model_compare(&model, &pool);
+			}
+		}
+	}
+	CHECK_EQ(pool.shrunk, 8);
+	CHECK_EQ(pool.recast, 0);
+	teardown();
+}
+
+/* A form is of the memory, not of the slot: it does not survive the memory. */
+TEST(chunk_form_goes_with_the_memory)
+{
+	static const struct tm_chunk_form *const forms[] = {
+		&whole, &split, &charged, &charged_split,
+	};
+	struct tm_chunk_id id;
+
+	setup(1);
+	for (u32 i = 0; i < 16; i++) {
+		struct tm_chunk_form form = *forms[i / 4];
+
+		tm_op("%u after %u", i % 4, i / 4);
+		id = grow(form);
+		if (!chunk_do_put(&model, &pool, id))
+			CHECK_EQ(chunk_do_remove(&model, &pool, &id), 0);
+		/* As a free chunk, then as one for an owner. */
+		id = grow_free(i % 2);
+		chunk_model_compare(&model, &pool);
+		CHECK_EQ(chunk_do_recast_begin(&model, &pool, &id), 0);
+		chunk_do_grow_take(&model, &pool, id, TM_OWNER_BUDDY, form,
+				   true);
+		chunk_model_compare(&model, &pool);
+		if (!chunk_do_put(&model, &pool, id))
+			CHECK_EQ(chunk_do_remove(&model, &pool, &id), 0);
+		CHECK_EQ(grow(*forms[i % 4]).v, id.v);
+		chunk_model_compare(&model, &pool);
+		if (!chunk_do_put(&model, &pool, id))
+			CHECK_EQ(chunk_do_remove(&model, &pool, &id), 0);
+	}
+	drain();
+	teardown();
+}
+
+/* Both ways out of the free chunks: split ones first, zeroed ones last. */
+TEST(chunk_least_goes_first)
+{
+	static const enum tm_chunk_state order[] = {
+		TM_CHUNK_FREE_SPLIT, TM_CHUNK_FREE_SPLIT,
+		TM_CHUNK_FREE_DIRTY, TM_CHUNK_FREE_DIRTY,
+		TM_CHUNK_FREE_ZEROED, TM_CHUNK_FREE_ZEROED,
+	};
+	struct tm_chunk_id id;
+
+	setup(6);
+	for (u32 recast = 0; recast < 2; recast++) {
+		for (u32 i = 0; i < 2; i++) {
+			grow_free(true);
+			grow_split();
+			grow_free(false);
+		}
+		chunk_model_compare(&model, &pool);
+		for (u32 i = 0; i < 6; i++) {
+			enum tm_chunk_state was[6];
+
+			memcpy(was, model.state, sizeof(was));
+			if (recast) {
+				CHECK_EQ(chunk_do_recast_begin(&model, &pool,
+							       &id), 0);
+				chunk_do_grow_abort(&model, &pool, id);
+			} else {
+				CHECK_EQ(chunk_do_remove(&model, &pool, &id),
+					 0);
+			}
+			CHECK_EQ(was[id.v], order[i]);
+			chunk_model_compare(&model, &pool);
+		}
+		CHECK_EQ(chunk_do_recast_begin(&model, &pool, &id), -ENOENT);
+		CHECK_EQ(chunk_do_remove(&model, &pool, &id), -ENOENT);
+	}
+	CHECK_EQ(pool.recast, 6);
+	CHECK_EQ(pool.shrunk, 12);
+	CHECK_EQ(pool.grow_failed, 6);
+	teardown();
+}
+
+/* At capacity a chunk changes its form, back and forth, and none is added. */
+TEST(chunk_recast_at_capacity)
+{
+	struct tm_chunk_id id;
+
+	setup(4);
+	model.capacity = pool.capacity = 2;
+	grow_free(true);
+	grow_free(true);
+	for (u32 i = 0; i < 6; i++) {
+		bool want_split = i % 2 == 0;
+
+		for (u32 n = 0; n < 2; n++) {
+			CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_BUDDY,
+					       want_split, true, &id),
+				 -ENOMEM);
+			CHECK_EQ(chunk_do_grow_begin(&model, &pool, &id),
+				 -ENOSPC);
+			CHECK_EQ(chunk_do_recast_begin(&model, &pool, &id), 0);
+			/* On its way it is nobody's, but it has its place. */
+			CHECK_EQ(tm_chunk_total(&pool), 2);
+			CHECK_EQ(chunk_do_grow_begin(&model, &pool,
+						     &(struct tm_chunk_id){ 0 }),
+				 -ENOSPC);
+			chunk_do_grow_take(&model, &pool, id, TM_OWNER_BUDDY,
+					   want_split ? split : whole, true);
+			chunk_model_compare(&model, &pool);
+		}
+		CHECK_EQ(chunk_do_recast_begin(&model, &pool, &id), -ENOENT);
+		for (id.v = 0; id.v < 2; id.v++)
+			CHECK(!chunk_do_put(&model, &pool, id));
+		chunk_model_compare(&model, &pool);
+	}
+	CHECK_EQ(pool.recast, 12);
+	CHECK_EQ(pool.grown, 14);
+	/* The system may have none: then the chunk is gone, and its place free. */
+	CHECK_EQ(chunk_do_recast_begin(&model, &pool, &id), 0);
+	chunk_do_grow_abort(&model, &pool, id);
+	CHECK_EQ(tm_chunk_total(&pool), 1);
+	CHECK_EQ(chunk_do_grow_begin(&model, &pool, &id), 0);
+	chunk_do_grow_end(&model, &pool, id, true);
 	chunk_model_compare(&model, &pool);
 	drain();
 	teardown();
@@ -206,7 +476,7 @@ TEST(chunk_excess_and_deficit)
 	model.reserve = pool.reserve = 100;
 	for (u32 i = 0; i < 3; i++)
 		CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_TENSOR, false,
-				       &id), 0);
+				       false, &id), 0);
 	CHECK_EQ(tm_chunk_deficit(&pool), 4);
 	CHECK_EQ(tm_chunk_excess(&pool), 0);
 	chunk_model_compare(&model, &pool);
@@ -229,7 +499,7 @@ TEST(chunk_deficit_over_capacity)
 			chunk_do_grow_end(&model, &pool, id, i < 3);
 		if (i < 3)
 			CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_TENSOR,
-					       true, &id), 0);
+					       false, true, &id), 0);
 	}
 	model.capacity = pool.capacity = 5;
 	for (u32 reserve = 0; reserve < 8; reserve++) {
@@ -242,10 +512,50 @@ TEST(chunk_deficit_over_capacity)
 	teardown();
 }
 
+/*
+ * Split chunks are free, and so in excess like others, but not ready: two owned,
+ * three split, one zeroed.
+ */
+TEST(chunk_excess_and_deficit_of_split)
+{
+	/* Of a capacity of 8, 6, 5, 3, 2, each with a reserve of 0, 1, 3 and 6. */
+	static const struct {
+		u32 capacity, excess[4], deficit[4];
+	} want[] = {
+		{ 8, { 4, 3, 1, 0 }, { 0, 0, 2, 5 } },
+		{ 6, { 4, 3, 1, 0 }, { 0, 0, 2, 3 } },
+		{ 5, { 4, 3, 1, 1 }, { 0, 0, 2, 2 } },
+		{ 3, { 4, 3, 3, 3 }, { 0, 0, 0, 0 } },
+		{ 2, { 4, 4, 4, 4 }, { 0, 0, 0, 0 } },
+	};
+	static const u32 reserve[] = { 0, 1, 3, 6 };
+
+	setup(8);
+	grow(whole);
+	grow(charged_split);
+	for (u32 i = 0; i < 3; i++)
+		grow_split();
+	grow_free(true);
+	CHECK_EQ(tm_chunk_free_count(&pool), 4);
+	for (u32 i = 0; i < 5; i++) {
+		model.capacity = pool.capacity = want[i].capacity;
+		for (u32 r = 0; r < 4; r++) {
+			model.reserve = pool.reserve = reserve[r];
+			CHECK_EQ(tm_chunk_excess(&pool), want[i].excess[r]);
+			CHECK_EQ(tm_chunk_deficit(&pool), want[i].deficit[r]);
+			chunk_model_compare(&model, &pool);
+		}
+	}
+	drain();
+	teardown();
+}
+
 enum op {
 	OP_GROW_BEGIN,
 	OP_GROW_END,
+	OP_GROW_TAKE,
 	OP_GROW_ABORT,
+	OP_RECAST_BEGIN,
 	OP_TAKE,
 	OP_WRITE,
 	OP_PUT,
@@ -260,6 +570,10 @@ enum op {
 
 static void random_op(enum op op, struct tm_rng *rng)
 {
+	struct tm_chunk_form form = {
+		.split = tm_rand_one_in(rng, 2),
+		.charged = tm_rand_one_in(rng, 3),
+	};
 	bool flag = tm_rand_one_in(rng, 2);
 	enum tm_owner owner;
 	struct tm_chunk_id id;
@@ -276,16 +590,29 @@ static void random_op(enum op op, struct tm_rng *rng)
 		tm_op("grow_end chunk %u zeroed %d", id.v, flag);
 		chunk_do_grow_end(&model, &pool, id, flag);
 		break;
+	case OP_GROW_TAKE:
+		if (!chunk_model_pick(&model, rng, TM_CHUNK_GROWING, &id))
+			break;
+		owner = tm_rand_below(rng, TM_OWNERS);
+		tm_op("grow_take chunk %u owner %u split %d charged %d zeroed %d",
+		      id.v, owner, form.split, form.charged, flag);
+		chunk_do_grow_take(&model, &pool, id, owner, form, flag);
+		break;
 	case OP_GROW_ABORT:
 		if (!chunk_model_pick(&model, rng, TM_CHUNK_GROWING, &id))
 			break;
 		tm_op("grow_abort chunk %u", id.v);
 		chunk_do_grow_abort(&model, &pool, id);
 		break;
+	case OP_RECAST_BEGIN:
+		tm_op("recast_begin");
+		chunk_do_recast_begin(&model, &pool, &id);
+		break;
 	case OP_TAKE:
 		owner = tm_rand_below(rng, TM_OWNERS);
-		tm_op("take owner %u want_zeroed %d", owner, flag);
-		chunk_do_take(&model, &pool, owner, flag, &id);
+		tm_op("take owner %u split %d want_zeroed %d", owner,
+		      form.split, flag);
+		chunk_do_take(&model, &pool, owner, form.split, flag, &id);
 		break;
 	case OP_WRITE:
 		if (!chunk_model_pick(&model, rng, TM_CHUNK_OWNED, &id))
@@ -335,11 +662,35 @@ static void random_op(enum op op, struct tm_rng *rng)
 
 #define ROUNDS	16
 
+/* What may happen to a chunk, and what has to be seen to happen. */
+static const u8 may_go[TM_CHUNK_STATES][TM_CHUNK_STATES] = {
+	[TM_CHUNK_ABSENT][TM_CHUNK_GROWING] = 1,
+	[TM_CHUNK_GROWING][TM_CHUNK_ABSENT] = 1,
+	[TM_CHUNK_GROWING][TM_CHUNK_FREE_ZEROED] = 1,
+	[TM_CHUNK_GROWING][TM_CHUNK_FREE_DIRTY] = 1,
+	[TM_CHUNK_GROWING][TM_CHUNK_OWNED] = 1,
+	[TM_CHUNK_FREE_ZEROED][TM_CHUNK_ABSENT] = 1,
+	[TM_CHUNK_FREE_ZEROED][TM_CHUNK_GROWING] = 1,
+	[TM_CHUNK_FREE_ZEROED][TM_CHUNK_OWNED] = 1,
+	[TM_CHUNK_FREE_DIRTY][TM_CHUNK_ABSENT] = 1,
+	[TM_CHUNK_FREE_DIRTY][TM_CHUNK_GROWING] = 1,
+	[TM_CHUNK_FREE_DIRTY][TM_CHUNK_ZEROING] = 1,
+	[TM_CHUNK_FREE_DIRTY][TM_CHUNK_OWNED] = 1,
+	[TM_CHUNK_FREE_SPLIT][TM_CHUNK_ABSENT] = 1,
+	[TM_CHUNK_FREE_SPLIT][TM_CHUNK_GROWING] = 1,
+	[TM_CHUNK_FREE_SPLIT][TM_CHUNK_OWNED] = 1,
+	[TM_CHUNK_ZEROING][TM_CHUNK_FREE_ZEROED] = 1,
+	[TM_CHUNK_OWNED][TM_CHUNK_ABSENT] = 1,
+	[TM_CHUNK_OWNED][TM_CHUNK_FREE_ZEROED] = 1,
+	[TM_CHUNK_OWNED][TM_CHUNK_FREE_DIRTY] = 1,
+	[TM_CHUNK_OWNED][TM_CHUNK_FREE_SPLIT] = 1,
+};
+
 TEST(chunk_random)
 {
 	static const u32 sizes[] = { 1, 2, 3, 8, 24, CHUNK_MODEL_SLOTS };
-	/* What may happen to a chunk, and what has to be seen to happen. */
 	bool seen[TM_CHUNK_STATES][TM_CHUNK_STATES] = { 0 };
+	bool seen_form[TM_OWNERS][2][2] = { 0 };
 	bool seen_together = false, seen_over_capacity = false;
 	bool seen_reserve_over_capacity = false;
 	struct tm_round round;
@@ -365,8 +716,13 @@ TEST(chunk_random)
 				  &round.rng);
 			chunk_model_compare(&model, &pool);
 
-			for (u32 v = 0; v < model.nr_slots; v++)
+			for (u32 v = 0; v < model.nr_slots; v++) {
 				seen[was[v]][model.state[v]] = true;
+				if (model.state[v] == TM_CHUNK_OWNED)
+					seen_form[model.owner[v]]
+						 [model.form[v].split]
+						 [model.form[v].charged] = true;
+			}
 			seen_together |=
 				chunk_model_count(&model, TM_CHUNK_GROWING) > 1 &&
 				chunk_model_count(&model, TM_CHUNK_ZEROING) > 1;
@@ -381,18 +737,13 @@ TEST(chunk_random)
 	/* A replay of one round need not see it all. */
 	if (round.nr < ROUNDS)
 		return;
-	CHECK(seen[TM_CHUNK_ABSENT][TM_CHUNK_GROWING]);
-	CHECK(seen[TM_CHUNK_GROWING][TM_CHUNK_ABSENT]);
-	CHECK(seen[TM_CHUNK_GROWING][TM_CHUNK_FREE_ZEROED]);
-	CHECK(seen[TM_CHUNK_GROWING][TM_CHUNK_FREE_DIRTY]);
-	CHECK(seen[TM_CHUNK_FREE_ZEROED][TM_CHUNK_OWNED]);
-	CHECK(seen[TM_CHUNK_FREE_DIRTY][TM_CHUNK_OWNED]);
-	CHECK(seen[TM_CHUNK_OWNED][TM_CHUNK_FREE_ZEROED]);
-	CHECK(seen[TM_CHUNK_OWNED][TM_CHUNK_FREE_DIRTY]);
-	CHECK(seen[TM_CHUNK_FREE_DIRTY][TM_CHUNK_ZEROING]);
-	CHECK(seen[TM_CHUNK_ZEROING][TM_CHUNK_FREE_ZEROED]);
-	CHECK(seen[TM_CHUNK_FREE_ZEROED][TM_CHUNK_ABSENT]);
-	CHECK(seen[TM_CHUNK_FREE_DIRTY][TM_CHUNK_ABSENT]);
+	for (u32 from = 0; from < TM_CHUNK_STATES; from++)
+		for (u32 to = 0; to < TM_CHUNK_STATES; to++)
+			if (from != to)
+				CHECK_EQ(seen[from][to], may_go[from][to]);
+	for (u32 i = 0; i < 4; i++)
+		for (u32 o = 0; o < TM_OWNERS; o++)
+			CHECK(seen_form[o][i / 2][i % 2]);
 	CHECK(seen_together);
 	CHECK(seen_over_capacity);
 	CHECK(seen_reserve_over_capacity);
@@ -400,14 +751,17 @@ TEST(chunk_random)
 
 /*
  * Whatever the pool looks like, a caller who gives back the excess and then
- * fills the deficit is done: neither is left, and it never grew what it would
- * have to give back.
+ * fills the deficit is done. One who recasts before he grows never grew what he
+ * would have to give back. One who grows first recasts split chunks only, and has
+ * nothing but split chunks too many.
  */
 TEST(chunk_settles)
 {
+	u32 recast = 0, too_many = 0;
 	struct tm_round round;
 
 	tm_for_each_round(&round, 200, 200) {
+		bool grow_first = tm_rand_one_in(&round.rng, 2);
 		struct tm_chunk_id id;
 		u32 work;
 
@@ -428,15 +782,33 @@ TEST(chunk_settles)
 				chunk_do_zero_end(&model, &pool, id);
 				continue;
 			}
-			CHECK_EQ(chunk_do_grow_begin(&model, &pool, &id), 0);
+			if ((!grow_first && pool.count[TM_CHUNK_FREE_SPLIT]) ||
+			    chunk_do_grow_begin(&model, &pool, &id)) {
+				CHECK(pool.count[TM_CHUNK_FREE_SPLIT]);
+				CHECK_EQ(chunk_do_recast_begin(&model, &pool,
+							       &id), 0);
+				recast++;
+			}
 			chunk_do_grow_end(&model, &pool, id, true);
 		}
+		CHECK_EQ(tm_chunk_deficit(&pool), 0);
+		work = tm_chunk_excess(&pool);
+		CHECK(work <= (grow_first ? pool.count[TM_CHUNK_FREE_SPLIT] :
+					    0));
+		too_many += work;
+		while (work--)
+			CHECK_EQ(chunk_do_remove(&model, &pool, &id), 0);
 		CHECK_EQ(tm_chunk_deficit(&pool), 0);
 		CHECK_EQ(tm_chunk_excess(&pool), 0);
 		chunk_model_compare(&model, &pool);
 		drain();
 		teardown();
 	}
+	/* A replay of one round need not show either. */
+	if (round.nr < 200)
+		return;
+	CHECK(recast);
+	CHECK(too_many);
 }
 
 static void unlocked(void *which)
@@ -456,12 +828,12 @@ static void unlocked(void *which)
 		tm_chunk_grow_abort(&pool, id);
 		break;
 	case 3:
-		(void)!tm_chunk_take(&pool, TM_OWNER_TENSOR, true, &id,
+		(void)!tm_chunk_take(&pool, TM_OWNER_TENSOR, false, true, &id,
 				     &zeroed);
 		break;
 	case 4:
 		id.v = 1;
-		tm_chunk_put(&pool, id, true);
+		(void)!tm_chunk_put(&pool, id, true);
 		break;
 	case 5:
 		(void)!tm_chunk_zero_begin(&pool, &id);
@@ -473,6 +845,12 @@ static void unlocked(void *which)
 	case 7:
 		(void)!tm_chunk_remove(&pool, &id);
 		break;
+	case 8:
+		tm_chunk_grow_take(&pool, id, TM_OWNER_TENSOR, whole);
+		break;
+	case 9:
+		(void)!tm_chunk_recast_begin(&pool, &id);
+		break;
 	}
 }
 
@@ -480,7 +858,8 @@ TEST(chunk_calls_need_the_lock)
 {
 	static const char *const calls[] = {
 		"grow_begin", "grow_end", "grow_abort", "take", "put",
-		"zero_begin", "zero_end", "remove",
+		"zero_begin", "zero_end", "remove", "grow_take",
+		"recast_begin",
 	};
 	struct tm_chunk_id id, growing;
 
@@ -493,11 +872,11 @@ TEST(chunk_calls_need_the_lock)
 		chunk_do_grow_end(&model, &pool, id, false);
 		if (i == 0)
 			CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_TENSOR,
-					       false, &id), 0);
+					       false, false, &id), 0);
 		if (i == 1)
 			CHECK_EQ(chunk_do_zero_begin(&model, &pool, &id), 0);
 	}
-	for (int i = 0; i < 8; i++)
+	for (int i = 0; i < 10; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	drain();
 	teardown();

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 #include "buddy_model.h"
+#include "chunk_model.h"
 
 #define MAX_SLOTS	3
 #define MAX_PAGES	8
@@ -296,4 +297,203 @@ TEST(exhaustive_sequences)
 	CHECK(sequences > 100000);
 	tm_host_unlock(&lock);
 	tm_buddy_destroy(&buddy);
+}
+
+/*
+ * The chunk pool of three slots, in the same way. Only an owned chunk's form tells
+ * states apart: a free one's follows from its state, and that of an ABSENT or
+ * GROWING one is of memory which is gone.
+ */
+#define CHUNK_SLOTS	3
+#define CHUNK_STATES	3000
+#define CHUNK_KEY_BITS	(8 * CHUNK_SLOTS)
+
+static struct tm_chunk_pool chunk_pool;
+static struct chunk_model chunk_model;
+static struct chunk_stored {
+	struct tm_chunk_pool pool;
+	struct tm_chunk chunks[CHUNK_SLOTS];
+	struct chunk_model model;
+} chunk_stored[CHUNK_STATES];
+static u32 nr_chunk_stored;
+static bool chunk_known[1u << CHUNK_KEY_BITS];
+
+/* Of each slot: the state, who has it in what form, the place in the stack. */
+static u32 chunk_key(void)
+{
+	u32 key = 0;
+
+	for (u32 v = 0; v < CHUNK_SLOTS; v++) {
+		const struct tm_chunk *c = &chunk_pool.chunks[v];
+		u32 kind = c->state;
+
+		if (kind == TM_CHUNK_OWNED)
+			kind += c->owner * 4u + c->form.split * 2u +
+				c->form.charged;
+		key |= kind << (8 * v);
+	}
+	for (u32 s = 0; s < TM_CHUNK_STATES; s++) {
+		u32 place = 0;
+
+		for (u32 v = chunk_pool.head[s]; v != TM_NONE;
+		     v = chunk_pool.chunks[v].next)
+			key |= place++ << (8 * v + 6);
+	}
+	return key;
+}
+
+static void chunk_restore(u32 index)
+{
+	const struct chunk_stored *s = &chunk_stored[index];
+	struct tm_chunk *table_was = chunk_pool.chunks;
+
+	chunk_pool = s->pool;
+	CHECK(chunk_pool.chunks == table_was);
+	memcpy(chunk_pool.chunks, s->chunks, sizeof(s->chunks));
+	chunk_model = s->model;
+}
+
+static void chunk_arrived(void)
+{
+	struct chunk_stored *s = &chunk_stored[nr_chunk_stored];
+	u32 key;
+
+	chunk_model_compare(&chunk_model, &chunk_pool);
+	key = chunk_key();
+	if (chunk_known[key])
+		return;
+	chunk_known[key] = true;
+	CHECK(nr_chunk_stored < CHUNK_STATES);
+	nr_chunk_stored++;
+	s->pool = chunk_pool;
+	memcpy(s->chunks, chunk_pool.chunks, sizeof(s->chunks));
+	s->model = chunk_model;
+}
+
+/* What a caller may do to one chunk: call @call of those there are. */
+enum { CHUNK_CALLS = 14 };
+
+static bool chunk_call(struct tm_chunk_id id, u32 call)
+{
+	enum tm_chunk_state state = id.v < CHUNK_SLOTS ?
+				    chunk_model.state[id.v] : TM_CHUNK_STATES;
+	struct tm_chunk_form form = {
+		.split = call & 1,
+		.charged = call >> 1 & 1,
+	};
+	enum tm_owner owner = call >> 2;
+	enum tm_chunk_state needs = call < 11 ? TM_CHUNK_GROWING :
+				    call < 13 ? TM_CHUNK_OWNED :
+						TM_CHUNK_ZEROING;
+	struct chunk_snapshot before;
+
+	if (state != needs) {
+		chunk_snapshot_take(&before, &chunk_pool);
+		tm_host_expect_warnings(1);
+		if (call < 8)
+			tm_chunk_grow_take(&chunk_pool, id, owner, form);
+		else if (call < 10)
+			tm_chunk_grow_end(&chunk_pool, id, call & 1);
+		else if (call == 10)
+			tm_chunk_grow_abort(&chunk_pool, id);
+		else if (call < 13)
+			CHECK(!tm_chunk_put(&chunk_pool, id, call & 1));
+		else
+			tm_chunk_zero_end(&chunk_pool, id);
+		CHECK_EQ(tm_host_missing_warnings(), 0);
+		CHECK(chunk_snapshot_same(&before, &chunk_pool));
+		return false;
+	}
+	if (call < 8) {
+		chunk_do_grow_take(&chunk_model, &chunk_pool, id, owner, form,
+				   false);
+	} else if (call < 10) {
+		chunk_do_grow_end(&chunk_model, &chunk_pool, id, call & 1);
+	} else if (call == 10) {
+		chunk_do_grow_abort(&chunk_model, &chunk_pool, id);
+	} else if (call < 13) {
+		chunk_model.written[id.v] = call & 1;
+		chunk_do_put(&chunk_model, &chunk_pool, id);
+	} else {
+		chunk_do_zero_end(&chunk_model, &chunk_pool, id);
+	}
+	return true;
+}
+
+/* What a caller may ask of the pool. */
+enum { POOL_CALLS = 12 };
+
+static int pool_call(u32 call)
+{
+	struct tm_chunk_id id;
+
+	switch (call) {
+	case 8:
+		return chunk_do_grow_begin(&chunk_model, &chunk_pool, &id);
+	case 9:
+		return chunk_do_recast_begin(&chunk_model, &chunk_pool, &id);
+	case 10:
+		return chunk_do_zero_begin(&chunk_model, &chunk_pool, &id);
+	case 11:
+		return chunk_do_remove(&chunk_model, &chunk_pool, &id);
+	default:
+		return chunk_do_take(&chunk_model, &chunk_pool, call >> 2,
+				     call & 1, call >> 1 & 1, &id);
+	}
+}
+
+static void chunk_try_all(u32 index)
+{
+	chunk_restore(index);
+	for (u32 i = 0; i < (CHUNK_SLOTS + 1) * CHUNK_CALLS; i++) {
+		struct tm_chunk_id id = { i / CHUNK_CALLS };
+
+		tm_op("state %u: chunk %u call %u", index, id.v,
+		      i % CHUNK_CALLS);
+		if (!chunk_call(id, i % CHUNK_CALLS))
+			continue;
+		chunk_arrived();
+		chunk_restore(index);
+	}
+	for (u32 call = 0; call < POOL_CALLS; call++) {
+		tm_op("state %u: pool call %u", index, call);
+		if (pool_call(call))
+			continue;
+		chunk_arrived();
+		chunk_restore(index);
+	}
+	/* The bounds are the caller's to set at any time. */
+	for (u32 capacity = 0; capacity <= CHUNK_SLOTS; capacity++) {
+		struct tm_chunk_id id;
+
+		chunk_model.capacity = chunk_pool.capacity = capacity;
+		for (u32 reserve = 0; reserve <= CHUNK_SLOTS + 1; reserve++) {
+			tm_op("state %u: capacity %u reserve %u", index,
+			      capacity, reserve);
+			chunk_model.reserve = chunk_pool.reserve = reserve;
+			chunk_model_compare(&chunk_model, &chunk_pool);
+		}
+		chunk_do_grow_begin(&chunk_model, &chunk_pool, &id);
+		chunk_restore(index);
+	}
+}
+
+/*
+ * A slot is in one of 4 stacks or one of 10 other ways: GROWING, ZEROING, or had
+ * by one of 2 owners in one of 4 forms. m chunks are in 4 stacks in m! orders, cut
+ * into 4 parts in C(m + 3, 3) ways: the sum of C(3, m) m! C(m + 3, 3) 10^(3 - m).
+ */
+TEST(exhaustive_three_chunks_of_a_pool)
+{
+	CHECK_EQ(tm_chunk_pool_init(&chunk_pool, CHUNK_SLOTS, &lock), 0);
+	chunk_model_init(&chunk_model, CHUNK_SLOTS);
+	tm_host_lock(&lock);
+	chunk_arrived();
+	for (u32 index = 0; index < nr_chunk_stored; index++)
+		chunk_try_all(index);
+	CHECK_EQ(nr_chunk_stored, 1000 + 3 * 1 * 4 * 100 + 3 * 2 * 10 * 10 +
+				  1 * 6 * 20);
+	chunk_restore(0);
+	tm_host_unlock(&lock);
+	tm_chunk_pool_destroy(&chunk_pool);
 }

@@ -2,8 +2,9 @@
 /*
  * Both levels together, as the module runs them: chunks go from the system to
  * tensors and to the buddy pool, back, and from one to the other. The caller's
- * part (grow when nothing is free, undo when the rest fails, give back what falls
- * empty) is played here.
+ * part (grow when nothing is free, recast when it may not grow, undo when the rest
+ * fails, give back what falls empty) is played here. Tensors have whole chunks,
+ * some of them charged; the buddy pool has split ones.
  */
 #include "buddy_model.h"
 #include "chunk_model.h"
@@ -27,6 +28,7 @@ static u32 nr_tensors;
 /* The last owner of a chunk, and how often it went to the other one. */
 static int last_owner[SLOTS];
 static u64 moves[TM_OWNERS];
+static u64 recasts, charges;
 /* The nth request to the system from now fails; 0: none does. */
 static u32 system_fails;
 
@@ -59,19 +61,46 @@ static void compare(void)
 	chunk_model_compare(&chunks, &pool);
 	buddy_model_compare(&pages, &buddy);
 	/* A chunk has one owner, and level 2 has what level 1 says it has. */
-	for (u32 v = 0; v < chunks.nr_slots; v++)
+	for (u32 v = 0; v < chunks.nr_slots; v++) {
+		if (pool.chunks[v].state == TM_CHUNK_OWNED)
+			CHECK_EQ(pool.chunks[v].form.split,
+				 pool.chunks[v].owner == TM_OWNER_BUDDY);
 		CHECK_EQ(buddy.chunks[v].in_pool,
 			 pool.chunks[v].state == TM_CHUNK_OWNED &&
 			 pool.chunks[v].owner == TM_OWNER_BUDDY);
+	}
 	CHECK_EQ(buddy.nr_chunks, pool.owned[TM_OWNER_BUDDY]);
 }
 
-static int take(enum tm_owner owner, bool want_zeroed, struct tm_chunk_id *id)
+/* A slot to grow in: a new one, or that of a chunk which is given back. */
+static int grow_begin(struct tm_chunk_id *id)
 {
-	int err = chunk_do_take(&chunks, &pool, owner, want_zeroed, id);
+	u32 total = tm_chunk_total(&pool);
+	int err = chunk_do_grow_begin(&chunks, &pool, id);
 
+	if (!err)
+		return 0;
+	if (chunk_do_recast_begin(&chunks, &pool, id))
+		return err;
+	CHECK_EQ(tm_chunk_total(&pool), total);
+	recasts++;
+	return 0;
+}
+
+static int take(enum tm_owner owner, bool want_zeroed, bool charged,
+		struct tm_chunk_id *id)
+{
+	struct tm_chunk_form form = {
+		.split = owner == TM_OWNER_BUDDY,
+		.charged = charged,
+	};
+	int err = -ENOMEM;
+
+	if (!charged)
+		err = chunk_do_take(&chunks, &pool, owner, form.split,
+				    want_zeroed, id);
 	if (err) {
-		err = chunk_do_grow_begin(&chunks, &pool, id);
+		err = grow_begin(id);
 		if (err)
 			return err;
 		/* The lock would be dropped here: the chunk is nobody's. */
@@ -80,9 +109,9 @@ static int take(enum tm_owner owner, bool want_zeroed, struct tm_chunk_id *id)
 			chunk_do_grow_abort(&chunks, &pool, *id);
 			return -ENOMEM;
 		}
-		chunk_do_grow_end(&chunks, &pool, *id, want_zeroed);
-		CHECK_EQ(chunk_do_take(&chunks, &pool, owner, want_zeroed, id),
-			 0);
+		chunk_do_grow_take(&chunks, &pool, *id, owner, form,
+				   want_zeroed);
+		charges += charged;
 	}
 	moves[owner] += last_owner[id->v] >= 0 &&
 			last_owner[id->v] != (int)owner;
@@ -91,12 +120,12 @@ static int take(enum tm_owner owner, bool want_zeroed, struct tm_chunk_id *id)
 }
 
 /* All chunks or none. */
-static int tensor_alloc(u32 nr, bool want_zeroed)
+static int tensor_alloc(u32 nr, bool want_zeroed, bool charged)
 {
 	struct tensor *tensor = &tensors[nr_tensors];
 
 	for (tensor->nr = 0; tensor->nr < nr; tensor->nr++) {
-		int err = take(TM_OWNER_TENSOR, want_zeroed,
+		int err = take(TM_OWNER_TENSOR, want_zeroed, charged,
 			       &tensor->chunks[tensor->nr]);
 
 		if (!err)
@@ -129,7 +158,7 @@ static int run_alloc(unsigned int order)
 	int err = buddy_do_alloc(&pages, &buddy, order, &page);
 
 	if (err == -ENOMEM) {
-		err = take(TM_OWNER_BUDDY, false, &id);
+		err = take(TM_OWNER_BUDDY, false, false, &id);
 		if (err)
 			return err;
 		buddy_do_add(&pages, &buddy, id);
@@ -151,7 +180,8 @@ static void run_free(u32 nth)
 		return;
 	}
 	CHECK_EQ(buddy_do_remove(&pages, &buddy, id), 0);
-	chunk_do_put(&chunks, &pool, id);
+	CHECK(!chunk_do_put(&chunks, &pool, id));
+	CHECK_EQ(chunks.state[id.v], TM_CHUNK_FREE_SPLIT);
 }
 
 static void drain(void)
@@ -201,6 +231,7 @@ enum free_order {
 static void random_op(enum op op, struct tm_rng *rng, enum free_order how)
 {
 	struct tm_chunk_id id;
+	bool charged;
 	u32 n;
 
 	switch (op) {
@@ -208,8 +239,9 @@ static void random_op(enum op op, struct tm_rng *rng, enum free_order how)
 		if (nr_tensors == MAX_TENSORS)
 			break;
 		n = 1 + tm_rand_below(rng, 4);
-		tm_op("tensor_alloc %u chunks", n);
-		tensor_alloc(n, tm_rand_one_in(rng, 2));
+		charged = tm_rand_one_in(rng, 3);
+		tm_op("tensor_alloc %u chunks, charged %d", n, charged);
+		tensor_alloc(n, tm_rand_one_in(rng, 2), charged);
 		break;
 	case OP_TENSOR_FREE:
 		if (!nr_tensors)
@@ -269,6 +301,7 @@ TEST_PAGE_SIZES(pools_random)
 	struct tm_round round;
 
 	memset(moves, 0, sizeof(moves));
+	recasts = charges = 0;
 	tm_for_each_round(&round, ROUNDS, 3000) {
 		enum free_order how = FREE_RANDOM;
 		u32 weights[OPS] = { 0 };
@@ -295,6 +328,8 @@ TEST_PAGE_SIZES(pools_random)
 		return;
 	CHECK(moves[TM_OWNER_TENSOR] > 50);
 	CHECK(moves[TM_OWNER_BUDDY] > 50);
+	CHECK(recasts > 50);
+	CHECK(charges > 50);
 }
 
 /* Give all memory to one use, then all of it to the other. */
@@ -306,7 +341,7 @@ TEST_PAGE_SIZES(pools_change_hands_completely)
 		u32 runs = SLOTS * (buddy_model_pages(&pages) >> order);
 
 		tm_op("turn %u: all chunks to one tensor", turn);
-		CHECK_EQ(tensor_alloc(SLOTS, turn % 2), 0);
+		CHECK_EQ(tensor_alloc(SLOTS, turn % 2, false), 0);
 		CHECK_EQ(run_alloc(order), -ENOSPC);
 		compare();
 		tensor_free(0, true);
@@ -315,14 +350,16 @@ TEST_PAGE_SIZES(pools_change_hands_completely)
 			CHECK_EQ(run_alloc(order), 0);
 		}
 		CHECK_EQ(run_alloc(0), -ENOSPC);
-		CHECK_EQ(tensor_alloc(1, false), -ENOSPC);
+		CHECK_EQ(tensor_alloc(1, false, turn % 2), -ENOSPC);
 		compare();
 		for (u32 i = 0; i < runs; i++)
 			run_free(turn % 2 ? 0 : pages.nr_runs - 1);
 		compare();
 	}
-	/* Not one chunk more was asked of the system. */
-	CHECK_EQ(pool.grown, SLOTS);
+	/* One came for each that went: six uses, five changes of the form. */
+	CHECK_EQ(pool.recast, 5 * SLOTS);
+	CHECK_EQ(pool.shrunk, 5 * SLOTS);
+	CHECK_EQ(pool.grown, 6 * SLOTS);
 	drain();
 }
 
@@ -354,39 +391,82 @@ TEST_PAGE_SIZES(pools_failure_at_each_chunk)
 {
 	CHECK_EQ(setup(page_shift, SLOTS), 0);
 	CHECK_EQ(run_alloc(0), 0);
-	CHECK_EQ(tensor_alloc(2, true), 0);
-	for (u32 limit = 0; limit < 2; limit++) {
-		for (u32 nth = 1; nth <= 5; nth++) {
-			u32 tensor = pool.owned[TM_OWNER_TENSOR];
-			u32 total = tm_chunk_total(&pool);
-			u64 failed = pool.grow_failed;
-			struct tm_chunk_id id;
-			struct buddy_snapshot before;
+	CHECK_EQ(tensor_alloc(2, true, false), 0);
+	for (u32 i = 0; i < 20; i++) {
+		u32 nth = 1 + i % 5;
+		bool limit = i / 5 % 2, charged = i / 10;
+		u32 tensor = pool.owned[TM_OWNER_TENSOR];
+		u32 total = tm_chunk_total(&pool);
+		u64 failed = pool.grow_failed;
+		/* What did come is free, unless it is on a bill. */
+		u32 left = charged ? 0 : nth - 1;
+		struct tm_chunk_id id;
+		struct buddy_snapshot before;
 
-			tm_op("%s at chunk %u", limit ? "capacity" :
-							"system", nth);
-			buddy_snapshot_take(&before, &buddy);
-			if (limit)
-				chunks.capacity = pool.capacity =
-					total + nth - 1;
-			else
-				system_fails = nth;
-			CHECK_EQ(tensor_alloc(5, nth % 2),
-				 limit ? -ENOSPC : -ENOMEM);
-			compare();
-			CHECK(buddy_snapshot_same(&before, &buddy));
-			CHECK_EQ(pool.owned[TM_OWNER_TENSOR], tensor);
-			CHECK_EQ(pool.grow_failed, failed + !limit);
-			CHECK_EQ(pool.count[TM_CHUNK_GROWING], 0);
-			/* What did come is free, and can be given back. */
-			CHECK_EQ(tm_chunk_total(&pool), total + nth - 1);
-			CHECK_EQ(tm_chunk_free_count(&pool), nth - 1);
-			while (!chunk_do_remove(&chunks, &pool, &id))
-				;
-			CHECK_EQ(tm_chunk_total(&pool), total);
-			chunks.capacity = pool.capacity = SLOTS;
-		}
+		tm_op("%s at chunk %u, charged %d",
+		      limit ? "capacity" : "system", nth, charged);
+		buddy_snapshot_take(&before, &buddy);
+		if (limit)
+			chunks.capacity = pool.capacity = total + nth - 1;
+		else
+			system_fails = nth;
+		CHECK_EQ(tensor_alloc(5, nth % 2, charged),
+			 limit ? -ENOSPC : -ENOMEM);
+		compare();
+		CHECK(buddy_snapshot_same(&before, &buddy));
+		CHECK_EQ(pool.owned[TM_OWNER_TENSOR], tensor);
+		CHECK_EQ(pool.grow_failed, failed + !limit);
+		CHECK_EQ(pool.count[TM_CHUNK_GROWING], 0);
+		CHECK_EQ(tm_chunk_total(&pool), total + left);
+		CHECK_EQ(tm_chunk_free_count(&pool), left);
+		while (!chunk_do_remove(&chunks, &pool, &id))
+			;
+		CHECK_EQ(tm_chunk_total(&pool), total);
+		chunks.capacity = pool.capacity = SLOTS;
 	}
-	CHECK_EQ(tensor_alloc(5, true), 0);
+	CHECK_EQ(pool.recast, 0);
+	CHECK_EQ(tensor_alloc(5, true, false), 0);
+	CHECK_EQ(tensor_alloc(2, true, true), 0);
 	drain();
+}
+
+/*
+ * At capacity, with chunks of the wrong form only: a request that fails at its
+ * first, second, ... recast. The chunk that was given back for nothing is gone;
+ * those that were recast before it are free in their new form, or gone if charged.
+ */
+TEST_PAGE_SIZES(pools_failure_at_each_recast)
+{
+	for (u32 i = 0; i < 10; i++) {
+		u32 nth = 1 + i % 5, order = tm_geometry(page_shift).chunk_order;
+		bool charged = i / 5;
+		u32 recast = charged ? 0 : nth - 1;
+
+		tm_op("system at recast %u, charged %d", nth, charged);
+		CHECK_EQ(setup(page_shift, 6), 0);
+		/* Two runs of half a chunk each; one chunk of the six stays. */
+		for (u32 run = 0; run < 12; run++)
+			CHECK_EQ(run_alloc(order - 1), 0);
+		while (pages.nr_runs > 1)
+			run_free(pages.nr_runs - 1);
+		compare();
+		CHECK_EQ(pool.count[TM_CHUNK_FREE_SPLIT], 5);
+
+		system_fails = nth;
+		CHECK_EQ(tensor_alloc(5, true, charged), -ENOMEM);
+		compare();
+		CHECK_EQ(pool.recast, nth);
+		CHECK_EQ(pool.grow_failed, 1);
+		CHECK_EQ(pool.owned[TM_OWNER_TENSOR], 0);
+		CHECK_EQ(pool.owned[TM_OWNER_BUDDY], 1);
+		CHECK_EQ(pool.count[TM_CHUNK_GROWING], 0);
+		CHECK_EQ(pool.count[TM_CHUNK_FREE_SPLIT], 5 - nth);
+		CHECK_EQ(pool.count[TM_CHUNK_FREE_ZEROED], recast);
+		CHECK_EQ(tm_chunk_total(&pool), 1 + 5 - nth + recast);
+		/* Its place is free, so the same request can succeed. */
+		CHECK_EQ(tensor_alloc(5, true, charged), 0);
+		CHECK_EQ(tensor_alloc(1, true, charged), -ENOSPC);
+		compare();
+		drain();
+	}
 }
