@@ -13,6 +13,7 @@
 #include <linux/slab.h>
 
 #include "client.h"
+#include "park.h"
 #include "tensor.h"
 
 #define TM_FS_MAGIC		0x544d454d	/* "TMEM" */
@@ -33,6 +34,7 @@ static atomic_t tm_client_ids = ATOMIC_INIT(0);
 static atomic64_t tm_nr_clients = ATOMIC64_INIT(0);
 static atomic64_t tm_nr_tensors = ATOMIC64_INIT(0);
 static atomic64_t tm_nr_bytes = ATOMIC64_INIT(0);
+static atomic64_t tm_nr_kept = ATOMIC64_INIT(0);
 
 static int tm_fs_init_context(struct fs_context *fc)
 {
@@ -80,6 +82,9 @@ struct tm_client *tm_client_create(void)
 		kfree(client);
 		return ERR_PTR(err);
 	}
+	kref_init(&client->ref);
+	hash_init(client->parked);
+	client->numa = tm_numa_local();
 	xa_init_flags(&client->tensors, XA_FLAGS_ALLOC1 | XA_FLAGS_ACCOUNT);
 	tm_window_init(&client->window, tm_window_pages);
 	spin_lock_init(&client->lock);
@@ -89,25 +94,47 @@ struct tm_client *tm_client_create(void)
 	return client;
 }
 
+static void tm_client_release(struct kref *ref)
+{
+	struct tm_client *client = container_of(ref, struct tm_client, ref);
+
+	xa_destroy(&client->tensors);
+	iput(client->inode);
+	kfree(client);
+}
+
+struct tm_client *tm_client_get(struct tm_client *client)
+{
+	kref_get(&client->ref);
+	return client;
+}
+
+/* Context: may sleep when it was the last reference. */
+void tm_client_put(struct tm_client *client)
+{
+	kref_put(&client->ref, tm_client_release);
+}
+
 /**
- * tm_client_destroy - free a client and every tensor it still has
+ * tm_client_destroy - free every tensor a client still has, and let go of it
  * @client: the client; consumed
+ *
+ * What others still hold of its memory keeps it in existence, and charged.
  *
  * Context: may sleep. The last file and mapping are gone, so nobody looks.
  */
 void tm_client_destroy(struct tm_client *client)
 {
 	tm_tensor_free_all(client);
-	xa_destroy(&client->tensors);
-	iput(client->inode);
-	kfree(client);
+	tm_park_close(client);
 	atomic64_dec(&tm_nr_clients);
+	tm_client_put(client);
 }
 
 /**
- * tm_client_charge - count a tensor of @bytes against the quota
+ * tm_client_charge - count @bytes against the quota
  * @client: who is charged
- * @bytes: what the tensor holds
+ * @bytes: what is about to be allocated for it
  *
  * Context: never sleeps. Return: 0 or -EDQUOT.
  */
@@ -116,17 +143,13 @@ int tm_client_charge(struct tm_client *client, u64 bytes)
 	int err = 0;
 
 	spin_lock(&client->lock);
-	if (bytes > client->quota || client->used > client->quota - bytes) {
+	if (bytes > client->quota || client->used > client->quota - bytes)
 		err = -EDQUOT;
-	} else {
+	else
 		client->used += bytes;
-		client->nr_tensors++;
-	}
 	spin_unlock(&client->lock);
-	if (!err) {
-		atomic64_inc(&tm_nr_tensors);
+	if (!err)
 		atomic64_add(bytes, &tm_nr_bytes);
-	}
 	return err;
 }
 
@@ -135,10 +158,26 @@ void tm_client_uncharge(struct tm_client *client, u64 bytes)
 {
 	spin_lock(&client->lock);
 	client->used -= bytes;
-	client->nr_tensors--;
 	spin_unlock(&client->lock);
-	atomic64_dec(&tm_nr_tensors);
 	atomic64_sub(bytes, &tm_nr_bytes);
+}
+
+/* Charged @bytes have no tensor any more; negative: have one, or go. */
+void tm_client_keep(struct tm_client *client, s64 bytes)
+{
+	spin_lock(&client->lock);
+	client->kept += bytes;
+	spin_unlock(&client->lock);
+	atomic64_add(bytes, &tm_nr_kept);
+}
+
+/* Count @tensors more tensors, or fewer. Context: never sleeps. */
+void tm_client_count(struct tm_client *client, int tensors)
+{
+	spin_lock(&client->lock);
+	client->nr_tensors += tensors;
+	spin_unlock(&client->lock);
+	atomic64_add(tensors, &tm_nr_tensors);
 }
 
 /**
@@ -167,13 +206,33 @@ int tm_client_set_quota(struct tm_client *client, u64 bytes)
 	return err;
 }
 
-void tm_client_usage(struct tm_client *client, u64 *quota, u64 *used,
-		     u32 *nr_tensors)
+void tm_client_usage(struct tm_client *client, struct tm_client_usage *usage)
 {
 	spin_lock(&client->lock);
-	*quota = client->quota;
-	*used = client->used;
-	*nr_tensors = client->nr_tensors;
+	*usage = (struct tm_client_usage){
+		.quota = client->quota,
+		.used = client->used,
+		.kept = client->kept,
+		.nr_tensors = client->nr_tensors,
+	};
+	spin_unlock(&client->lock);
+}
+
+/* Where the client's memory comes from unless a call says. Context: any. */
+struct tm_numa tm_client_numa(struct tm_client *client)
+{
+	struct tm_numa numa;
+
+	spin_lock(&client->lock);
+	numa = client->numa;
+	spin_unlock(&client->lock);
+	return numa;
+}
+
+void tm_client_set_numa(struct tm_client *client, const struct tm_numa *numa)
+{
+	spin_lock(&client->lock);
+	client->numa = *numa;
 	spin_unlock(&client->lock);
 }
 
@@ -194,10 +253,11 @@ void tm_client_set_default_quota(u64 bytes)
 	WRITE_ONCE(tm_default_quota, bytes);
 }
 
-/* What all clients hold together; each value is exact, the three are not a set. */
+/* What all clients hold together; each value is exact, together they are not a set. */
 void tm_client_totals(struct tm_client_totals *totals)
 {
 	totals->clients = atomic64_read(&tm_nr_clients);
 	totals->tensors = atomic64_read(&tm_nr_tensors);
 	totals->bytes = atomic64_read(&tm_nr_bytes);
+	totals->kept = atomic64_read(&tm_nr_kept);
 }

@@ -10,6 +10,10 @@
 #define TM_COMPAT_H
 
 #include <linux/mm.h>
+#ifdef TM_HAVE_PFN_T
+#include <linux/pfn_t.h>
+#endif
+#include <linux/sched/mm.h>
 #include <linux/shrinker.h>
 #include <linux/slab.h>
 
@@ -97,6 +101,36 @@ static inline void vm_flags_mod(struct vm_area_struct *vma, vm_flags_t set,
 				vm_flags_t clear)
 {
 	vma->vm_flags = (vma->vm_flags | set) & ~clear;
+}
+#endif
+
+/* mmap's own choice of an address: mm_get_unmapped_area() has changed twice. */
+static inline unsigned long
+tm_get_unmapped_area(struct file *file, unsigned long address,
+		     unsigned long length, unsigned long pgoff,
+		     unsigned long flags)
+{
+#if defined(TM_HAVE_UNMAPPED_AREA_FILE) /* 6.19 */
+	return mm_get_unmapped_area(file, address, length, pgoff, flags);
+#elif defined(TM_HAVE_UNMAPPED_AREA_MM) /* 6.10 */
+	return mm_get_unmapped_area(current->mm, file, address, length, pgoff,
+				    flags);
+#else
+	return current->mm->get_unmapped_area(file, address, length, pgoff,
+					      flags);
+#endif
+}
+
+#ifdef CONFIG_TRANSPARENT_HUGEPAGE
+/* Map a whole chunk at @vmf; not for write: the entry is born dirty (vm.c). */
+static inline vm_fault_t tm_vmf_insert_block(struct vm_fault *vmf,
+					     struct page *page)
+{
+#ifdef TM_HAVE_PFN_T /* until 6.16 */
+	return vmf_insert_pfn_pmd(vmf, page_to_pfn_t(page), false);
+#else
+	return vmf_insert_pfn_pmd(vmf, page_to_pfn(page), false);
+#endif
 }
 #endif
 

@@ -17,6 +17,7 @@
 #include "client.h"
 #include "core/geometry.h"
 #include "device.h"
+#include "pages.h"
 #include "sysfs.h"
 #include "tensor.h"
 #include "vm.h"
@@ -29,6 +30,7 @@
 #define TM_MIN_FREE	offsetofend(struct tensormem_free, handle)
 #define TM_MIN_QUERY	offsetofend(struct tensormem_query, handle)
 #define TM_MIN_BATCH	offsetofend(struct tensormem_batch, item_size)
+#define TM_MIN_NUMA	offsetofend(struct tensormem_set_numa, numa)
 #define TM_MIN_QUOTA	offsetofend(struct tensormem_quota, bytes)
 
 /* An array of one ioctl struct in user memory; a single call is an array of 1. */
@@ -64,21 +66,27 @@ static int tm_copy_out(void __user *to, size_t to_size, const void *from,
 static int tm_device_info(struct tm_client *client, void __user *arg,
 			  size_t size)
 {
+	struct tm_client_usage usage;
 	struct tensormem_info info;
 	int err;
 
 	err = tm_copy_in(&info, sizeof(info), 0, arg, size);
 	if (err)
 		return err;
+	tm_client_usage(client, &usage);
 	info = (struct tensormem_info){
 		.abi_version = TENSORMEM_ABI_VERSION,
 		.page_size = PAGE_SIZE,
 		.chunk_size = TM_CHUNK_SIZE,
 		.window_size = tm_client_window_size(),
+		.quota = usage.quota,
+		.used = usage.used,
+		.kept = usage.kept,
+		.nr_tensors = usage.nr_tensors,
 		.max_batch = TM_MAX_BATCH,
 		.cache_line = cache_line_size(),
+		.nodes = tm_pages_nodes(),
 	};
-	tm_client_usage(client, &info.quota, &info.used, &info.nr_tensors);
 	return tm_copy_out(arg, size, &info, sizeof(info));
 }
 
@@ -90,6 +98,26 @@ static int tm_device_set_quota(struct tm_client *client, void __user *arg,
 
 	err = tm_copy_in(&quota, sizeof(quota), TM_MIN_QUOTA, arg, size);
 	return err ?: tm_client_set_quota(client, quota.bytes);
+}
+
+static int tm_device_set_numa(struct tm_client *client, void __user *arg,
+			      size_t size)
+{
+	struct tensormem_set_numa set;
+	struct tm_numa numa;
+	int err;
+
+	err = tm_copy_in(&set, sizeof(set), TM_MIN_NUMA, arg, size);
+	if (err)
+		return err;
+	if (set.flags)
+		return -EINVAL;
+	if (set.numa == TENSORMEM_NUMA_DEFAULT)
+		set.numa = TENSORMEM_NUMA_LOCAL;
+	err = tm_numa_parse(set.numa, set.nodes, &numa);
+	if (!err)
+		tm_client_set_numa(client, &numa);
+	return err;
 }
 
 /* Hand out what was published; undo all of it when the caller can't be told. */
@@ -264,6 +292,8 @@ static long tm_device_ioctl(struct file *file, unsigned int cmd,
 		return tm_device_info(client, user, size);
 	case _IOC_NR(TENSORMEM_IOC_SET_QUOTA):
 		return tm_device_set_quota(client, user, size);
+	case _IOC_NR(TENSORMEM_IOC_SET_NUMA):
+		return tm_device_set_numa(client, user, size);
 	case _IOC_NR(TENSORMEM_IOC_ALLOC):
 		return tm_device_single(client, user, size, tm_device_alloc);
 	case _IOC_NR(TENSORMEM_IOC_FREE):
@@ -306,22 +336,31 @@ static const struct file_operations tm_device_fops = {
 	.unlocked_ioctl = tm_device_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,
 	.mmap = tm_vm_mmap,
+	.get_unmapped_area = tm_vm_unmapped_area,
 };
 
 static struct miscdevice tm_device = {
 	.minor = MISC_DYNAMIC_MINOR,
 	.name = "tensormem",
 	.fops = &tm_device_fops,
-	.groups = tm_sysfs_groups,
 	.mode = 0660,
 };
 
 int __init tm_device_init(void)
 {
-	return misc_register(&tm_device);
+	int err;
+
+	tm_device.groups = tm_sysfs_groups();
+	if (!tm_device.groups)
+		return -ENOMEM;
+	err = misc_register(&tm_device);
+	if (err)
+		tm_sysfs_exit();
+	return err;
 }
 
 void tm_device_exit(void)
 {
 	misc_deregister(&tm_device);
+	tm_sysfs_exit();
 }

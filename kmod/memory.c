@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * The pages behind an object: extents from both allocator levels, zeroed before
- * anyone sees them, and kept aside on the way back while somebody holds them.
+ * anyone sees them, and given back when nobody holds them.
  */
 #include <linux/atomic.h>
 #include <linux/err.h>
@@ -9,32 +9,15 @@
 #include <linux/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
-#include <linux/workqueue.h>
 
 #include "memory.h"
-#include "pages.h"
 
-/* How often quarantined pages are looked at: about as long as an I/O takes. */
-#define TM_QUARANTINE_PERIOD	(HZ / 10)
-
-static void tm_quarantine_poll(struct work_struct *work);
-
-static DEFINE_SPINLOCK(tm_quarantine_lock);
-static LIST_HEAD(tm_quarantine);
-static DECLARE_DELAYED_WORK(tm_quarantine_work, tm_quarantine_poll);
-static atomic64_t tm_quarantined_pages = ATOMIC64_INIT(0);
 static atomic64_t tm_fallback_count = ATOMIC64_INIT(0);
 
 /* Allocations that took smaller runs than they wanted. */
 u64 tm_memory_fallbacks(void)
 {
 	return atomic64_read(&tm_fallback_count);
-}
-
-/* Pages freed by their owner and still held by somebody else. */
-u64 tm_memory_quarantined(void)
-{
-	return atomic64_read(&tm_quarantined_pages);
 }
 
 static int tm_memory_reserve_extent(struct tm_memory *memory)
@@ -59,44 +42,37 @@ static int tm_memory_reserve_extent(struct tm_memory *memory)
 
 /* Add one zeroed extent of 2^@order pages at the end. */
 static int tm_memory_extend(struct tm_memory *memory, unsigned int order,
+			    const struct tm_memory_request *request,
 			    bool may_grow)
 {
-	struct tm_geometry g = tm_pages_geometry();
-	struct tm_page_id page;
-	struct tm_chunk_id chunk;
-	bool zeroed = false;
+	unsigned int flags = request->flags | TM_PAGES_ZEROED |
+			     (may_grow ? TM_PAGES_GROW : 0);
+	struct tm_run run;
+	bool zeroed;
 	int err;
 
 	err = tm_memory_reserve_extent(memory);
 	if (err)
 		return err;
-	if (order == g.chunk_order) {
-		err = tm_pages_take_chunk(true, &chunk, &zeroed);
-		if (err)
-			return err;
-		page = tm_page_id(g, chunk, 0);
-		memory->nr_chunks++;
-	} else {
-		err = tm_pages_alloc_run(order, may_grow, &page);
-		if (err)
-			return err;
-	}
+	err = tm_numa_alloc(&request->numa, request->turn, order, flags, &run,
+			    &zeroed);
+	if (err)
+		return err;
 	if (!zeroed)
-		tm_pages_zero(page, order);
-
+		tm_pages_zero(&run);
+	if (order == tm_pages_geometry().chunk_order)
+		memory->nr_chunks++;
 	memory->extent[memory->nr_extents++] = (struct tm_extent){
 		.first = memory->nr_pages,
-		.page = page,
-		.order = order,
+		.run = run,
 	};
 	memory->nr_pages += 1u << order;
 	return 0;
 }
 
 /**
- * tm_memory_alloc - allocate @nr_pages zeroed pages
- * @nr_pages: how many
- * @policy: what it may be made of
+ * tm_memory_alloc - allocate zeroed pages
+ * @request: how many, and of what
  *
  * Takes the largest extents first. Where the policy lets it and a size is not to
  * be had, goes on with smaller runs from chunks that the buddy pool already has,
@@ -104,18 +80,19 @@ static int tm_memory_extend(struct tm_memory *memory, unsigned int order,
  *
  * Context: may sleep. Never invokes the OOM killer.
  * Return: the memory or an ERR_PTR: -ENOSPC at the pool's capacity, -ENOMEM when
- * the system has none, -EINTR on a fatal signal.
+ * the system or current's memory cgroup has none, -EINTR on a fatal signal.
  */
-struct tm_memory *tm_memory_alloc(u32 nr_pages, enum tm_memory_policy policy)
+struct tm_memory *tm_memory_alloc(const struct tm_memory_request *request)
 {
-	struct tm_geometry g = tm_pages_geometry();
-	unsigned int limit = policy == TM_MEMORY_RUNS ? g.chunk_order - 1 :
-							g.chunk_order;
+	unsigned int chunk_order = tm_pages_geometry().chunk_order;
+	unsigned int limit = request->policy == TM_MEMORY_RUNS ?
+			     chunk_order - 1 : chunk_order;
+	bool chunks = request->policy == TM_MEMORY_CHUNKS;
 	struct tm_memory *memory;
 	int first_err = 0, err;
 
 	/* What cannot be had must not drain the pool before it fails. */
-	if (!tm_pages_could_hold(nr_pages))
+	if (!tm_pages_could_hold(request->numa.nodes, request->nr_pages))
 		return ERR_PTR(-ENOSPC);
 	memory = kmalloc(sizeof(*memory), GFP_KERNEL_ACCOUNT);
 	if (!memory)
@@ -125,17 +102,17 @@ struct tm_memory *tm_memory_alloc(u32 nr_pages, enum tm_memory_policy policy)
 		.max_extents = ARRAY_SIZE(memory->small),
 	};
 
-	while (memory->nr_pages < nr_pages) {
-		u32 left = nr_pages - memory->nr_pages;
+	while (memory->nr_pages < request->nr_pages) {
+		u32 left = request->nr_pages - memory->nr_pages;
 		unsigned int order = min_t(unsigned int, ilog2(left), limit);
 
-		if (policy == TM_MEMORY_CHUNKS)
-			order = g.chunk_order;
+		if (chunks)
+			order = chunk_order;
 		err = fatal_signal_pending(current) ? -EINTR :
-		      tm_memory_extend(memory, order, !first_err);
+		      tm_memory_extend(memory, order, request, !first_err);
 		if (!err)
 			continue;
-		if (err == -EINTR || policy == TM_MEMORY_CHUNKS || !order) {
+		if (err == -EINTR || chunks || !order) {
 			err = first_err ?: err;
 			goto err;
 		}
@@ -174,16 +151,6 @@ const struct tm_extent *tm_memory_find(const struct tm_memory *memory,
 	return &memory->extent[low];
 }
 
-static void tm_extent_free(const struct tm_extent *extent, bool zeroed)
-{
-	struct tm_geometry g = tm_pages_geometry();
-
-	if (extent->order == g.chunk_order)
-		tm_pages_put_chunk(tm_page_chunk(g, extent->page), zeroed);
-	else
-		tm_pages_free_run(extent->page, extent->order);
-}
-
 static void tm_memory_destroy(struct tm_memory *memory)
 {
 	if (memory->extent != memory->small)
@@ -194,16 +161,28 @@ static void tm_memory_destroy(struct tm_memory *memory)
 /* Whether anyone beside the pool has a reference on a page of the extent. */
 static bool tm_extent_held(const struct tm_extent *extent)
 {
-	const struct page *page = tm_pages_page(extent->page);
+	const struct page *page = tm_pages_page(&extent->run);
+	u32 counts = 1u << extent->run.order;
 
-	for (u32 i = 0; i < 1u << extent->order; i++)
+	/* A whole chunk has one count, that of its first page. */
+	if (extent->run.order == tm_pages_geometry().chunk_order)
+		counts = 1;
+	for (u32 i = 0; i < counts; i++)
 		if (page_count(page + i) != 1)
 			return true;
 	return false;
 }
 
-/* Free the extents that nobody holds; keep the others. */
-static u32 tm_memory_release(struct tm_memory *memory)
+/**
+ * tm_memory_free - give back memory that was mapped, as far as it can be
+ * @memory: what to give back; consumed when all of it is given back
+ *
+ * Every mapping is gone. Extents with pages that somebody still holds stay in
+ * @memory: they must not be handed out before nobody does.
+ *
+ * Context: may sleep. Return: whether all of it could be given back.
+ */
+bool tm_memory_free(struct tm_memory *memory)
 {
 	u32 kept = 0;
 
@@ -214,35 +193,16 @@ static u32 tm_memory_release(struct tm_memory *memory)
 		cond_resched();
 		if (tm_extent_held(&extent)) {
 			memory->extent[kept++] = extent;
-			memory->nr_pages += 1u << extent.order;
+			memory->nr_pages += 1u << extent.run.order;
 		} else {
-			tm_extent_free(&extent, false);
+			tm_pages_free(&extent.run, false);
 		}
 	}
 	memory->nr_extents = kept;
-	return kept;
-}
-
-/**
- * tm_memory_free - give back memory that was mapped
- * @memory: what to give back; consumed
- *
- * Every mapping is gone. Extents with pages that somebody still holds go into
- * quarantine and are given back once nobody does.
- *
- * Context: may sleep; consumes @memory.
- */
-void tm_memory_free(struct tm_memory *memory)
-{
-	if (!tm_memory_release(memory)) {
-		tm_memory_destroy(memory);
-		return;
-	}
-	atomic64_add(memory->nr_pages, &tm_quarantined_pages);
-	spin_lock(&tm_quarantine_lock);
-	list_add_tail(&memory->quarantine, &tm_quarantine);
-	spin_unlock(&tm_quarantine_lock);
-	schedule_delayed_work(&tm_quarantine_work, TM_QUARANTINE_PERIOD);
+	if (kept)
+		return false;
+	tm_memory_destroy(memory);
+	return true;
 }
 
 /**
@@ -254,55 +214,22 @@ void tm_memory_free(struct tm_memory *memory)
 void tm_memory_discard(struct tm_memory *memory)
 {
 	for (u32 i = 0; i < memory->nr_extents; i++)
-		tm_extent_free(&memory->extent[i], true);
+		tm_pages_free(&memory->extent[i].run, true);
 	tm_memory_destroy(memory);
 }
 
-static void tm_quarantine_poll(struct work_struct *work)
-{
-	struct tm_memory *memory, *next;
-	bool again;
-	LIST_HEAD(held);
-
-	spin_lock(&tm_quarantine_lock);
-	list_splice_init(&tm_quarantine, &held);
-	spin_unlock(&tm_quarantine_lock);
-
-	list_for_each_entry_safe(memory, next, &held, quarantine) {
-		u32 before = memory->nr_pages;
-		u32 kept = tm_memory_release(memory);
-
-		atomic64_sub(before - memory->nr_pages, &tm_quarantined_pages);
-		if (kept)
-			continue;
-		list_del(&memory->quarantine);
-		tm_memory_destroy(memory);
-	}
-
-	spin_lock(&tm_quarantine_lock);
-	list_splice(&held, &tm_quarantine);
-	again = !list_empty(&tm_quarantine);
-	spin_unlock(&tm_quarantine_lock);
-	if (again)
-		schedule_delayed_work(&tm_quarantine_work,
-				      TM_QUARANTINE_PERIOD);
-}
-
-/*
- * At unload nobody can wait for the last holder any longer. What is still held
- * is handed to it: our reference goes, and the holder's last put frees the page.
+/**
+ * tm_memory_abandon - give back memory although somebody holds pages of it
+ * @memory: what to give back; consumed
+ *
+ * Only for the end of the pools: our references go, the pages are not handed out
+ * again, and the last holder's put frees them.
+ *
+ * Context: may sleep; consumes @memory.
  */
-void tm_memory_exit(void)
+void tm_memory_abandon(struct tm_memory *memory)
 {
-	struct tm_memory *memory, *next;
-
-	cancel_delayed_work_sync(&tm_quarantine_work);
-	tm_quarantine_poll(NULL);
-	cancel_delayed_work_sync(&tm_quarantine_work);
-	list_for_each_entry_safe(memory, next, &tm_quarantine, quarantine) {
-		for (u32 i = 0; i < memory->nr_extents; i++)
-			tm_extent_free(&memory->extent[i], false);
-		list_del(&memory->quarantine);
-		tm_memory_destroy(memory);
-	}
+	for (u32 i = 0; i < memory->nr_extents; i++)
+		tm_pages_free(&memory->extent[i].run, false);
+	tm_memory_destroy(memory);
 }

@@ -2,16 +2,20 @@
 #ifndef TM_MEMORY_H
 #define TM_MEMORY_H
 
+#include <linux/atomic.h>
 #include <linux/list.h>
 #include <linux/types.h>
 
-#include "core/geometry.h"
+#include "numa.h"
+#include "pages.h"
+#include "window.h"
+
+struct tm_client;
 
 /* Physically contiguous pages of a memory: a run, or a whole chunk. */
 struct tm_extent {
 	u32 first;		/* index of its first page within the memory */
-	struct tm_page_id page;
-	u8 order;
+	struct tm_run run;
 };
 
 /* Enough for a power of two, or for a few chunks with a small tail. */
@@ -24,7 +28,8 @@ struct tm_extent {
  * @max_extents: room in @extent
  * @nr_chunks: how many extents are whole chunks; they come first
  * @nr_pages: pages in all extents
- * @quarantine: on the list of memory that somebody still holds
+ * @held: in quarantine: the list of memories that somebody still holds
+ * @debtor: in quarantine: who is charged for it
  * @small: what @extent points to while it suffices
  */
 struct tm_memory {
@@ -33,8 +38,21 @@ struct tm_memory {
 	u32 max_extents;
 	u32 nr_chunks;
 	u32 nr_pages;
-	struct list_head quarantine;
+	struct list_head held;
+	struct tm_client *debtor;
 	struct tm_extent small[TM_EXTENTS_INLINE];
+};
+
+/**
+ * struct tm_region - a memory with a place in a client's window
+ * @range: the place
+ * @memory: the pages
+ * @huge: whole chunks are mapped as blocks where the kernel can
+ */
+struct tm_region {
+	struct tm_range range;
+	struct tm_memory *memory;
+	bool huge;
 };
 
 /* How a memory may be made up. */
@@ -44,15 +62,30 @@ enum tm_memory_policy {
 	TM_MEMORY_RUNS,		/* runs only */
 };
 
-struct tm_memory *tm_memory_alloc(u32 nr_pages, enum tm_memory_policy policy);
-void tm_memory_free(struct tm_memory *memory);
+/**
+ * struct tm_memory_request - what a memory is to be
+ * @nr_pages: how many pages
+ * @policy: what it may be made of
+ * @flags: TM_PAGES_CHARGED or 0
+ * @numa: which nodes may serve it
+ * @turn: whose turn it is when they are interleaved
+ */
+struct tm_memory_request {
+	u32 nr_pages;
+	enum tm_memory_policy policy;
+	unsigned int flags;
+	struct tm_numa numa;
+	atomic_t *turn;
+};
+
+struct tm_memory *tm_memory_alloc(const struct tm_memory_request *request);
+bool __must_check tm_memory_free(struct tm_memory *memory);
 void tm_memory_discard(struct tm_memory *memory);
+void tm_memory_abandon(struct tm_memory *memory);
 
 const struct tm_extent *tm_memory_find(const struct tm_memory *memory,
 				       u32 index);
 
 u64 tm_memory_fallbacks(void);
-u64 tm_memory_quarantined(void);
-void tm_memory_exit(void);
 
 #endif

@@ -4,8 +4,9 @@
 
 #include "client.h"
 #include "device.h"
-#include "memory.h"
 #include "pages.h"
+#include "park.h"
+#include "quarantine.h"
 
 #define CREATE_TRACE_POINTS
 #include "trace.h"
@@ -20,11 +21,16 @@ static int __init tm_init(void)
 	err = tm_clients_init();
 	if (err)
 		goto err_pages;
-	err = tm_device_init();
+	err = tm_park_init();
 	if (err)
 		goto err_clients;
+	err = tm_device_init();
+	if (err)
+		goto err_park;
 	return 0;
 
+err_park:
+	tm_park_exit();
 err_clients:
 	tm_clients_exit();
 err_pages:
@@ -35,13 +41,14 @@ err_pages:
 static void __exit tm_exit(void)
 {
 	tm_device_exit();
-	tm_clients_exit();
+	tm_park_exit();
 	/*
-	 * No client is left, but somebody may still read the pages of a dead one:
+	 * No client is open, but somebody may still read the pages of a dead one:
 	 * with no reserve to fill, nothing of theirs is zeroed before they are done.
 	 */
 	WARN_ON(tm_pages_set_reserve(0));
-	tm_memory_exit();
+	tm_quarantine_exit();
+	tm_clients_exit();
 	tm_pages_exit();
 }
 

@@ -1,27 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Where chunks come from: the one place that asks the system for memory and
- * gives it back, and the lock both allocator levels run under.
+ * gives it back, and the locks both allocator levels run under. Every memory node
+ * has pools of its own; which node an allocation tries is numa.c's to say.
  *
  * Lock order, outermost first:
  *
  *   mmap_lock                   the kernel's
  *   mapping->invalidate_lock    a client's window and handles (client.c)
- *   tm_pools.lock               both allocator levels (here)
+ *   tm_node::lock               both allocator levels of a node (here)
  *
  * The last is a spinlock held for a bounded number of steps; no page or slab
  * allocator is called under it. Two more stand alone, nothing is taken inside
  * them: tm_client::lock (a client's quota) and tm_quarantine_lock (memory.c).
  * Nothing here runs in interrupt context.
  */
+#include <linux/err.h>
 #include <linux/gfp.h>
 #include <linux/highmem.h>
 #include <linux/mm.h>
 #include <linux/moduleparam.h>
 #include <linux/sched/signal.h>
+#include <linux/slab.h>
 #include <linux/workqueue.h>
 
 #include "compat.h"
+#include "core/buddy.h"
+#include "core/chunk.h"
 #include "pages.h"
 #include "trace.h"
 
@@ -39,80 +44,167 @@ static int reserve = -1;
 module_param(reserve, int, 0444);
 MODULE_PARM_DESC(reserve, "zeroed chunks kept ready (-1: 4, less on small boards)");
 
-static struct {
+/**
+ * struct tm_node - the pools of one memory node
+ * @lock: guards everything below but @page's pages, which their owners have
+ * @chunk: level 1
+ * @buddy: level 2
+ * @page: first page of a chunk, by chunk id
+ * @charged: owned chunks that are on a memory cgroup's bill
+ * @nid: the kernel's number of the node
+ * @slots_below: slots of the nodes before this one: what shares are made from
+ * @reserve_work: brings the reserve to its size
+ */
+struct tm_node {
 	spinlock_t lock;
-	struct tm_geometry geometry;
 	struct tm_chunk_pool chunk;
 	struct tm_buddy buddy;
-	struct page **page;	/* first page of a chunk, by chunk id */
+	struct page **page;
+	u32 charged;
+	int nid;
+	u32 slots_below;
 	struct work_struct reserve_work;
+};
+
+static struct {
+	struct tm_geometry geometry;
+	struct tm_node *node[TM_MAX_NODES];	/* NULL: no memory */
+	u64 nodes;
+	u32 slots;
 	struct tm_shrinker *shrinker;
 } tm_pools;
+
+#define tm_for_each_node(n)						\
+	for (unsigned int i_ = 0; i_ < TM_MAX_NODES; i_++)		\
+		if (((n) = tm_pools.node[i_]))
 
 struct tm_geometry tm_pages_geometry(void)
 {
 	return tm_pools.geometry;
 }
 
+/* The nodes that have memory, a bit each. */
+u64 tm_pages_nodes(void)
+{
+	return tm_pools.nodes;
+}
+
 /**
- * tm_pages_page - the struct page behind a page id
- * @id: which page
+ * tm_pages_page - the struct page behind a run
+ * @run: which run
  *
- * Context: any; the caller owns the page, so its chunk cannot go away.
+ * Context: any; the caller owns the run, so its chunk cannot go away.
  */
-struct page *tm_pages_page(struct tm_page_id id)
+struct page *tm_pages_page(const struct tm_run *run)
 {
-	return tm_pools.page[tm_page_chunk(tm_pools.geometry, id).v] +
-	       tm_page_index(tm_pools.geometry, id);
+	struct tm_geometry g = tm_pools.geometry;
+
+	return tm_pools.node[run->node]->page[tm_page_chunk(g, run->page).v] +
+	       tm_page_index(g, run->page);
 }
 
-void tm_pages_stats(struct tm_pages_stats *stats)
+static void tm_node_add_stats(struct tm_node *n, struct tm_pages_stats *stats)
 {
-	spin_lock(&tm_pools.lock);
-	stats->chunk = tm_pools.chunk;
-	stats->buddy = tm_pools.buddy;
-	spin_unlock(&tm_pools.lock);
+	const struct tm_chunk_pool *chunk = &n->chunk;
+	const struct tm_buddy *buddy = &n->buddy;
+
+	spin_lock(&n->lock);
+	stats->capacity += chunk->capacity;
+	stats->reserve += chunk->reserve;
+	stats->total += tm_chunk_total(chunk);
+	stats->free += tm_chunk_free_count(chunk);
+	stats->zeroed += chunk->count[TM_CHUNK_FREE_ZEROED];
+	stats->used += chunk->owned[TM_OWNER_TENSOR];
+	stats->charged += n->charged;
+	stats->grown += chunk->grown;
+	stats->shrunk += chunk->shrunk;
+	stats->grow_failed += chunk->grow_failed;
+	stats->recast += chunk->recast;
+	stats->buddy.chunks += buddy->nr_chunks;
+	stats->buddy.free_pages += buddy->free_pages;
+	stats->buddy.used_pages += tm_buddy_used_pages(buddy);
+	stats->buddy.allocs += buddy->allocs;
+	stats->buddy.frees += buddy->frees;
+	stats->buddy.splits += buddy->splits;
+	stats->buddy.merges += buddy->merges;
+	spin_unlock(&n->lock);
 }
 
-static struct page *tm_pages_from_system(bool zeroed)
+/**
+ * tm_pages_stats - counters of the pools of some nodes
+ * @nodes: which, a bit each
+ * @stats: their sums; what is read of one node is a consistent set
+ *
+ * Context: never sleeps.
+ */
+void tm_pages_stats(u64 nodes, struct tm_pages_stats *stats)
+{
+	struct tm_node *n;
+
+	*stats = (struct tm_pages_stats){ 0 };
+	tm_for_each_node(n)
+		if (nodes & BIT_ULL(n->nid))
+			tm_node_add_stats(n, stats);
+}
+
+static struct page *tm_pages_from_system(struct tm_node *n, bool zeroed,
+					 struct tm_chunk_form form)
 {
 	/* A chunk is worth one honest try, not an OOM kill or a warning. */
-	gfp_t gfp = GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN;
+	gfp_t gfp = GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN | __GFP_THISNODE;
 	unsigned int order = tm_pools.geometry.chunk_order;
 	struct page *page;
 
-	page = alloc_pages(zeroed ? gfp | __GFP_ZERO : gfp, order);
-	/* One reference count per page: what tells which of them is still held. */
-	if (page)
+	if (zeroed)
+		gfp |= __GFP_ZERO;
+	if (form.charged)
+		gfp |= __GFP_ACCOUNT;
+	if (!form.split)
+		gfp |= __GFP_COMP;
+	page = alloc_pages_node(n->nid, gfp, order);
+	if (page && form.split)
 		split_page(page, order);
 	return page;
 }
 
-static void tm_pages_to_system(struct page *page)
+static void tm_pages_to_system(struct page *page, bool split)
 {
+	if (!split) {
+		__free_pages(page, tm_pools.geometry.chunk_order);
+		return;
+	}
 	for (u32 i = 0; i < tm_chunk_pages(tm_pools.geometry); i++)
 		__free_page(page + i);
 }
 
 /**
  * tm_pages_zero - zero a run
- * @id: its first page
- * @order: log2 of its pages
+ * @run: the run
  *
  * Context: may sleep; the caller owns the run.
  */
-void tm_pages_zero(struct tm_page_id id, unsigned int order)
+void tm_pages_zero(const struct tm_run *run)
 {
-	struct page *page = tm_pages_page(id);
+	struct page *page = tm_pages_page(run);
 
-	for (u32 i = 0; i < 1u << order; i++) {
+	for (u32 i = 0; i < 1u << run->order; i++) {
 		clear_highpage(page + i);
 		cond_resched();
 	}
 }
 
+/* Take the memory out of a slot that the pool has let go of. */
+static struct page *tm_node_pick_up(struct tm_node *n, struct tm_chunk_id id)
+{
+	struct page *page = n->page[id.v];
+
+	lockdep_assert_held(&n->lock);
+	n->page[id.v] = NULL;
+	return page;
+}
+
 /* Give free chunks in excess back, @most of them. Return: how many. */
-static u32 tm_pages_trim(u32 most)
+static u32 tm_node_trim(struct tm_node *n, u32 most)
 {
 	u32 done = 0;
 
@@ -120,262 +212,357 @@ static u32 tm_pages_trim(u32 most)
 		struct tm_chunk_id id;
 		struct page *page;
 		int err = -ENOENT;
+		bool split;
 
-		spin_lock(&tm_pools.lock);
-		if (tm_chunk_excess(&tm_pools.chunk))
-			err = tm_chunk_remove(&tm_pools.chunk, &id);
+		spin_lock(&n->lock);
+		if (tm_chunk_excess(&n->chunk))
+			err = tm_chunk_remove(&n->chunk, &id);
 		if (!err) {
-			page = tm_pools.page[id.v];
-			tm_pools.page[id.v] = NULL;
+			split = n->chunk.chunks[id.v].form.split;
+			page = tm_node_pick_up(n, id);
 		}
-		spin_unlock(&tm_pools.lock);
+		spin_unlock(&n->lock);
 		if (err)
 			break;
-		tm_pages_to_system(page);
-		trace_tensormem_chunk_shrink(id.v);
+		tm_pages_to_system(page, split);
+		trace_tensormem_chunk_shrink(n->nid, id.v);
 		done++;
 	}
 	return done;
 }
 
-static bool tm_pages_over_capacity(void)
+static bool tm_node_over_capacity(struct tm_node *n)
 {
-	lockdep_assert_held(&tm_pools.lock);
-	return tm_chunk_total(&tm_pools.chunk) > tm_pools.chunk.capacity;
+	lockdep_assert_held(&n->lock);
+	return tm_chunk_total(&n->chunk) > n->chunk.capacity;
 }
 
-static void tm_pages_trim_to_capacity(void)
+static void tm_node_trim_to_capacity(struct tm_node *n)
 {
 	u32 over;
 
-	spin_lock(&tm_pools.lock);
-	over = tm_pages_over_capacity() ?
-	       tm_chunk_total(&tm_pools.chunk) - tm_pools.chunk.capacity : 0;
-	spin_unlock(&tm_pools.lock);
-	tm_pages_trim(over);
+	spin_lock(&n->lock);
+	over = tm_node_over_capacity(n) ?
+	       tm_chunk_total(&n->chunk) - n->chunk.capacity : 0;
+	spin_unlock(&n->lock);
+	tm_node_trim(n, over);
 }
 
-/* Ask the system for the chunk that tm_chunk_grow_begin() made room for. */
-static struct page *tm_pages_grow(struct tm_chunk_id id, bool zeroed)
+/* Ask the system for the memory of a chunk that is GROWING. */
+static struct page *tm_node_grow(struct tm_node *n, struct tm_chunk_id id,
+				 bool zeroed, struct tm_chunk_form form)
 {
 	u64 start = trace_tensormem_chunk_grow_enabled() ? ktime_get_ns() : 0;
-	struct page *page = tm_pages_from_system(zeroed);
+	struct page *page = tm_pages_from_system(n, zeroed, form);
 
 	if (start)
-		trace_tensormem_chunk_grow(id.v, !!page, ktime_get_ns() - start);
+		trace_tensormem_chunk_grow(n->nid, id.v, !!page,
+					   ktime_get_ns() - start);
 	return page;
 }
 
-/* Conclude a growth. Return: 0, or -ENOMEM when @page is NULL. */
-static int tm_pages_grown(struct tm_chunk_id id, struct page *page, bool zeroed)
+/*
+ * Get a slot to GROW: a new one, or with @recast a free one, whose memory goes back
+ * to the system. Return: 0, -ENOSPC or -ENOENT when there is none.
+ */
+static int tm_node_grow_begin(struct tm_node *n, bool recast,
+			      struct tm_chunk_id *id)
 {
-	lockdep_assert_held(&tm_pools.lock);
-	if (!page) {
-		tm_chunk_grow_abort(&tm_pools.chunk, id);
-		return -ENOMEM;
-	}
-	tm_pools.page[id.v] = page;
-	tm_chunk_grow_end(&tm_pools.chunk, id, zeroed);
-	return 0;
-}
-
-/* Bring the reserve to its size: zero what is free, then grow. */
-static void tm_pages_refill(struct work_struct *work)
-{
-	int err = 0;
-
-	while (!err) {
-		bool zero = false, grow = false;
-		struct tm_chunk_id id;
-		struct page *page;
-
-		spin_lock(&tm_pools.lock);
-		if (tm_chunk_deficit(&tm_pools.chunk)) {
-			zero = !tm_chunk_zero_begin(&tm_pools.chunk, &id);
-			grow = !zero &&
-			       !tm_chunk_grow_begin(&tm_pools.chunk, &id);
-		}
-		spin_unlock(&tm_pools.lock);
-
-		if (zero) {
-			tm_pages_zero(tm_page_id(tm_pools.geometry, id, 0),
-				      tm_pools.geometry.chunk_order);
-			spin_lock(&tm_pools.lock);
-			tm_chunk_zero_end(&tm_pools.chunk, id);
-			spin_unlock(&tm_pools.lock);
-		} else if (grow) {
-			page = tm_pages_grow(id, true);
-			spin_lock(&tm_pools.lock);
-			err = tm_pages_grown(id, page, true);
-			spin_unlock(&tm_pools.lock);
-		} else {
-			break;
-		}
-	}
-	/* A lower capacity could not reach the chunk that was in hand here. */
-	tm_pages_trim_to_capacity();
-}
-
-static void tm_pages_kick(void)
-{
-	queue_work(system_unbound_wq, &tm_pools.reserve_work);
-}
-
-static int tm_pages_take(enum tm_owner owner, bool want_zeroed,
-			 struct tm_chunk_id *id, bool *zeroed)
-{
-	bool kick = false;
-	struct page *page;
+	struct page *page = NULL;
+	bool split;
 	int err;
 
-	might_sleep();
-retry:
-	spin_lock(&tm_pools.lock);
-	err = tm_chunk_take(&tm_pools.chunk, owner, want_zeroed, id, zeroed);
-	if (!err) {
-		kick = tm_chunk_deficit(&tm_pools.chunk);
-		spin_unlock(&tm_pools.lock);
-		goto out;
+	spin_lock(&n->lock);
+	if (recast) {
+		err = tm_chunk_recast_begin(&n->chunk, id);
+		if (!err) {
+			split = n->chunk.chunks[id->v].form.split;
+			page = tm_node_pick_up(n, *id);
+		}
+	} else {
+		err = tm_chunk_grow_begin(&n->chunk, id);
 	}
-	err = tm_chunk_grow_begin(&tm_pools.chunk, id);
-	spin_unlock(&tm_pools.lock);
-	/* At capacity, but the last chunk may be in the worker's hands. */
-	if (err && flush_work(&tm_pools.reserve_work)) {
-		if (fatal_signal_pending(current))
-			return -EINTR;
-		goto retry;
-	}
-	if (err)
-		return err;
-
-	page = tm_pages_grow(*id, want_zeroed);
-	spin_lock(&tm_pools.lock);
-	err = tm_pages_grown(*id, page, want_zeroed);
-	if (!err)
-		err = tm_chunk_take(&tm_pools.chunk, owner, want_zeroed, id,
-				    zeroed);
-	kick = tm_chunk_deficit(&tm_pools.chunk);
-	spin_unlock(&tm_pools.lock);
-out:
-	if (kick)
-		tm_pages_kick();
+	spin_unlock(&n->lock);
+	if (page)
+		tm_pages_to_system(page, split);
 	return err;
 }
 
-/**
- * tm_pages_take_chunk - take a whole chunk for a tensor
- * @id: the chunk taken
- * @want_zeroed: prefer one that is zeroed
- * @zeroed: whether the one returned is
- *
- * Context: may sleep; not under tm_pools.lock.
- * Return: 0, -ENOSPC at capacity, -ENOMEM when the system has none, -EINTR on a
- * fatal signal.
- */
-int tm_pages_take_chunk(bool want_zeroed, struct tm_chunk_id *id, bool *zeroed)
+/* Conclude a growth with a free chunk. Return: 0, or -ENOMEM for no @page. */
+static int tm_node_grown(struct tm_node *n, struct tm_chunk_id id,
+			 struct page *page)
 {
-	return tm_pages_take(TM_OWNER_TENSOR, want_zeroed, id, zeroed);
+	spin_lock(&n->lock);
+	n->page[id.v] = page;
+	if (page)
+		tm_chunk_grow_end(&n->chunk, id, true);
+	else
+		tm_chunk_grow_abort(&n->chunk, id);
+	spin_unlock(&n->lock);
+	return page ? 0 : -ENOMEM;
 }
 
-/**
- * tm_pages_put_chunk - give a chunk back to level 1
- * @id: the chunk
- * @zeroed: nobody wrote to it since it was zeroed
- *
- * Context: process context; may call the page allocator to free.
- */
-void tm_pages_put_chunk(struct tm_chunk_id id, bool zeroed)
+/* Bring the reserve to its size: zero what is free, then grow, then recast. */
+static void tm_node_refill(struct work_struct *work)
 {
-	bool over, kick;
+	struct tm_node *n = container_of(work, struct tm_node, reserve_work);
+	const struct tm_chunk_form whole = { 0 };
+	int err = 0;
 
-	spin_lock(&tm_pools.lock);
-	tm_chunk_put(&tm_pools.chunk, id, zeroed);
-	over = tm_pages_over_capacity();
-	kick = tm_chunk_deficit(&tm_pools.chunk);
-	spin_unlock(&tm_pools.lock);
+	while (!err) {
+		struct tm_chunk_id id;
+		struct tm_run run;
+		bool deficit;
+
+		spin_lock(&n->lock);
+		deficit = tm_chunk_deficit(&n->chunk);
+		err = deficit ? tm_chunk_zero_begin(&n->chunk, &id) : -ENOENT;
+		spin_unlock(&n->lock);
+		if (!deficit)
+			break;
+		if (!err) {
+			run = (struct tm_run){
+				.page = tm_page_id(tm_pools.geometry, id, 0),
+				.node = n->nid,
+				.order = tm_pools.geometry.chunk_order,
+			};
+			tm_pages_zero(&run);
+			spin_lock(&n->lock);
+			tm_chunk_zero_end(&n->chunk, id);
+			spin_unlock(&n->lock);
+			continue;
+		}
+		err = tm_node_grow_begin(n, false, &id);
+		if (err)
+			err = tm_node_grow_begin(n, true, &id);
+		if (!err)
+			err = tm_node_grown(n, id,
+					    tm_node_grow(n, id, true, whole));
+	}
+	/* A lower capacity could not reach the chunk that was in hand here. */
+	tm_node_trim_to_capacity(n);
+}
+
+static void tm_node_kick(struct tm_node *n)
+{
+	queue_work(system_unbound_wq, &n->reserve_work);
+}
+
+static int tm_node_take_grown(struct tm_node *n, bool recast,
+			      enum tm_owner owner, struct tm_chunk_form form,
+			      bool zeroed, struct tm_chunk_id *id)
+{
+	struct page *page;
+	int err;
+
+	err = tm_node_grow_begin(n, recast, id);
+	if (err)
+		return err;
+	page = tm_node_grow(n, *id, zeroed, form);
+	spin_lock(&n->lock);
+	n->page[id->v] = page;
+	if (page) {
+		tm_chunk_grow_take(&n->chunk, *id, owner, form);
+		n->charged += form.charged;
+	} else {
+		tm_chunk_grow_abort(&n->chunk, *id);
+	}
+	spin_unlock(&n->lock);
+	return page ? 0 : -ENOMEM;
+}
+
+/*
+ * Take a chunk. A free one first, unless it has to be charged; then a new one; and
+ * when there is no room or no memory for that, a free one in another form.
+ */
+static int tm_node_take(struct tm_node *n, enum tm_owner owner,
+			unsigned int flags, struct tm_chunk_id *id,
+			bool *zeroed)
+{
+	struct tm_chunk_form form = {
+		.split = owner == TM_OWNER_BUDDY,
+		.charged = flags & TM_PAGES_CHARGED,
+	};
+	bool want_zeroed = flags & TM_PAGES_ZEROED;
+	int err = -ENOMEM, grow_err;
+	bool kick;
+
+	might_sleep();
+retry:
+	spin_lock(&n->lock);
+	if (!form.charged)
+		err = tm_chunk_take(&n->chunk, owner, form.split, want_zeroed,
+				    id, zeroed);
+	kick = tm_chunk_deficit(&n->chunk);
+	spin_unlock(&n->lock);
+	if (err) {
+		*zeroed = want_zeroed;
+		err = grow_err = tm_node_take_grown(n, false, owner, form,
+						    want_zeroed, id);
+		/* A cgroup at its limit must not cost the pool its free chunks. */
+		if (err == -ENOSPC || (err && !form.charged))
+			err = tm_node_take_grown(n, true, owner, form,
+						 want_zeroed, id);
+		/* At capacity, but the last chunk may be in the worker's hands. */
+		if (grow_err == -ENOSPC && err == -ENOENT &&
+		    flush_work(&n->reserve_work)) {
+			if (fatal_signal_pending(current))
+				return -EINTR;
+			goto retry;
+		}
+		if (err == -ENOENT)
+			err = grow_err;
+	}
+	if (kick)
+		tm_node_kick(n);
+	return err;
+}
+
+static void tm_node_put(struct tm_node *n, struct tm_chunk_id id, bool zeroed)
+{
+	struct page *page = NULL;
+	bool over, kick, split;
+
+	spin_lock(&n->lock);
+	split = n->chunk.chunks[id.v].form.split;
+	if (tm_chunk_put(&n->chunk, id, zeroed)) {
+		n->charged--;
+		page = tm_node_pick_up(n, id);
+	}
+	over = tm_node_over_capacity(n);
+	kick = tm_chunk_deficit(&n->chunk);
+	spin_unlock(&n->lock);
+	if (page)
+		tm_pages_to_system(page, split);
 	if (over)
-		tm_pages_trim_to_capacity();
+		tm_node_trim_to_capacity(n);
 	else if (kick)
-		tm_pages_kick();
+		tm_node_kick(n);
 }
 
-/**
- * tm_pages_alloc_run - allocate 2^@order pages from the buddy pool
- * @order: log2 of its pages
- * @page: its first page
- * @may_grow: take a chunk from level 1 when no chunk of the pool has such a run
- *
- * The contents are undefined.
- *
- * Context: may sleep; not under tm_pools.lock.
- * Return: 0, -EINVAL for an order of a chunk or more, -ENOSPC at capacity,
- * -ENOMEM when the system has none or the pool may not grow.
- */
-int tm_pages_alloc_run(unsigned int order, bool may_grow,
-		       struct tm_page_id *page)
+static int tm_node_alloc_chunk(struct tm_node *n, unsigned int flags,
+			       struct tm_run *run, bool *zeroed)
+{
+	struct tm_chunk_id id;
+	int err;
+
+	err = tm_node_take(n, TM_OWNER_TENSOR, flags, &id, zeroed);
+	if (!err)
+		run->page = tm_page_id(tm_pools.geometry, id, 0);
+	return err;
+}
+
+static int tm_node_alloc_run(struct tm_node *n, unsigned int order,
+			     unsigned int flags, struct tm_run *run)
 {
 	struct tm_chunk_id id;
 	bool zeroed, spare;
 	int err;
 
-	spin_lock(&tm_pools.lock);
-	err = tm_buddy_alloc(&tm_pools.buddy, order, page);
-	spin_unlock(&tm_pools.lock);
-	if (likely(err != -ENOMEM) || !may_grow)
+	spin_lock(&n->lock);
+	err = tm_buddy_alloc(&n->buddy, order, &run->page);
+	spin_unlock(&n->lock);
+	if (likely(err != -ENOMEM) || !(flags & TM_PAGES_GROW))
 		return err;
 
-	err = tm_pages_take(TM_OWNER_BUDDY, false, &id, &zeroed);
+	err = tm_node_take(n, TM_OWNER_BUDDY, flags & ~TM_PAGES_ZEROED, &id,
+			   &zeroed);
 	if (err)
 		return err;
-	spin_lock(&tm_pools.lock);
+	spin_lock(&n->lock);
 	/* A run freed meanwhile comes first: a chunk added for nothing would stay. */
-	err = tm_buddy_alloc(&tm_pools.buddy, order, page);
+	err = tm_buddy_alloc(&n->buddy, order, &run->page);
 	spare = !err;
 	if (!spare) {
-		tm_buddy_add_chunk(&tm_pools.buddy, id);
-		err = tm_buddy_alloc(&tm_pools.buddy, order, page);
+		tm_buddy_add_chunk(&n->buddy, id);
+		err = tm_buddy_alloc(&n->buddy, order, &run->page);
 	}
-	spin_unlock(&tm_pools.lock);
+	spin_unlock(&n->lock);
 	if (spare)
-		tm_pages_put_chunk(id, zeroed);
+		tm_node_put(n, id, false);
 	return err;
 }
 
 /**
- * tm_pages_free_run - free a run; an empty chunk goes back to level 1
- * @page: its first page
- * @order: log2 of its pages
+ * tm_pages_alloc - allocate 2^@order pages on a node
+ * @node: one of tm_pages_nodes()
+ * @order: log2 of the pages; a whole chunk at most
+ * @flags: TM_PAGES_ flags
+ * @run: what was allocated
+ * @zeroed: whether its contents are zero; else they are undefined
  *
- * Context: process context; may call the page allocator to free.
+ * Runs come split, a reference count for each page; a whole chunk is one object.
+ *
+ * Context: may sleep; under no lock of ours.
+ * Return: 0, -EINVAL for an order above a chunk, -ENOSPC at the node's capacity,
+ * -ENOMEM when the system has none or the pool may not grow, -EINTR on a fatal
+ * signal.
  */
-void tm_pages_free_run(struct tm_page_id page, unsigned int order)
+int tm_pages_alloc(unsigned int node, unsigned int order, unsigned int flags,
+		   struct tm_run *run, bool *zeroed)
 {
-	struct tm_chunk_id id = tm_page_chunk(tm_pools.geometry, page);
-	bool empty = false;
+	struct tm_node *n = tm_pools.node[node];
 
-	spin_lock(&tm_pools.lock);
-	WARN_ON_ONCE(tm_buddy_free(&tm_pools.buddy, page, order, &empty));
-	if (empty)
-		empty = !tm_buddy_remove_chunk(&tm_pools.buddy, id);
-	spin_unlock(&tm_pools.lock);
-	if (empty)
-		tm_pages_put_chunk(id, false);
-}
-
-/* Whether the pool could ever hold @nr_pages. Context: never sleeps. */
-bool tm_pages_could_hold(u64 nr_pages)
-{
-	u64 pages;
-
-	spin_lock(&tm_pools.lock);
-	pages = (u64)tm_pools.chunk.capacity << tm_pools.geometry.chunk_order;
-	spin_unlock(&tm_pools.lock);
-	return nr_pages <= pages;
+	run->node = node;
+	run->order = order;
+	*zeroed = false;
+	if (order == tm_pools.geometry.chunk_order)
+		return tm_node_alloc_chunk(n, flags, run, zeroed);
+	return tm_node_alloc_run(n, order, flags, run);
 }
 
 /**
- * tm_pages_set_capacity - bound what the pool may hold
- * @chunks: the new bound
+ * tm_pages_free - free what tm_pages_alloc() gave
+ * @run: the run
+ * @zeroed: nobody wrote to it since it was zeroed
+ *
+ * A chunk that falls empty goes back to level 1.
+ *
+ * Context: process context; may call the page allocator to free.
+ */
+void tm_pages_free(const struct tm_run *run, bool zeroed)
+{
+	struct tm_chunk_id id = tm_page_chunk(tm_pools.geometry, run->page);
+	struct tm_node *n = tm_pools.node[run->node];
+	bool empty = false;
+
+	if (run->order == tm_pools.geometry.chunk_order) {
+		tm_node_put(n, id, zeroed);
+		return;
+	}
+	spin_lock(&n->lock);
+	WARN_ON_ONCE(tm_buddy_free(&n->buddy, run->page, run->order, &empty));
+	if (empty)
+		empty = !tm_buddy_remove_chunk(&n->buddy, id);
+	spin_unlock(&n->lock);
+	if (empty)
+		tm_node_put(n, id, false);
+}
+
+/* Whether @nodes could ever hold @nr_pages. Context: never sleeps. */
+bool tm_pages_could_hold(u64 nodes, u64 nr_pages)
+{
+	struct tm_node *n;
+	u64 chunks = 0;
+
+	tm_for_each_node(n)
+		if (nodes & BIT_ULL(n->nid))
+			chunks += READ_ONCE(n->chunk.capacity);
+	return nr_pages <= chunks << tm_pools.geometry.chunk_order;
+}
+
+/* A node's part of @chunks, by its memory; the parts of all nodes add up. */
+static u32 tm_node_share(const struct tm_node *n, u32 chunks)
+{
+	u64 below = (u64)chunks * n->slots_below;
+	u64 with = below + (u64)chunks * n->chunk.nr_slots;
+
+	return div_u64(with, tm_pools.slots) - div_u64(below, tm_pools.slots);
+}
+
+/**
+ * tm_pages_set_capacity - bound what the pools may hold
+ * @chunks: the new bound, shared among the nodes by their memory
  *
  * Free chunks above it go to the system at once, others as they are freed.
  *
@@ -383,18 +570,22 @@ bool tm_pages_could_hold(u64 nr_pages)
  */
 int tm_pages_set_capacity(u32 chunks)
 {
-	if (chunks > tm_pools.chunk.nr_slots)
+	struct tm_node *n;
+
+	if (chunks > tm_pools.slots)
 		return -EINVAL;
-	spin_lock(&tm_pools.lock);
-	tm_pools.chunk.capacity = chunks;
-	spin_unlock(&tm_pools.lock);
-	tm_pages_trim_to_capacity();
+	tm_for_each_node(n) {
+		spin_lock(&n->lock);
+		WRITE_ONCE(n->chunk.capacity, tm_node_share(n, chunks));
+		spin_unlock(&n->lock);
+		tm_node_trim_to_capacity(n);
+	}
 	return 0;
 }
 
 /**
  * tm_pages_set_reserve - how many zeroed chunks to keep ready
- * @chunks: the new reserve
+ * @chunks: the new reserve, shared among the nodes by their memory
  *
  * Filled in the background; a smaller reserve goes to the system at once.
  *
@@ -402,21 +593,24 @@ int tm_pages_set_capacity(u32 chunks)
  */
 int tm_pages_set_reserve(u32 chunks)
 {
-	bool shrink;
-	int err = 0;
+	struct tm_pages_stats stats;
+	struct tm_node *n;
 
-	spin_lock(&tm_pools.lock);
-	shrink = chunks < tm_pools.chunk.reserve;
-	if (chunks > tm_pools.chunk.capacity)
-		err = -EINVAL;
-	else
-		tm_pools.chunk.reserve = chunks;
-	spin_unlock(&tm_pools.lock);
-	if (err)
-		return err;
-	if (shrink)
-		tm_pages_trim(U32_MAX);
-	tm_pages_kick();
+	tm_pages_stats(U64_MAX, &stats);
+	if (chunks > stats.capacity)
+		return -EINVAL;
+	tm_for_each_node(n) {
+		u32 share = tm_node_share(n, chunks);
+		bool shrink;
+
+		spin_lock(&n->lock);
+		shrink = share < n->chunk.reserve;
+		n->chunk.reserve = share;
+		spin_unlock(&n->lock);
+		if (shrink)
+			tm_node_trim(n, U32_MAX);
+		tm_node_kick(n);
+	}
 	return 0;
 }
 
@@ -424,11 +618,14 @@ int tm_pages_set_reserve(u32 chunks)
 static unsigned long tm_pages_count(struct shrinker *shrinker,
 				    struct shrink_control *sc)
 {
-	unsigned long excess;
+	unsigned long excess = 0;
+	struct tm_node *n;
 
-	spin_lock(&tm_pools.lock);
-	excess = tm_chunk_excess(&tm_pools.chunk);
-	spin_unlock(&tm_pools.lock);
+	tm_for_each_node(n) {
+		spin_lock(&n->lock);
+		excess += tm_chunk_excess(&n->chunk);
+		spin_unlock(&n->lock);
+	}
 	return excess ? excess << tm_pools.geometry.chunk_order : SHRINK_EMPTY;
 }
 
@@ -437,76 +634,132 @@ static unsigned long tm_pages_scan(struct shrinker *shrinker,
 {
 	u32 order = tm_pools.geometry.chunk_order;
 	u32 most = DIV_ROUND_UP(sc->nr_to_scan, 1ul << order);
-	u32 done = tm_pages_trim(most);
+	struct tm_node *n;
+	u32 done = 0;
 
+	tm_for_each_node(n)
+		done += tm_node_trim(n, most - done);
 	sc->nr_scanned = (unsigned long)done << order;
 	return done ? (unsigned long)done << order : SHRINK_STOP;
 }
 
+static void tm_node_destroy(struct tm_node *n)
+{
+	cancel_work_sync(&n->reserve_work);
+	n->chunk.reserve = 0;
+	tm_node_trim(n, U32_MAX);
+	kvfree(n->page);
+	tm_buddy_destroy(&n->buddy);
+	tm_chunk_pool_destroy(&n->chunk);
+	kfree(n);
+}
+
+static struct tm_node *__init tm_node_create(int nid, u32 slots)
+{
+	struct tm_node *n = kzalloc(sizeof(*n), GFP_KERNEL);
+	int err;
+
+	if (!n)
+		return ERR_PTR(-ENOMEM);
+	n->nid = nid;
+	n->slots_below = tm_pools.slots;
+	spin_lock_init(&n->lock);
+	INIT_WORK(&n->reserve_work, tm_node_refill);
+
+	err = tm_chunk_pool_init(&n->chunk, slots, &n->lock);
+	if (err)
+		goto err_node;
+	err = tm_buddy_init(&n->buddy, tm_pools.geometry, slots, &n->lock);
+	if (err)
+		goto err_chunk;
+	n->page = kvcalloc(slots, sizeof(*n->page), GFP_KERNEL);
+	if (!n->page) {
+		err = -ENOMEM;
+		goto err_buddy;
+	}
+	return n;
+
+err_buddy:
+	tm_buddy_destroy(&n->buddy);
+err_chunk:
+	tm_chunk_pool_destroy(&n->chunk);
+err_node:
+	kfree(n);
+	return ERR_PTR(err);
+}
+
+static void tm_nodes_destroy(void)
+{
+	for (unsigned int i = 0; i < TM_MAX_NODES; i++)
+		if (tm_pools.node[i])
+			tm_node_destroy(tm_pools.node[i]);
+}
+
+static int __init tm_nodes_create(void)
+{
+	u64 present = 0, ram = totalram_pages();
+	int nid;
+
+	for_each_node_state(nid, N_MEMORY)
+		present += node_present_pages(nid);
+	for_each_node_state(nid, N_MEMORY) {
+		/* What firmware and kernel keep for themselves is not ours to count. */
+		u64 pages = div64_u64(ram * node_present_pages(nid), present);
+		u32 slots = pages >> tm_pools.geometry.chunk_order;
+		struct tm_node *n;
+
+		if (nid >= TM_MAX_NODES || !slots)
+			continue;
+		n = tm_node_create(nid, slots);
+		if (IS_ERR(n)) {
+			tm_nodes_destroy();
+			return PTR_ERR(n);
+		}
+		tm_pools.node[nid] = n;
+		tm_pools.nodes |= BIT_ULL(nid);
+		tm_pools.slots += slots;
+	}
+	return tm_pools.slots ? 0 : -ENOMEM;
+}
+
 static void __init tm_pages_defaults(void)
 {
-	struct tm_chunk_pool *pool = &tm_pools.chunk;
+	u32 chunks = div_u64((u64)tm_pools.slots * TM_DEFAULT_CAPACITY_PERCENT,
+			     100);
+	u32 ready;
 
-	pool->capacity = div_u64((u64)pool->nr_slots *
-				 TM_DEFAULT_CAPACITY_PERCENT, 100);
 	if (capacity)
-		pool->capacity = min(capacity, pool->nr_slots);
-	pool->reserve = min_t(u32, TM_DEFAULT_RESERVE_CHUNKS,
-			      pool->capacity / TM_DEFAULT_RESERVE_DIVISOR);
+		chunks = min(capacity, tm_pools.slots);
+	ready = min_t(u32, TM_DEFAULT_RESERVE_CHUNKS,
+		      chunks / TM_DEFAULT_RESERVE_DIVISOR);
 	if (reserve >= 0)
-		pool->reserve = min_t(u32, reserve, pool->capacity);
+		ready = min_t(u32, reserve, chunks);
+	WARN_ON(tm_pages_set_capacity(chunks));
+	WARN_ON(tm_pages_set_reserve(ready));
 }
 
 int __init tm_pages_init(void)
 {
-	u32 slots;
 	int err;
 
-	spin_lock_init(&tm_pools.lock);
-	INIT_WORK(&tm_pools.reserve_work, tm_pages_refill);
 	tm_pools.geometry = tm_geometry(PAGE_SHIFT);
-	slots = totalram_pages() >> tm_pools.geometry.chunk_order;
-
-	err = tm_chunk_pool_init(&tm_pools.chunk, slots, &tm_pools.lock);
+	err = tm_nodes_create();
 	if (err)
 		return err;
-	err = tm_buddy_init(&tm_pools.buddy, tm_pools.geometry, slots,
-			    &tm_pools.lock);
-	if (err)
-		goto err_chunk;
-	tm_pools.page = kvcalloc(slots, sizeof(*tm_pools.page), GFP_KERNEL);
-	if (!tm_pools.page) {
-		err = -ENOMEM;
-		goto err_buddy;
-	}
-	tm_pages_defaults();
 	tm_pools.shrinker = tm_shrinker_register("tensormem-chunk",
 						 tm_chunk_pages(tm_pools.geometry),
 						 tm_pages_count, tm_pages_scan);
 	if (!tm_pools.shrinker) {
-		err = -ENOMEM;
-		goto err_page;
+		tm_nodes_destroy();
+		return -ENOMEM;
 	}
-	tm_pages_kick();
+	tm_pages_defaults();
 	return 0;
-
-err_page:
-	kvfree(tm_pools.page);
-err_buddy:
-	tm_buddy_destroy(&tm_pools.buddy);
-err_chunk:
-	tm_chunk_pool_destroy(&tm_pools.chunk);
-	return err;
 }
 
 /* Nobody holds memory any more: the last client has gone before the module. */
 void tm_pages_exit(void)
 {
 	tm_shrinker_unregister(tm_pools.shrinker);
-	cancel_work_sync(&tm_pools.reserve_work);
-	tm_pools.chunk.reserve = 0;
-	tm_pages_trim(U32_MAX);
-	kvfree(tm_pools.page);
-	tm_buddy_destroy(&tm_pools.buddy);
-	tm_chunk_pool_destroy(&tm_pools.chunk);
+	tm_nodes_destroy();
 }

@@ -2,39 +2,78 @@
 #ifndef TM_PAGES_H
 #define TM_PAGES_H
 
-#include "core/buddy.h"
-#include "core/chunk.h"
+#include <linux/bits.h>
+#include <linux/minmax.h>
+#include <linux/nodemask.h>
+
+#include "core/geometry.h"
 
 struct page;
 
+/* A node is a bit of a user's mask: no more than fit there. */
+#define TM_MAX_NODES	(MAX_NUMNODES < 64 ? MAX_NUMNODES : 64)
+
 /**
- * struct tm_pages_stats - a consistent copy of both levels' counters
+ * struct tm_run - contiguous pages out of the pools: a run, or a whole chunk
+ * @page: the first of them, as its node's pools number it
+ * @node: whose pools they are from
+ * @order: log2 of the pages; a chunk's order stands for a whole chunk
+ */
+struct tm_run {
+	struct tm_page_id page;
+	u8 node;
+	u8 order;
+};
+
+/* What an allocation asks for beside its order and node. */
+#define TM_PAGES_ZEROED		BIT(0)	/* a zeroed chunk, if there is one */
+#define TM_PAGES_CHARGED	BIT(1)	/* growth is on current's memory cgroup */
+#define TM_PAGES_GROW		BIT(2)	/* the buddy pool may take another chunk */
+
+/**
+ * struct tm_pages_stats - counters of one node's pools, or of all together
  *
- * The pools are copied without their tables: only counters may be read.
+ * Chunks and pages as their names say; @grown and below count events since the
+ * module was loaded.
  */
 struct tm_pages_stats {
-	struct tm_chunk_pool chunk;
-	struct tm_buddy buddy;
+	u64 capacity;
+	u64 reserve;
+	u64 total;
+	u64 free;
+	u64 zeroed;
+	u64 used;
+	u64 charged;
+	u64 grown;
+	u64 shrunk;
+	u64 grow_failed;
+	u64 recast;
+	struct {
+		u64 chunks;
+		u64 free_pages;
+		u64 used_pages;
+		u64 allocs;
+		u64 frees;
+		u64 splits;
+		u64 merges;
+	} buddy;
 };
 
 int __must_check tm_pages_init(void);
 void tm_pages_exit(void);
 
 struct tm_geometry tm_pages_geometry(void);
-struct page *tm_pages_page(struct tm_page_id id);
-void tm_pages_stats(struct tm_pages_stats *stats);
+u64 tm_pages_nodes(void);
+struct page *tm_pages_page(const struct tm_run *run);
+void tm_pages_stats(u64 nodes, struct tm_pages_stats *stats);
 
-int __must_check tm_pages_take_chunk(bool want_zeroed, struct tm_chunk_id *id,
-				     bool *zeroed);
-void tm_pages_put_chunk(struct tm_chunk_id id, bool zeroed);
+int __must_check tm_pages_alloc(unsigned int node, unsigned int order,
+				unsigned int flags, struct tm_run *run,
+				bool *zeroed);
+void tm_pages_free(const struct tm_run *run, bool zeroed);
+void tm_pages_zero(const struct tm_run *run);
 
-int __must_check tm_pages_alloc_run(unsigned int order, bool may_grow,
-				    struct tm_page_id *page);
-void tm_pages_free_run(struct tm_page_id page, unsigned int order);
-
-void tm_pages_zero(struct tm_page_id page, unsigned int order);
-
-bool tm_pages_could_hold(u64 nr_pages);
+bool tm_pages_could_hold(u64 nodes, u64 nr_pages);
 int __must_check tm_pages_set_capacity(u32 chunks);
 int __must_check tm_pages_set_reserve(u32 chunks);
 

@@ -6,11 +6,16 @@
 #include <linux/capability.h>
 #include <linux/device.h>
 #include <linux/kstrtox.h>
+#include <linux/slab.h>
 #include <linux/sysfs.h>
+#include <uapi/linux/tensormem.h>
 
 #include "client.h"
+#include "dispatch.h"
 #include "memory.h"
+#include "numa.h"
 #include "pages.h"
+#include "quarantine.h"
 #include "sysfs.h"
 
 #define TM_SHOW(function, setup, value)					\
@@ -46,29 +51,31 @@ static struct device_attribute tm_attr_##group##_##file =			\
 	__ATTR(file, 0644, tm_##group##_##file##_show,			\
 	       tm_##group##_##file##_store)
 
-/* A value out of the pools' counters. */
+/* A value out of all nodes' counters. */
 #define TM_POOL_SHOW(group, file, value)				\
 	TM_SHOW(tm_##group##_##file##_show,				\
-		struct tm_pages_stats s; tm_pages_stats(&s), value)
+		struct tm_pages_stats s; tm_pages_stats(U64_MAX, &s), value)
 
 #define TM_POOL_RO(group, file, value)					\
 	TM_POOL_SHOW(group, file, value)				\
 	TM_RO(group, file)
 
-TM_POOL_SHOW(chunk, capacity, s.chunk.capacity)
+TM_POOL_SHOW(chunk, capacity, s.capacity)
 TM_STORE(tm_chunk_capacity_store, u32, kstrtou32, tm_pages_set_capacity)
 TM_RW(chunk, capacity);
-TM_POOL_SHOW(chunk, reserve, s.chunk.reserve)
+TM_POOL_SHOW(chunk, reserve, s.reserve)
 TM_STORE(tm_chunk_reserve_store, u32, kstrtou32, tm_pages_set_reserve)
 TM_RW(chunk, reserve);
-TM_POOL_RO(chunk, total, tm_chunk_total(&s.chunk));
-TM_POOL_RO(chunk, free, tm_chunk_free_count(&s.chunk));
-TM_POOL_RO(chunk, zeroed, s.chunk.count[TM_CHUNK_FREE_ZEROED]);
-TM_POOL_RO(chunk, used, s.chunk.owned[TM_OWNER_TENSOR]);
-TM_POOL_RO(chunk, grown, s.chunk.grown);
-TM_POOL_RO(chunk, shrunk, s.chunk.shrunk);
-TM_POOL_RO(chunk, grow_failed, s.chunk.grow_failed);
-TM_SHOW(tm_chunk_quarantined_show, (void)0, tm_memory_quarantined())
+TM_POOL_RO(chunk, total, s.total);
+TM_POOL_RO(chunk, free, s.free);
+TM_POOL_RO(chunk, zeroed, s.zeroed);
+TM_POOL_RO(chunk, used, s.used);
+TM_POOL_RO(chunk, grown, s.grown);
+TM_POOL_RO(chunk, shrunk, s.shrunk);
+TM_POOL_RO(chunk, grow_failed, s.grow_failed);
+TM_POOL_RO(chunk, charged, s.charged);
+TM_POOL_RO(chunk, recast, s.recast);
+TM_SHOW(tm_chunk_quarantined_show, (void)0, tm_quarantine_pages())
 TM_RO(chunk, quarantined);
 
 static struct attribute *tm_chunk_attrs[] = {
@@ -82,12 +89,14 @@ static struct attribute *tm_chunk_attrs[] = {
 	&tm_attr_chunk_grown.attr,
 	&tm_attr_chunk_shrunk.attr,
 	&tm_attr_chunk_grow_failed.attr,
+	&tm_attr_chunk_charged.attr,
+	&tm_attr_chunk_recast.attr,
 	NULL
 };
 
-TM_POOL_RO(buddy, chunks, s.buddy.nr_chunks);
+TM_POOL_RO(buddy, chunks, s.buddy.chunks);
 TM_POOL_RO(buddy, free_pages, s.buddy.free_pages);
-TM_POOL_RO(buddy, used_pages, tm_buddy_used_pages(&s.buddy));
+TM_POOL_RO(buddy, used_pages, s.buddy.used_pages);
 TM_POOL_RO(buddy, allocs, s.buddy.allocs);
 TM_POOL_RO(buddy, frees, s.buddy.frees);
 TM_POOL_RO(buddy, splits, s.buddy.splits);
@@ -121,6 +130,7 @@ static int tm_sysfs_set_default_quota(u64 bytes)
 TM_CLIENTS_RO(count, t.clients);
 TM_CLIENTS_RO(tensors, t.tensors);
 TM_CLIENTS_RO(bytes, t.bytes);
+TM_CLIENTS_RO(kept, t.kept);
 TM_SHOW(tm_clients_default_quota_show, (void)0, tm_client_default_quota())
 TM_STORE(tm_clients_default_quota_store, u64, kstrtou64,
 	 tm_sysfs_set_default_quota)
@@ -130,6 +140,7 @@ static struct attribute *tm_clients_attrs[] = {
 	&tm_attr_clients_count.attr,
 	&tm_attr_clients_tensors.attr,
 	&tm_attr_clients_bytes.attr,
+	&tm_attr_clients_kept.attr,
 	&tm_attr_clients_default_quota.attr,
 	NULL
 };
@@ -149,9 +160,138 @@ static const struct attribute_group tm_clients_group = {
 	.attrs = tm_clients_attrs,
 };
 
-const struct attribute_group *tm_sysfs_groups[] = {
+#define TM_DISPATCH(kind, number)					\
+static ssize_t tm_dispatch_##kind##_show(struct device *dev,		\
+					 struct device_attribute *attr,	\
+					 char *buf)			\
+{									\
+	return tm_dispatch_show(number, buf);				\
+}									\
+TM_RO(dispatch, kind)
+
+TM_DISPATCH(weights, TENSORMEM_KIND_WEIGHTS);
+TM_DISPATCH(kv, TENSORMEM_KIND_KV);
+TM_DISPATCH(activations, TENSORMEM_KIND_ACTIVATIONS);
+TM_DISPATCH(protocol, TENSORMEM_KIND_PROTOCOL);
+
+static struct attribute *tm_dispatch_attrs[] = {
+	&tm_attr_dispatch_weights.attr,
+	&tm_attr_dispatch_kv.attr,
+	&tm_attr_dispatch_activations.attr,
+	&tm_attr_dispatch_protocol.attr,
+	NULL
+};
+
+static const struct attribute_group tm_dispatch_group = {
+	.name = "dispatch",
+	.attrs = tm_dispatch_attrs,
+};
+
+/* A folder for each memory node: which nodes there are is known at load. */
+struct tm_node_attr {
+	struct device_attribute attr;
+	u32 node;
+};
+
+#define TM_NODE_SHOW(file, setup, value)				\
+static ssize_t tm_node_##file##_show(struct device *dev,		\
+				     struct device_attribute *attr,	\
+				     char *buf)				\
+{									\
+	u32 node = container_of(attr, struct tm_node_attr, attr)->node;	\
+									\
+	setup;								\
+	return sysfs_emit(buf, "%llu\n", (u64)(value));			\
+}
+
+#define TM_NODE_POOL_SHOW(file, value)					\
+	TM_NODE_SHOW(file, struct tm_pages_stats s;			\
+		     tm_pages_stats(BIT_ULL(node), &s), value)
+
+#define TM_NODE_COUNT_SHOW(file)					\
+	TM_NODE_SHOW(file, u64 hits; u64 fallbacks;			\
+		     tm_numa_stats(node, &hits, &fallbacks), file)
+
+TM_NODE_POOL_SHOW(capacity, s.capacity)
+TM_NODE_POOL_SHOW(total, s.total)
+TM_NODE_POOL_SHOW(free, s.free)
+TM_NODE_POOL_SHOW(used, s.used)
+TM_NODE_POOL_SHOW(used_pages, s.buddy.used_pages)
+TM_NODE_COUNT_SHOW(hits)
+TM_NODE_COUNT_SHOW(fallbacks)
+
+#define TM_NODE_ATTR(file) __ATTR(file, 0444, tm_node_##file##_show, NULL)
+
+static const struct device_attribute tm_node_attrs[] = {
+	TM_NODE_ATTR(capacity),
+	TM_NODE_ATTR(total),
+	TM_NODE_ATTR(free),
+	TM_NODE_ATTR(used),
+	TM_NODE_ATTR(used_pages),
+	TM_NODE_ATTR(hits),
+	TM_NODE_ATTR(fallbacks),
+};
+
+struct tm_node_group {
+	struct attribute_group group;
+	char name[sizeof("node63")];
+	struct tm_node_attr attr[ARRAY_SIZE(tm_node_attrs)];
+	struct attribute *attrs[ARRAY_SIZE(tm_node_attrs) + 1];
+};
+
+static const struct attribute_group *const tm_fixed_groups[] = {
 	&tm_chunk_group,
 	&tm_buddy_group,
 	&tm_clients_group,
-	NULL
+	&tm_dispatch_group,
 };
+
+static struct tm_node_group *tm_node_groups;
+static const struct attribute_group **tm_groups;
+
+static void __init tm_node_group_init(struct tm_node_group *g, u32 node)
+{
+	for (u32 i = 0; i < ARRAY_SIZE(tm_node_attrs); i++) {
+		g->attr[i].attr = tm_node_attrs[i];
+		g->attr[i].node = node;
+		sysfs_attr_init(&g->attr[i].attr.attr);
+		g->attrs[i] = &g->attr[i].attr.attr;
+	}
+	snprintf(g->name, sizeof(g->name), "node%u", node);
+	g->group.name = g->name;
+	g->group.attrs = g->attrs;
+}
+
+/**
+ * tm_sysfs_groups - make the folders of the device
+ *
+ * Context: may sleep. Return: an array that ends with NULL, or NULL when memory is
+ * short. It lives until tm_sysfs_exit().
+ */
+const struct attribute_group **__init tm_sysfs_groups(void)
+{
+	u32 fixed = ARRAY_SIZE(tm_fixed_groups), i = 0;
+	u64 nodes = tm_pages_nodes();
+
+	tm_node_groups = kcalloc(hweight64(nodes), sizeof(*tm_node_groups),
+				 GFP_KERNEL);
+	tm_groups = kcalloc(fixed + hweight64(nodes) + 1, sizeof(*tm_groups),
+			    GFP_KERNEL);
+	if (!tm_node_groups || !tm_groups) {
+		tm_sysfs_exit();
+		return NULL;
+	}
+	memcpy(tm_groups, tm_fixed_groups, sizeof(tm_fixed_groups));
+	for (; nodes; nodes &= nodes - 1, i++) {
+		tm_node_group_init(&tm_node_groups[i], __ffs64(nodes));
+		tm_groups[fixed + i] = &tm_node_groups[i].group;
+	}
+	return tm_groups;
+}
+
+/* Context: may sleep; the device is gone. */
+void tm_sysfs_exit(void)
+{
+	kfree(tm_groups);
+	kfree(tm_node_groups);
+}

@@ -4,6 +4,7 @@
 
 struct attribute_group;
 
-extern const struct attribute_group *tm_sysfs_groups[];
+const struct attribute_group **tm_sysfs_groups(void);
+void tm_sysfs_exit(void);
 
 #endif

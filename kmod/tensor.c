@@ -13,32 +13,21 @@
 #include <linux/xarray.h>
 
 #include "client.h"
-#include "memory.h"
-#include "pages.h"
+#include "dispatch.h"
+#include "limits.h"
+#include "park.h"
+#include "quarantine.h"
 #include "tensor.h"
 #include "trace.h"
+#include "vm.h"
 
-static u64 tm_tensor_held(const struct tm_tensor *tensor)
-{
-	return (u64)tensor->memory->nr_pages << PAGE_SHIFT;
-}
+#define TM_TENSOR_FLAGS	(TENSORMEM_NOZERO | TENSORMEM_HUGE | TENSORMEM_PAGED | \
+			 TENSORMEM_PINNED)
 
 /* Nanoseconds since its memory was asked for; 0 while nobody traces. */
 static u64 tm_tensor_age(const struct tm_tensor *tensor)
 {
 	return tensor->born_ns ? ktime_get_ns() - tensor->born_ns : 0;
-}
-
-/*
- * Which pool serves a tensor: whole chunks from one chunk up, runs below. Kinds
- * differ in their pools once the slab, KV and RT pools exist.
- */
-static u8 tm_tensor_dispatch(const struct tensormem_alloc *request, u64 held)
-{
-	if (request->pool != TENSORMEM_POOL_AUTO)
-		return request->pool;
-	return held >= TM_CHUNK_SIZE ? TENSORMEM_POOL_CHUNK :
-				       TENSORMEM_POOL_BUDDY;
 }
 
 static int tm_tensor_check_request(const struct tensormem_alloc *request)
@@ -48,22 +37,110 @@ static int tm_tensor_check_request(const struct tensormem_alloc *request)
 	if (request->kind < TENSORMEM_KIND_WEIGHTS ||
 	    request->kind > TENSORMEM_KIND_PROTOCOL)
 		return -EINVAL;
-	if (request->pool > TENSORMEM_POOL_BUDDY || request->flags)
+	if (request->pool > TENSORMEM_POOL_BUDDY || request->pad ||
+	    request->flags & ~TM_TENSOR_FLAGS)
+		return -EINVAL;
+	if (request->flags & TENSORMEM_HUGE && request->flags & TENSORMEM_PAGED)
 		return -EINVAL;
 	return 0;
 }
 
-static enum tm_memory_policy
-tm_tensor_policy(const struct tensormem_alloc *request)
+static int tm_tensor_numa(struct tm_client *client,
+			  const struct tensormem_alloc *request,
+			  struct tm_numa *numa)
 {
-	switch (request->pool) {
-	case TENSORMEM_POOL_CHUNK:
-		return TM_MEMORY_CHUNKS;
-	case TENSORMEM_POOL_BUDDY:
-		return TM_MEMORY_RUNS;
-	default:
-		return TM_MEMORY_AUTO;
-	}
+	if (request->numa != TENSORMEM_NUMA_DEFAULT)
+		return tm_numa_parse(request->numa, request->nodes, numa);
+	*numa = tm_client_numa(client);
+	return request->nodes ? -EINVAL : 0;
+}
+
+/* What the request describes; it has no memory yet. */
+static int tm_tensor_init(struct tm_tensor *tensor, struct tm_client *client,
+			  const struct tensormem_alloc *request)
+{
+	u64 nr_pages = DIV_ROUND_UP_ULL(request->size, PAGE_SIZE);
+	struct tm_dispatch dispatch;
+
+	dispatch = tm_dispatch(request->kind, request->size);
+	*tensor = (struct tm_tensor){
+		.region = {
+			.range.length = nr_pages,
+			.huge = request->flags & TENSORMEM_HUGE ||
+				(dispatch.huge &&
+				 !(request->flags & TENSORMEM_PAGED)),
+		},
+		.size = request->size,
+		.kind = request->kind,
+		.asked = request->pool,
+		.pool = request->pool ?: dispatch.pool,
+		.flags = request->flags,
+	};
+	INIT_LIST_HEAD(&tensor->doomed);
+	return tm_tensor_numa(client, request, &tensor->numa);
+}
+
+/**
+ * tm_tensor_alike - whether the memory of one tensor would do for another
+ * @a: one tensor
+ * @b: the other; neither needs to have memory
+ *
+ * Context: any.
+ */
+bool tm_tensor_alike(const struct tm_tensor *a, const struct tm_tensor *b)
+{
+	return a->region.range.length == b->region.range.length &&
+	       a->kind == b->kind && a->asked == b->asked &&
+	       a->flags == b->flags && a->numa.policy == b->numa.policy &&
+	       a->numa.nodes == b->numa.nodes;
+}
+
+static struct tm_memory *tm_tensor_try_memory(struct tm_client *client,
+					      const struct tm_tensor *tensor)
+{
+	static const enum tm_memory_policy policies[] = {
+		[TENSORMEM_POOL_AUTO] = TM_MEMORY_AUTO,
+		[TENSORMEM_POOL_CHUNK] = TM_MEMORY_CHUNKS,
+		[TENSORMEM_POOL_BUDDY] = TM_MEMORY_RUNS,
+	};
+	struct tm_memory_request request = {
+		.nr_pages = tensor->region.range.length,
+		.policy = policies[tensor->asked],
+		.flags = tm_limits_in_cgroup() ? TM_PAGES_CHARGED : 0,
+		.numa = tensor->numa,
+		.turn = &client->turn,
+	};
+	struct tm_memory *memory;
+	u64 bytes;
+	int err;
+
+	if (request.policy == TM_MEMORY_CHUNKS)
+		request.nr_pages = round_up(request.nr_pages,
+					    TM_CHUNK_SIZE >> PAGE_SHIFT);
+	bytes = (u64)request.nr_pages << PAGE_SHIFT;
+	/* Charged before it is taken: a quota is never exceeded, not even briefly. */
+	err = tm_client_charge(client, bytes);
+	if (err)
+		return ERR_PTR(err);
+	memory = tm_memory_alloc(&request);
+	if (IS_ERR(memory))
+		tm_client_uncharge(client, bytes);
+	return memory;
+}
+
+/* Memory for @tensor, if need be at the cost of what is parked. */
+static struct tm_memory *tm_tensor_memory(struct tm_client *client,
+					  const struct tm_tensor *tensor)
+{
+	struct tm_memory *memory = tm_tensor_try_memory(client, tensor);
+	bool again = false;
+
+	if (memory == ERR_PTR(-EDQUOT))
+		again = tm_park_relieve_client(client);
+	else if (memory == ERR_PTR(-ENOSPC) || memory == ERR_PTR(-ENOMEM))
+		again = tm_park_relieve(tensor->region.range.length <<
+					PAGE_SHIFT);
+	return again ? tm_tensor_try_memory(client, tensor) : memory;
 }
 
 /**
@@ -71,57 +148,71 @@ tm_tensor_policy(const struct tensormem_alloc *request)
  * @client: who it is for and who is charged
  * @request: size, kind, pool and flags, as user space gave them
  *
- * The tensor has no handle and no offset: publish it, or discard it.
+ * The tensor has no handle, and no offset unless it is a reused one: publish it, or
+ * discard it.
  *
  * Context: may sleep.
  * Return: the tensor or an ERR_PTR: -EINVAL for a malformed request, -EDQUOT,
- * -ENOSPC, -ENOMEM, -EINTR as in the UAPI header.
+ * -ENOSPC, -ENOMEM, -EPERM, -EINTR as in the UAPI header.
  */
 struct tm_tensor *tm_tensor_create(struct tm_client *client,
 				   const struct tensormem_alloc *request)
 {
-	struct tm_geometry g = tm_pages_geometry();
-	struct tm_tensor *tensor;
-	u64 held, nr_pages;
+	bool traced = trace_tensormem_alloc_enabled() ||
+		      trace_tensormem_free_enabled();
+	u64 born_ns = traced ? ktime_get_ns() : 0;
+	struct tm_tensor *tensor, *parked, like;
 	int err;
 
 	err = tm_tensor_check_request(request);
+	if (!err)
+		err = tm_tensor_init(&like, client, request);
 	if (err)
 		return ERR_PTR(err);
-	nr_pages = DIV_ROUND_UP_ULL(request->size, PAGE_SIZE);
-	if (request->pool == TENSORMEM_POOL_CHUNK)
-		nr_pages = round_up(nr_pages, (u64)tm_chunk_pages(g));
-	held = nr_pages << PAGE_SHIFT;
+	parked = request->flags & TENSORMEM_NOZERO ?
+		 tm_unpark(client, &like) : NULL;
+	if (parked) {
+		parked->size = request->size;
+		parked->reused = true;
+		parked->born_ns = born_ns;
+		tm_client_count(client, 1);
+		return parked;
+	}
 
-	tensor = kzalloc(sizeof(*tensor), GFP_KERNEL_ACCOUNT);
+	tensor = kmemdup(&like, sizeof(like), GFP_KERNEL_ACCOUNT);
 	if (!tensor)
 		return ERR_PTR(-ENOMEM);
-	if (trace_tensormem_alloc_enabled() || trace_tensormem_free_enabled())
-		tensor->born_ns = ktime_get_ns();
-	/* Charged before it is taken: a quota is never exceeded, not even briefly. */
-	err = tm_client_charge(client, held);
-	if (err)
-		goto err_free;
-	tensor->memory = tm_memory_alloc(nr_pages, tm_tensor_policy(request));
-	if (IS_ERR(tensor->memory)) {
-		err = PTR_ERR(tensor->memory);
-		goto err_uncharge;
-	}
-	tensor->size = request->size;
-	tensor->kind = request->kind;
-	tensor->pool = tm_tensor_dispatch(request, held);
 	INIT_LIST_HEAD(&tensor->doomed);
+	tensor->born_ns = born_ns;
+	if (tensor->flags & TENSORMEM_PINNED) {
+		err = tm_limits_pin(tensor->region.range.length,
+				    &tensor->pinned_by);
+		if (err)
+			goto err_free;
+	}
+	tensor->region.memory = tm_tensor_memory(client, tensor);
+	if (IS_ERR(tensor->region.memory)) {
+		err = PTR_ERR(tensor->region.memory);
+		goto err_unpin;
+	}
+	tm_client_count(client, 1);
 	return tensor;
 
-err_uncharge:
-	tm_client_uncharge(client, held);
+err_unpin:
+	tm_limits_unpin(tensor->region.range.length, tensor->pinned_by);
 err_free:
 	kfree(tensor);
 	return ERR_PTR(err);
 }
 
+static void tm_tensor_destroy(struct tm_tensor *tensor)
+{
+	tm_limits_unpin(tensor->region.range.length, tensor->pinned_by);
+	kfree(tensor);
+}
+
 /**
- * tm_tensor_discard - free a tensor that was created and never published
+ * tm_tensor_discard - free a tensor that was created and is not published
  * @client: whose it is
  * @tensor: the tensor; consumed
  *
@@ -129,9 +220,14 @@ err_free:
  */
 void tm_tensor_discard(struct tm_client *client, struct tm_tensor *tensor)
 {
+	tm_client_count(client, -1);
+	if (tensor->reused) {
+		tm_park(client, tensor);
+		return;
+	}
 	tm_client_uncharge(client, tm_tensor_held(tensor));
-	tm_memory_discard(tensor->memory);
-	kfree(tensor);
+	tm_memory_discard(tensor->region.memory);
+	tm_tensor_destroy(tensor);
 }
 
 static void tm_tensor_assert_locked(struct tm_client *client)
@@ -139,36 +235,67 @@ static void tm_tensor_assert_locked(struct tm_client *client)
 	lockdep_assert_held_write(&client->inode->i_mapping->invalidate_lock);
 }
 
+static int tm_tensor_place(struct tm_client *client, struct tm_tensor *tensor)
+{
+	unsigned int chunk_order = tm_pages_geometry().chunk_order;
+	struct tm_range *range = &tensor->region.range;
+	/* Virtual alignment like the largest extent's: larger mappings can follow. */
+	u64 align = 1ull << min_t(unsigned int, ilog2(range->length),
+				  chunk_order);
+
+	tm_tensor_assert_locked(client);
+	return tm_window_insert(&client->window, range, range->length, align,
+				tensor->region.huge &&
+				tensor->region.memory->nr_chunks);
+}
+
+/**
+ * tm_tensor_unmap - take a tensor's place away and empty its mappings
+ * @client: whose it is; its invalidate_lock is held for writing
+ * @tensor: the tensor
+ *
+ * Context: may sleep.
+ */
+void tm_tensor_unmap(struct tm_client *client, struct tm_tensor *tensor)
+{
+	struct tm_range *range = &tensor->region.range;
+
+	tm_tensor_assert_locked(client);
+	tm_window_remove(&client->window, range);
+	unmap_mapping_range(client->inode->i_mapping,
+			    (loff_t)range->start << PAGE_SHIFT,
+			    (loff_t)range->length << PAGE_SHIFT, 1);
+}
+
 static int tm_tensor_publish_one(struct tm_client *client,
 				 struct tm_tensor *tensor)
 {
-	struct tm_geometry g = tm_pages_geometry();
-	u64 pages = DIV_ROUND_UP_ULL(tensor->size, PAGE_SIZE);
-	/* Virtual alignment like the largest extent's: larger mappings can follow. */
-	u64 align = 1ull << min_t(unsigned int, ilog2(pages), g.chunk_order);
-	int err;
+	int err = tensor->reused ? 0 : tm_tensor_place(client, tensor);
 
-	tm_tensor_assert_locked(client);
-	err = tm_window_insert(&client->window, &tensor->range, pages, align);
 	if (err)
 		return err;
 	err = xa_alloc_cyclic(&client->tensors, &tensor->handle, tensor,
 			      xa_limit_31b, &client->next_handle,
 			      GFP_KERNEL_ACCOUNT);
 	if (err < 0) {
-		tm_window_remove(&client->window, &tensor->range);
 		tensor->handle = 0;
+		if (!tensor->reused)
+			tm_window_remove(&client->window,
+					 &tensor->region.range);
 		return -ENOMEM;
 	}
 	return 0;
 }
 
+/* Undo tm_tensor_publish_one() before anybody was told. */
 static void tm_tensor_unpublish(struct tm_client *client,
 				struct tm_tensor *tensor)
 {
 	tm_tensor_assert_locked(client);
 	xa_erase(&client->tensors, tensor->handle);
-	tm_window_remove(&client->window, &tensor->range);
+	/* Faults may have found it: it was in the window for everyone to see. */
+	if (!tensor->reused)
+		tm_tensor_unmap(client, tensor);
 }
 
 /**
@@ -197,7 +324,7 @@ int tm_tensor_publish(struct tm_client *client, struct tm_tensor **tensors,
 		if (err)
 			break;
 		results[i].handle = tensors[i]->handle;
-		results[i].offset = tensors[i]->range.start << PAGE_SHIFT;
+		results[i].offset = tensors[i]->region.range.start << PAGE_SHIFT;
 	}
 	*failed = i;
 	for (u32 done = 0; done < i; done++) {
@@ -211,13 +338,28 @@ int tm_tensor_publish(struct tm_client *client, struct tm_tensor **tensors,
 	return err;
 }
 
-static void tm_tensor_destroy(struct tm_client *client,
-			      struct tm_tensor *tensor)
+/**
+ * tm_tensor_release - free a tensor that has neither handle nor place
+ * @client: whose it is
+ * @tensor: the tensor; consumed
+ *
+ * Context: may sleep.
+ */
+void tm_tensor_release(struct tm_client *client, struct tm_tensor *tensor)
+{
+	tm_quarantine_free(client, tensor->region.memory);
+	tm_tensor_destroy(tensor);
+}
+
+/* The handle is gone: what happens to the rest is up to NOZERO. */
+static void tm_tensor_retire(struct tm_client *client, struct tm_tensor *tensor)
 {
 	trace_tensormem_free(client->id, tensor, tm_tensor_age(tensor));
-	tm_client_uncharge(client, tm_tensor_held(tensor));
-	tm_memory_free(tensor->memory);
-	kfree(tensor);
+	tm_client_count(client, -1);
+	if (tensor->flags & TENSORMEM_NOZERO)
+		tm_park(client, tensor);
+	else
+		tm_tensor_release(client, tensor);
 }
 
 /**
@@ -253,17 +395,17 @@ int tm_tensor_free(struct tm_client *client, const u32 *handles, u32 count,
 		return -ENOENT;
 	}
 	list_for_each_entry(tensor, &doomed, doomed) {
-		tm_tensor_unpublish(client, tensor);
-		unmap_mapping_range(mapping,
-				    (loff_t)tensor->range.start << PAGE_SHIFT,
-				    (loff_t)tensor->range.length << PAGE_SHIFT,
-				    1);
+		xa_erase(&client->tensors, tensor->handle);
+		if (!(tensor->flags & TENSORMEM_NOZERO))
+			tm_tensor_unmap(client, tensor);
 		cond_resched();
 	}
 	filemap_invalidate_unlock(mapping);
 
-	list_for_each_entry_safe(tensor, next, &doomed, doomed)
-		tm_tensor_destroy(client, tensor);
+	list_for_each_entry_safe(tensor, next, &doomed, doomed) {
+		list_del_init(&tensor->doomed);
+		tm_tensor_retire(client, tensor);
+	}
 	return 0;
 }
 
@@ -280,7 +422,10 @@ void tm_tensor_free_all(struct tm_client *client)
 
 	xa_for_each(&client->tensors, handle, tensor) {
 		xa_erase(&client->tensors, handle);
-		tm_tensor_destroy(client, tensor);
+		trace_tensormem_free(client->id, tensor,
+				     tm_tensor_age(tensor));
+		tm_client_count(client, -1);
+		tm_tensor_release(client, tensor);
 	}
 }
 
@@ -295,25 +440,30 @@ void tm_tensor_free_all(struct tm_client *client)
 int tm_tensor_query(struct tm_client *client, struct tensormem_query *query)
 {
 	struct address_space *mapping = client->inode->i_mapping;
+	const struct tm_region *region;
 	struct tm_tensor *tensor;
 
 	if (query->flags)
 		return -EINVAL;
 	filemap_invalidate_lock_shared(mapping);
 	tensor = xa_load(&client->tensors, query->handle);
-	if (tensor)
+	if (tensor) {
+		region = &tensor->region;
 		*query = (struct tensormem_query){
 			.handle = tensor->handle,
 			.kind = tensor->kind,
 			.pool = tensor->pool,
 			.size = tensor->size,
-			.length = tensor->range.length << PAGE_SHIFT,
-			.offset = tensor->range.start << PAGE_SHIFT,
+			.length = region->range.length << PAGE_SHIFT,
+			.offset = region->range.start << PAGE_SHIFT,
 			.held = tm_tensor_held(tensor),
-			.nr_chunks = tensor->memory->nr_chunks,
-			.nr_runs = tensor->memory->nr_extents -
-				   tensor->memory->nr_chunks,
+			.nr_chunks = region->memory->nr_chunks,
+			.nr_runs = region->memory->nr_extents -
+				   region->memory->nr_chunks,
+			.mapping = tm_vm_mapping(region),
+			.alloc_flags = tensor->flags,
 		};
+	}
 	filemap_invalidate_unlock_shared(mapping);
 	return tensor ? 0 : -ENOENT;
 }

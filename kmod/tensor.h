@@ -2,41 +2,55 @@
 #ifndef TM_TENSOR_H
 #define TM_TENSOR_H
 
-#include <linux/container_of.h>
 #include <linux/list.h>
 #include <linux/types.h>
 #include <uapi/linux/tensormem.h>
 
-#include "window.h"
+#include "memory.h"
 
 struct tm_client;
-struct tm_memory;
+struct user_struct;
 
 /**
  * struct tm_tensor - one allocation of a client
- * @range: its place in the client's window
- * @memory: its pages
+ * @region: its pages and their place in the client's window
  * @size: bytes asked for
  * @handle: its name; 0 until it is published
  * @kind: enum tensormem_kind
+ * @asked: the pool asked for
  * @pool: enum tensormem_pool, never AUTO
+ * @flags: TENSORMEM_NOZERO and the other flags asked for
+ * @numa: where it was to come from
+ * @reused: it was parked before: it has its place already
  * @born_ns: when its memory was asked for, if somebody traced at the time
+ * @pinned_by: whose RLIMIT_MEMLOCK it counts against, or NULL
  * @doomed: links the tensors that one call frees
+ * @client: while it is parked: whose it is
+ * @parked: in tm_client::parked
+ * @parked_all: on the list of all parked tensors
  */
 struct tm_tensor {
-	struct tm_range range;
-	struct tm_memory *memory;
+	struct tm_region region;
 	u64 size;
 	u32 handle;
 	u8 kind;
+	u8 asked;
 	u8 pool;
+	u32 flags;
+	struct tm_numa numa;
+	bool reused;
 	u64 born_ns;
+	struct user_struct *pinned_by;
 	struct list_head doomed;
+	struct tm_client *client;
+	struct hlist_node parked;
+	struct list_head parked_all;
 };
 
-static inline struct tm_tensor *tm_range_tensor(struct tm_range *range)
+/* Bytes of memory that @tensor holds and its client is charged for. */
+static inline u64 tm_tensor_held(const struct tm_tensor *tensor)
 {
-	return container_of(range, struct tm_tensor, range);
+	return (u64)tensor->region.memory->nr_pages << PAGE_SHIFT;
 }
 
 struct tm_tensor *tm_tensor_create(struct tm_client *client,
@@ -51,5 +65,9 @@ int __must_check tm_tensor_free(struct tm_client *client, const u32 *handles,
 void tm_tensor_free_all(struct tm_client *client);
 int __must_check tm_tensor_query(struct tm_client *client,
 				 struct tensormem_query *query);
+
+bool tm_tensor_alike(const struct tm_tensor *a, const struct tm_tensor *b);
+void tm_tensor_unmap(struct tm_client *client, struct tm_tensor *tensor);
+void tm_tensor_release(struct tm_client *client, struct tm_tensor *tensor);
 
 #endif

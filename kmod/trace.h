@@ -7,7 +7,6 @@
 
 #include <linux/tracepoint.h>
 
-#include "memory.h"
 #include "tensor.h"
 
 /* Symbols instead of numbers; the numbers are those of the UAPI header. */
@@ -21,7 +20,8 @@
 #define tm_show_pool(pool)						\
 	__print_symbolic(pool,						\
 			 { 1, "chunk" },				\
-			 { 2, "buddy" })
+			 { 2, "buddy" },				\
+			 { 3, "slab" })
 
 DECLARE_EVENT_CLASS(tensormem_tensor,
 	TP_PROTO(u32 client, const struct tm_tensor *tensor, u64 latency_ns),
@@ -38,8 +38,8 @@ DECLARE_EVENT_CLASS(tensormem_tensor,
 	),
 	TP_fast_assign(
 		__entry->size = tensor->size;
-		__entry->held = (u64)tensor->memory->nr_pages << PAGE_SHIFT;
-		__entry->offset = tensor->range.start << PAGE_SHIFT;
+		__entry->held = tm_tensor_held(tensor);
+		__entry->offset = tensor->region.range.start << PAGE_SHIFT;
 		__entry->latency_ns = latency_ns;
 		__entry->client = client;
 		__entry->handle = tensor->handle;
@@ -66,32 +66,36 @@ DEFINE_EVENT(tensormem_tensor, tensormem_free,
 );
 
 TRACE_EVENT(tensormem_chunk_grow,
-	TP_PROTO(u32 chunk, bool ok, u64 latency_ns),
-	TP_ARGS(chunk, ok, latency_ns),
+	TP_PROTO(u32 node, u32 chunk, bool ok, u64 latency_ns),
+	TP_ARGS(node, chunk, ok, latency_ns),
 	TP_STRUCT__entry(
 		__field(u64, latency_ns)
+		__field(u32, node)
 		__field(u32, chunk)
 		__field(bool, ok)
 	),
 	TP_fast_assign(
 		__entry->latency_ns = latency_ns;
+		__entry->node = node;
 		__entry->chunk = chunk;
 		__entry->ok = ok;
 	),
-	TP_printk("chunk=%u ok=%d latency_ns=%llu", __entry->chunk,
-		  __entry->ok, __entry->latency_ns)
+	TP_printk("node=%u chunk=%u ok=%d latency_ns=%llu", __entry->node,
+		  __entry->chunk, __entry->ok, __entry->latency_ns)
 );
 
 TRACE_EVENT(tensormem_chunk_shrink,
-	TP_PROTO(u32 chunk),
-	TP_ARGS(chunk),
+	TP_PROTO(u32 node, u32 chunk),
+	TP_ARGS(node, chunk),
 	TP_STRUCT__entry(
+		__field(u32, node)
 		__field(u32, chunk)
 	),
 	TP_fast_assign(
+		__entry->node = node;
 		__entry->chunk = chunk;
 	),
-	TP_printk("chunk=%u", __entry->chunk)
+	TP_printk("node=%u chunk=%u", __entry->node, __entry->chunk)
 );
 
 /* mapped: pages this fault saw to; 0 when there is no tensor (SIGBUS). */

@@ -2,23 +2,31 @@
 /*
  * Mappings of a client's window, and the faults that fill them.
  *
- * Tensors are mapped page by page as page-backed entries of a VM_MIXEDMAP area:
- * they can be pinned (O_DIRECT, io_uring) and count as RSS. A fault maps all of
- * the tensor that shares the faulting address's page table, so a megabyte costs
- * one fault.
+ * Page by page: page-backed entries of a VM_MIXEDMAP area, which can be pinned
+ * (O_DIRECT, io_uring) and count as RSS. A fault maps all of the region that shares
+ * the faulting address's page table, so a megabyte costs one fault. Where the pages
+ * are a whole chunk's, arm64 folds contiguous entries by itself.
+ *
+ * As blocks: one PMD entry for a whole chunk, where a page table spans just one (4K
+ * pages) and the area has all of it. The kernel does not count such an entry as
+ * RSS; get_user_pages() can follow it because a whole chunk is one object.
  */
 #include <linux/fs.h>
 #include <linux/ktime.h>
 #include <linux/minmax.h>
 #include <linux/mm.h>
+#include <linux/mman.h>
 
 #include "client.h"
 #include "compat.h"
 #include "memory.h"
 #include "pages.h"
-#include "tensor.h"
 #include "trace.h"
 #include "vm.h"
+
+/* A block is a PMD entry, and a chunk is what it has to be. */
+#define TM_VM_BLOCKS	(IS_ENABLED(CONFIG_TRANSPARENT_HUGEPAGE) && \
+			 PMD_SIZE == TM_CHUNK_SIZE)
 
 /* Pages handed to the kernel at a time: half a KiB of stack. */
 #define TM_VM_BATCH	64
@@ -52,11 +60,11 @@ static int tm_vm_insert(struct vm_area_struct *vma, unsigned long address,
 		for (u32 i = 0; i < want; i++) {
 			u32 offset = index + i - extent->first;
 
-			if (offset >> extent->order) {
+			if (offset >> extent->run.order) {
 				extent++;
 				offset = 0;
 			}
-			pages[i] = tm_pages_page(extent->page) + offset;
+			pages[i] = tm_pages_page(&extent->run) + offset;
 		}
 		err = vm_insert_pages(vma, address, pages, &left);
 		if (err == -EBUSY)
@@ -70,24 +78,82 @@ static int tm_vm_insert(struct vm_area_struct *vma, unsigned long address,
 	return 0;
 }
 
-/* Map the part of @tensor around @vmf that the area and one page table hold. */
-static int tm_vm_map_around(struct vm_fault *vmf, struct tm_tensor *tensor,
-			    u32 *mapped)
+/* Map the part of @region around @vmf that the area and one page table hold. */
+static int tm_vm_map_around(struct vm_fault *vmf,
+			    const struct tm_region *region, u32 *mapped)
 {
 	struct vm_area_struct *vma = vmf->vma;
+	const struct tm_range *range = &region->range;
 	unsigned long table = vmf->address & PMD_MASK;
 	unsigned long start = max(vma->vm_start, table);
 	unsigned long end = min(vma->vm_end, table + PMD_SIZE);
 	u64 first = vma->vm_pgoff + ((start - vma->vm_start) >> PAGE_SHIFT);
 	u64 last = first + ((end - start) >> PAGE_SHIFT);
 
-	first = max(first, tensor->range.start);
-	last = min(last, tensor->range.start + tensor->range.length);
+	first = max(first, range->start);
+	last = min(last, range->start + range->length);
 	*mapped = last - first;
 	return tm_vm_insert(vma, vma->vm_start +
 			    ((first - vma->vm_pgoff) << PAGE_SHIFT),
-			    tensor->memory, first - tensor->range.start,
-			    last - first);
+			    region->memory, first - range->start, last - first);
+}
+
+/* Whether the area has all of the chunk at @vmf, at an address that is fit. */
+static bool tm_vm_block_fits(const struct vm_fault *vmf)
+{
+	const struct vm_area_struct *vma = vmf->vma;
+	unsigned long start = vmf->address & PMD_MASK;
+	u64 pages = PMD_SIZE >> PAGE_SHIFT;
+	u64 behind = (vmf->address - start) >> PAGE_SHIFT;
+
+	return start >= vma->vm_start && vma->vm_end - start >= PMD_SIZE &&
+	       IS_ALIGNED(vmf->pgoff - behind, pages);
+}
+
+/*
+ * Map the chunk at @vmf as a block. Return: whether that is done; if not, it has to
+ * be mapped page by page: the tail of a tensor, or an address that has a page table.
+ */
+static bool tm_vm_map_block(struct vm_fault *vmf,
+			    const struct tm_region *region, u32 *mapped)
+{
+#ifdef CONFIG_TRANSPARENT_HUGEPAGE
+	const struct tm_extent *extent;
+	pmd_t pmd;
+
+	if (!TM_VM_BLOCKS || !region->huge || !tm_vm_block_fits(vmf))
+		return false;
+	extent = tm_memory_find(region->memory,
+				vmf->pgoff - region->range.start);
+	if (extent->run.order != tm_pages_geometry().chunk_order)
+		return false;
+	pmd = READ_ONCE(*vmf->pmd);
+	if (pmd_none(pmd)) {
+		*mapped = 1u << extent->run.order;
+		return tm_vmf_insert_block(vmf, tm_pages_page(&extent->run)) ==
+		       VM_FAULT_NOPAGE;
+	}
+	/* Somebody else was here first. */
+	return pmd_trans_huge(pmd);
+#else
+	return false;
+#endif
+}
+
+/**
+ * tm_vm_mapping - how the whole chunks of a region are mapped
+ * @region: the region; it has memory
+ *
+ * Context: any. Return: enum tensormem_mapping.
+ */
+u32 tm_vm_mapping(const struct tm_region *region)
+{
+	if (!region->memory->nr_chunks)
+		return TENSORMEM_MAPPING_PAGES;
+	if (TM_VM_BLOCKS && region->huge)
+		return TENSORMEM_MAPPING_BLOCK;
+	return IS_ENABLED(CONFIG_ARM64_CONTPTE) ? TENSORMEM_MAPPING_CONT :
+						  TENSORMEM_MAPPING_PAGES;
 }
 
 static vm_fault_t tm_vm_fault(struct vm_fault *vmf)
@@ -96,9 +162,10 @@ static vm_fault_t tm_vm_fault(struct vm_fault *vmf)
 	struct tm_client *client = vmf->vma->vm_file->private_data;
 	struct address_space *mapping = client->inode->i_mapping;
 	vm_fault_t result = VM_FAULT_SIGBUS;
+	const struct tm_region *region;
 	struct tm_range *range;
 	u32 mapped = 0;
-	int err;
+	int err = 0;
 
 	/* A userfaultfd marker is no hole: to map around it would fault for ever. */
 	if (vmf->flags & FAULT_FLAG_ORIG_PTE_VALID && !pte_none(vmf->orig_pte))
@@ -108,7 +175,9 @@ static vm_fault_t tm_vm_fault(struct vm_fault *vmf)
 	filemap_invalidate_lock_shared(mapping);
 	range = tm_window_find(&client->window, vmf->pgoff);
 	if (range) {
-		err = tm_vm_map_around(vmf, tm_range_tensor(range), &mapped);
+		region = container_of(range, struct tm_region, range);
+		if (!tm_vm_map_block(vmf, region, &mapped))
+			err = tm_vm_map_around(vmf, region, &mapped);
 		result = VM_FAULT_NOPAGE;
 		/*
 		 * EFAULT: MADV_DONTNEED took the page table away meanwhile
@@ -153,6 +222,36 @@ static int tm_vm_check_range(struct tm_client *client, u64 first, u64 pages)
 		err = -EINVAL;
 	filemap_invalidate_unlock_shared(mapping);
 	return err;
+}
+
+/**
+ * tm_vm_unmapped_area - choose where to map: so that blocks and runs line up
+ * @file: the client's descriptor
+ * @address: hint, as the parameters that follow what mmap(2) was given
+ * @length: bytes
+ * @pgoff: first page of the window
+ * @flags: MAP_ flags
+ *
+ * Context: process context with mmap_lock held for writing.
+ * Return: an address, congruent to the offset modulo a chunk if there is such a one
+ * and the length makes it matter; or an errno.
+ */
+unsigned long tm_vm_unmapped_area(struct file *file, unsigned long address,
+				  unsigned long length, unsigned long pgoff,
+				  unsigned long flags)
+{
+	unsigned long offset = (pgoff << PAGE_SHIFT) & (TM_CHUNK_SIZE - 1);
+	unsigned long found;
+
+	if (!(flags & MAP_FIXED) && length >= TM_CHUNK_SIZE &&
+	    length + TM_CHUNK_SIZE > length) {
+		found = tm_get_unmapped_area(file, 0, length + TM_CHUNK_SIZE,
+					     0, flags);
+		if (!IS_ERR_VALUE(found) && !address)
+			return found +
+			       ((offset - found) & (TM_CHUNK_SIZE - 1));
+	}
+	return tm_get_unmapped_area(file, address, length, pgoff, flags);
 }
 
 /**

@@ -8,6 +8,7 @@
 #include <linux/align.h>
 #include <linux/container_of.h>
 #include <linux/errno.h>
+#include <linux/kernel.h>
 #include <linux/rbtree_augmented.h>
 
 #include "window.h"
@@ -44,9 +45,9 @@ static void tm_window_set_gap(struct tm_range *range, u64 gap)
 	tm_window_callbacks_propagate(&range->node, NULL);
 }
 
-/* The lowest range with a gap of @need pages below it. */
-static struct tm_range *tm_window_first_gap(const struct tm_window *window,
-					    u64 need)
+/* The lowest (or highest) range with a gap of @need pages below it. */
+static struct tm_range *tm_window_gap(const struct tm_window *window, u64 need,
+				      bool high)
 {
 	struct rb_node *rb = window->ranges.rb_node;
 
@@ -54,57 +55,89 @@ static struct tm_range *tm_window_first_gap(const struct tm_window *window,
 		return NULL;
 	for (;;) {
 		struct tm_range *range = tm_range_entry(rb);
+		struct rb_node *first = high ? rb->rb_right : rb->rb_left;
+		struct rb_node *last = high ? rb->rb_left : rb->rb_right;
 
-		if (tm_subtree_gap(rb->rb_left) >= need) {
-			rb = rb->rb_left;
+		if (tm_subtree_gap(first) >= need) {
+			rb = first;
 			continue;
 		}
 		if (range->gap >= need)
 			return range;
-		rb = rb->rb_right;
+		rb = last;
 	}
 }
 
-/* What is left of the gap below @range when its start is aligned. */
-static u64 tm_aligned_gap(const struct tm_range *range, u64 align)
+/* Where @length aligned pages fit into the gap from @start to @end, or @end. */
+static u64 tm_gap_place(u64 start, u64 end, u64 length, u64 align, bool high)
 {
-	u64 start = ALIGN(range->start - range->gap, align);
+	u64 place = ALIGN(start, align);
 
-	return start < range->start ? range->start - start : 0;
+	if (place > end || length > end - place)
+		return end;
+	return high ? ALIGN_DOWN(end - length, align) : place;
+}
+
+/* Find the place for a range and the range above it, if there is one. */
+static int tm_window_place(const struct tm_window *window, u64 length,
+			   u64 align, bool high, struct tm_range **above,
+			   u64 *start)
+{
+	u64 end = tm_range_end(tm_range_entry(rb_last(&window->ranges)));
+	u64 needs[] = { length, length + align - 1 };
+
+	/* Above all ranges is one more gap: the first choice of high ones. */
+	*above = NULL;
+	*start = tm_gap_place(end, window->size, length, align, high);
+	if (high && *start != window->size)
+		return 0;
+	/* A gap that an equal range left is aligned as it is; else allow for it. */
+	for (u32 i = 0; i < ARRAY_SIZE(needs); i++) {
+		struct tm_range *range = tm_window_gap(window, needs[i], high);
+		u64 place;
+
+		if (!range)
+			break;
+		place = tm_gap_place(range->start - range->gap, range->start,
+				     length, align, high);
+		if (place == range->start)
+			continue;
+		*above = range;
+		*start = place;
+		return 0;
+	}
+	return *start == window->size ? -ENOBUFS : 0;
 }
 
 /**
  * tm_window_insert - take @length pages
  * @window: where
- * @length: pages
  * @range: filled in and inserted
+ * @length: pages
  * @align: a power of two the start is a multiple of
+ * @high: from the top of the window down instead of from its bottom up
+ *
+ * What is mapped in blocks lives at the top: a block can only be mapped where no
+ * page table is, and small tensors leave theirs behind.
  *
  * Context: never sleeps; the caller excludes every other use of @window.
  * Return: 0, or -ENOBUFS when no gap is large enough. A gap is taken as large
- * enough when it holds @length however it is aligned, the lowest one of @length
+ * enough when it holds @length however it is aligned, the first one of @length
  * also when it is aligned as it is.
  */
 int tm_window_insert(struct tm_window *window, struct tm_range *range,
-		     u64 length, u64 align)
+		     u64 length, u64 align, bool high)
 {
 	struct rb_node **link = &window->ranges.rb_node, *parent = NULL;
-	struct tm_range *above = tm_window_first_gap(window, length);
-	struct tm_range *below;
+	struct tm_range *above, *below;
 	u64 start;
+	int err;
 
-	/* A gap that an equal range left is aligned as it is; else allow for it. */
-	if (above && tm_aligned_gap(above, align) < length)
-		above = tm_window_first_gap(window, length + align - 1);
-	if (above) {
-		start = ALIGN(above->start - above->gap, align);
-		below = tm_range_entry(rb_prev(&above->node));
-	} else {
-		below = tm_range_entry(rb_last(&window->ranges));
-		start = ALIGN(tm_range_end(below), align);
-		if (start > window->size || length > window->size - start)
-			return -ENOBUFS;
-	}
+	err = tm_window_place(window, length, align, high, &above, &start);
+	if (err)
+		return err;
+	below = tm_range_entry(above ? rb_prev(&above->node) :
+				       rb_last(&window->ranges));
 
 	while (*link) {
 		parent = *link;

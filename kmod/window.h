@@ -34,7 +34,7 @@ struct tm_window {
 void tm_window_init(struct tm_window *window, u64 size);
 int __must_check tm_window_insert(struct tm_window *window,
 				  struct tm_range *range, u64 length,
-				  u64 align);
+				  u64 align, bool high);
 void tm_window_remove(struct tm_window *window, struct tm_range *range);
 struct tm_range *tm_window_find(const struct tm_window *window, u64 page);
 

@@ -59,6 +59,7 @@ struct tm_chunk_form {
 	bool charged;
 };
 
+/* @form describes the memory last had; it outlasts tm_chunk_remove() and recasts. */
 struct tm_chunk {
 	u32 next;
 	u8 state;

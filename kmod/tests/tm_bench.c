@@ -41,11 +41,12 @@ static int tm_bench_ours(struct tm_bench *b, unsigned int count,
 	int err = 0;
 
 	for (i = 0; i < count && !err; i++)
-		err = tensormem_alloc_run(&b->run[i], order, flags);
+		err = tensormem_alloc(&b->run[i], TENSORMEM_KIND_ACTIVATIONS,
+				      PAGE_SIZE << order, NUMA_NO_NODE, flags);
 	if (err)
 		i--;
 	while (i)
-		tensormem_free_run(&b->run[--i]);
+		tensormem_free(&b->run[--i]);
 	return err;
 }
 

@@ -7,45 +7,85 @@
 
 #include <linux/bits.h>
 #include <linux/types.h>
+#include <uapi/linux/tensormem.h>
 
 struct page;
 
 /* Hand the memory out zeroed. Without it the contents are undefined. */
 #define TENSORMEM_ZEROED	BIT(0)
+/* What the pools grow by for this call is on current's memory cgroup. */
+#define TENSORMEM_ACCOUNT	BIT(1)
+/* The node named and no other. */
+#define TENSORMEM_THISNODE	BIT(2)
 
 /**
- * struct tensormem_run - 2^@order physically contiguous pages
- * @page: the first of them; each page has a reference count of its own
- * @id: what tensormem knows the run by; not for the caller
+ * struct tensormem_run - physically contiguous pages
+ * @page: the first of them. Below a chunk each page has a reference count of its
+ *        own; a whole chunk is one compound page.
+ * @id: what tensormem knows the run by, with the fields that follow; not for the
+ *      caller
+ * @node: the memory node it is on
  * @order: log2 of the number of pages
+ * @kind: enum tensormem_kind it was allocated for
  */
 struct tensormem_run {
 	struct page *page;
 	u32 id;
+	u8 node;
 	u8 order;
+	u8 kind;
 };
 
 /**
- * tensormem_alloc_run - allocate a run of pages or a whole chunk
- * @run: filled in on success
- * @order: 0 up to the order of a chunk (2 MiB), which comes from the chunk pool
- * @flags: 0 or TENSORMEM_ZEROED
- *
- * Context: process context; may sleep.
- * Return: 0; -EINVAL for an order above a chunk or an unknown flag; -ENOSPC when
- * the chunk pool is at its capacity; -ENOMEM when the system has no memory. The
- * OOM killer is never invoked.
+ * struct tensormem_stats - what the pools hold
+ * @capacity: chunks they may hold
+ * @total: chunks they hold
+ * @free: chunks nobody has
+ * @buddy_pages: pages in runs that somebody has
+ * @bytes: what modules have through tensormem_alloc(), by enum tensormem_kind, on
+ *         all nodes
  */
-int __must_check tensormem_alloc_run(struct tensormem_run *run,
-				     unsigned int order, unsigned int flags);
+struct tensormem_stats {
+	u64 capacity;
+	u64 total;
+	u64 free;
+	u64 buddy_pages;
+	u64 bytes[TENSORMEM_KIND_PROTOCOL + 1];
+};
 
 /**
- * tensormem_free_run - free what tensormem_alloc_run() returned
+ * tensormem_alloc - allocate contiguous pages, up to a whole chunk
+ * @run: filled in on success
+ * @kind: what they are for; counted by it
+ * @size: bytes, from 1 to 2 MiB; rounded up to a power of two of pages
+ * @node: the memory node to try first, or NUMA_NO_NODE for the caller's
+ * @flags: TENSORMEM_ZEROED, _ACCOUNT, _THISNODE
+ *
+ * Context: process context; may sleep.
+ * Return: 0; -EINVAL for a size, kind, node or flag that there is not; -ENOSPC when
+ * the chunk pool is at its capacity; -ENOMEM when the system or the cgroup has no
+ * memory. The OOM killer is never invoked.
+ */
+int __must_check tensormem_alloc(struct tensormem_run *run,
+				 enum tensormem_kind kind, size_t size,
+				 int node, unsigned int flags);
+
+/**
+ * tensormem_free - free what tensormem_alloc() returned
  * @run: the run
  *
  * The caller has dropped every reference it took on the pages.
  * Context: process context; may sleep.
  */
-void tensormem_free_run(const struct tensormem_run *run);
+void tensormem_free(const struct tensormem_run *run);
+
+/**
+ * tensormem_stats - what the pools hold
+ * @node: of one memory node, or NUMA_NO_NODE for all
+ * @stats: filled in on success
+ *
+ * Context: process context. Return: 0, or -EINVAL for a node without a pool.
+ */
+int __must_check tensormem_stats(int node, struct tensormem_stats *stats);
 
 #endif

@@ -25,17 +25,23 @@
  *   - mmap(NULL, length, prot, MAP_SHARED, fd, offset) maps one tensor or a
  *     page-aligned part of it.
  *
- *   Memory is zero when a tensor is first seen. Mappings behave like those of a
+ *   Memory is zero when a tensor is first seen, unless TENSORMEM_NOZERO let it be
+ *   the client's own old contents. Mappings behave like those of a
  *   shared file: they survive fork(), mprotect() works, MADV_DONTNEED drops
  *   page-table entries and never data, and pages can be pinned (O_DIRECT).
  *   Touching a part of the window that holds no tensor, or a tensor that was
- *   freed, raises SIGBUS until its offset is given to the client's next tensor.
+ *   freed, raises SIGBUS until its offset is given to the client's next tensor
+ *   (a tensor with TENSORMEM_NOZERO may stay readable to its own client instead).
  *   userfaultfd is not supported: a page it marked raises SIGBUS. mmap() fails with:
  *
  *     EINVAL   not MAP_SHARED; or the range is neither the whole window nor
  *              inside one tensor. Map what TENSORMEM_IOC_ALLOC returned.
  *     ENOENT   no tensor at this offset. Allocate it first.
  *     EPERM    PROT_EXEC: tensor memory is never executable.
+ *
+ *   How a tensor is mapped is up to its kind, or to the flags TENSORMEM_HUGE and
+ *   TENSORMEM_PAGED; enum tensormem_mapping says what the ways are, and
+ *   TENSORMEM_IOC_QUERY which one is in force.
  *
  *   mremap() may shrink a mapping and neither grow nor move one (EFAULT or
  *   EINVAL): map the tensor again instead.
@@ -54,17 +60,21 @@
  *   A call that fails changes nothing. Every errno means one thing:
  *
  *     EINVAL   The call is malformed: a size of 0 or above the window, an
- *              unknown kind, pool, flag or non-zero tail. Fix the caller.
+ *              unknown kind, pool, flag, node or non-zero tail. Fix the caller.
  *     EFAULT   A struct or an array of items is not readable or not writable.
  *     ENOENT   No such tensor: never allocated, freed, or of another client.
- *     ENOMEM   The system has no memory. Free some, or lower what else runs.
+ *     ENOMEM   The system has no memory, or the caller's memory cgroup is at its
+ *              limit. Free some, or lower what else runs. Nothing is ever killed
+ *              for memory of ours.
  *     EDQUOT   The client's quota is used up. Free tensors or raise the quota.
- *     ENOSPC   The chunk pool is at its capacity. Free tensors, or have root
- *              raise chunk/capacity in sysfs.
+ *              What others still hold of freed ones counts until they let go.
+ *     ENOSPC   The chunk pool is at its capacity, on every node the call allows.
+ *              Free tensors, or have root raise chunk/capacity in sysfs.
  *     ENOBUFS  The window has no gap of this size left. Free tensors.
  *     EBUSY    A new quota is below what the client already holds.
- *     EPERM    Not allowed: PROT_EXEC, or a quota above clients/default_quota
- *              without CAP_SYS_RESOURCE.
+ *     EPERM    Not allowed: PROT_EXEC, a quota above clients/default_quota
+ *              without CAP_SYS_RESOURCE, or TENSORMEM_PINNED beyond
+ *              RLIMIT_MEMLOCK without CAP_IPC_LOCK.
  *     EINTR    A fatal signal ended the call.
  *     ENOTTY   Not a tensormem ioctl.
  */
@@ -90,7 +100,46 @@ enum tensormem_pool {
 	TENSORMEM_POOL_AUTO	= 0,	/* by kind and size */
 	TENSORMEM_POOL_CHUNK	= 1,	/* whole chunks; the last may be part used */
 	TENSORMEM_POOL_BUDDY	= 2,	/* runs of pages, up to half a chunk each */
+	TENSORMEM_POOL_SLAB	= 3,	/* objects of at most half a page */
 };
+
+/*
+ * How a tensor's pages are mapped. The first two can be pinned (O_DIRECT,
+ * io_uring), count as RSS and can be mapped in part. A block of a chunk costs one
+ * TLB entry and one fault for 2 MiB; it does not count as RSS on every kernel.
+ */
+enum tensormem_mapping {
+	TENSORMEM_MAPPING_PAGES	= 1,	/* page by page, a page table's worth a fault */
+	TENSORMEM_MAPPING_CONT	= 2,	/* the same; the CPU folds contiguous ones */
+	TENSORMEM_MAPPING_BLOCK	= 3,	/* whole chunks as one entry each */
+};
+
+/* Which memory node serves a tensor, where there is more than one. */
+enum tensormem_numa {
+	TENSORMEM_NUMA_DEFAULT	  = 0,	/* what TENSORMEM_IOC_SET_NUMA says */
+	TENSORMEM_NUMA_LOCAL	  = 1,	/* the caller's, else the nearest to it */
+	TENSORMEM_NUMA_BIND	  = 2,	/* those of a mask and no other */
+	TENSORMEM_NUMA_INTERLEAVE = 3,	/* those of a mask in turn */
+};
+
+/*
+ * Flags of an allocation.
+ *
+ * NOZERO: the tensor may have the contents of an earlier NOZERO tensor of the same
+ * client, kind and size in place of zeros. Its memory and its mappings are kept for
+ * the next one when it is freed, which makes reuse cheap: nothing is zeroed,
+ * unmapped or faulted in again. What is kept counts as used, and is given up when
+ * the quota, the capacity or the system is short of memory.
+ *
+ * HUGE, PAGED: map whole chunks as blocks, or page by page, whatever the kind.
+ *
+ * PINNED: the pages stay where they are: compaction never moves them. They count
+ * against the caller's RLIMIT_MEMLOCK unless it has CAP_IPC_LOCK.
+ */
+#define TENSORMEM_NOZERO	(1u << 0)
+#define TENSORMEM_HUGE		(1u << 1)
+#define TENSORMEM_PAGED		(1u << 2)
+#define TENSORMEM_PINNED	(1u << 3)
 
 /**
  * struct tensormem_info - what this module and this client offer
@@ -104,6 +153,9 @@ enum tensormem_pool {
  * @max_batch: most items in one batch call
  * @cache_line: bytes of alignment that keep two CPUs from sharing a line
  * @pad: zero
+ * @kept: bytes of @used that no tensor has: kept for NOZERO reuse, or freed and
+ *        still held by somebody else
+ * @nodes: memory nodes with a pool, a bit each
  */
 struct tensormem_info {
 	__u32 abi_version;
@@ -116,6 +168,8 @@ struct tensormem_info {
 	__u32 max_batch;
 	__u32 cache_line;
 	__u32 pad;
+	__u64 kept;
+	__u64 nodes;
 };
 
 /**
@@ -123,14 +177,21 @@ struct tensormem_info {
  * @size: in: bytes, from 1 to window_size
  * @kind: in: enum tensormem_kind
  * @pool: in: enum tensormem_pool
- * @flags: in: must be 0
+ * @flags: in: TENSORMEM_NOZERO, _HUGE or _PAGED, _PINNED
  * @handle: out: the tensor's name; ignored on input
  * @offset: out: where it lies in the window; ignored on input
+ * @numa: in: enum tensormem_numa
+ * @pad: in: must be 0
+ * @nodes: in: for NUMA_BIND and NUMA_INTERLEAVE the nodes allowed, a bit each, out of
+ *         tensormem_info::nodes; 0 means all of them for INTERLEAVE; else 0
  *
- * Takes whole pages (POOL_BUDDY), whole chunks (POOL_CHUNK), or, for POOL_AUTO and
- * a chunk or more, whole chunks and the rest as whole pages. The tensor is
- * physically allocated and zeroed when the call returns. A tensor of a chunk or
- * more starts at a multiple of chunk_size in the window.
+ * Takes whole pages (POOL_BUDDY), whole chunks (POOL_CHUNK), part of a page
+ * (POOL_SLAB), or what the dispatch table in sysfs says for POOL_AUTO; a tensor
+ * of a chunk or more then takes whole chunks and the rest as whole pages. The tensor
+ * is physically allocated when the call returns. A tensor of a chunk or more starts
+ * at a multiple of chunk_size in the window, one of a page or more at a multiple of
+ * page_size, any other at a multiple of its size rounded up to a power of two or
+ * of cache_line, whichever is less.
  */
 struct tensormem_alloc {
 	__u64 size;
@@ -139,6 +200,9 @@ struct tensormem_alloc {
 	__u32 flags;
 	__u32 handle;
 	__u64 offset;
+	__u32 numa;
+	__u32 pad;
+	__u64 nodes;
 };
 
 /**
@@ -166,7 +230,9 @@ struct tensormem_free {
  * @offset: out: where it lies in the window
  * @held: out: bytes of memory it holds and is charged for
  * @nr_chunks: out: whole chunks it is made of
- * @nr_runs: out: runs of pages it is made of, beside the chunks
+ * @nr_runs: out: runs of pages it is made of, beside the chunks; 0 for a slab object
+ * @mapping: out: enum tensormem_mapping of its chunks; runs are mapped as PAGES
+ * @alloc_flags: out: the flags it was allocated with
  */
 struct tensormem_query {
 	__u32 handle;
@@ -179,6 +245,8 @@ struct tensormem_query {
 	__u64 held;
 	__u32 nr_chunks;
 	__u32 nr_runs;
+	__u32 mapping;
+	__u32 alloc_flags;
 };
 
 /**
@@ -207,18 +275,30 @@ struct tensormem_batch {
  * @bytes: in: the new quota
  *
  * Any client may lower its quota down to what it holds, and raise it up to
- * clients/default_quota in sysfs. Going above that takes CAP_SYS_RESOURCE. Memory
- * that was freed and is still held by somebody else (see struct tensormem_free)
- * is not counted; a quota bounds one client, not all clients of a user.
+ * clients/default_quota in sysfs. Going above that takes CAP_SYS_RESOURCE. A quota
+ * bounds one client, not all clients of a user: that is what memory cgroups are for.
  */
 struct tensormem_quota {
 	__u64 bytes;
+};
+
+/**
+ * struct tensormem_set_numa - choose the nodes for a client's later allocations
+ * @numa: in: enum tensormem_numa; DEFAULT means LOCAL, which every client starts with
+ * @flags: in: must be 0
+ * @nodes: in: as in struct tensormem_alloc
+ */
+struct tensormem_set_numa {
+	__u32 numa;
+	__u32 flags;
+	__u64 nodes;
 };
 
 #define TENSORMEM_IOC_MAGIC		0xB7
 
 #define TENSORMEM_IOC_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x00, struct tensormem_info)
 #define TENSORMEM_IOC_SET_QUOTA		_IOWR(TENSORMEM_IOC_MAGIC, 0x01, struct tensormem_quota)
+#define TENSORMEM_IOC_SET_NUMA		_IOWR(TENSORMEM_IOC_MAGIC, 0x02, struct tensormem_set_numa)
 #define TENSORMEM_IOC_ALLOC		_IOWR(TENSORMEM_IOC_MAGIC, 0x10, struct tensormem_alloc)
 #define TENSORMEM_IOC_FREE		_IOWR(TENSORMEM_IOC_MAGIC, 0x11, struct tensormem_free)
 #define TENSORMEM_IOC_QUERY		_IOWR(TENSORMEM_IOC_MAGIC, 0x12, struct tensormem_query)

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* Limits that are the system's, not ours: memory cgroups and RLIMIT_MEMLOCK. */
+#include <linux/capability.h>
+#include <linux/cgroup.h>
+#include <linux/cred.h>
+#include <linux/resource.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/user.h>
+
+#include "limits.h"
+
+/**
+ * tm_limits_in_cgroup - whether somebody limits current's memory
+ *
+ * The kernel charges a cgroup when a page is allocated and in no other way that a
+ * module may use. So memory for a task in a cgroup cannot come out of what the pools
+ * have ready; for a task in the root cgroup, which has no limit, it can.
+ *
+ * Context: any.
+ */
+bool tm_limits_in_cgroup(void)
+{
+	bool root = true;
+
+#ifdef CONFIG_MEMCG
+	rcu_read_lock();
+	root = !task_css(current, memory_cgrp_id)->parent;
+	rcu_read_unlock();
+#endif
+	return !root;
+}
+
+/**
+ * tm_limits_pin - count pages against the caller's RLIMIT_MEMLOCK
+ * @pages: how many
+ * @user: who was charged, for tm_limits_unpin(); NULL with CAP_IPC_LOCK
+ *
+ * Per user, as io_uring and perf count: opening another client does not help.
+ *
+ * Context: may sleep. Return: 0, or -EPERM beyond the limit.
+ */
+int tm_limits_pin(u64 pages, struct user_struct **user)
+{
+	u64 limit = rlimit(RLIMIT_MEMLOCK) >> PAGE_SHIFT;
+	atomic_long_t *locked = &current_user()->locked_vm;
+	long old = atomic_long_read(locked);
+
+	*user = NULL;
+	if (capable(CAP_IPC_LOCK))
+		return 0;
+	do {
+		if (pages > limit || old > limit - pages)
+			return -EPERM;
+	} while (!atomic_long_try_cmpxchg(locked, &old, old + pages));
+	*user = get_uid(current_user());
+	return 0;
+}
+
+/* Undo tm_limits_pin(). Context: process context. */
+void tm_limits_unpin(u64 pages, struct user_struct *user)
+{
+	if (!user)
+		return;
+	atomic_long_sub(pages, &user->locked_vm);
+	free_uid(user);
+}

@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef TM_QUARANTINE_H
+#define TM_QUARANTINE_H
+
+#include <linux/types.h>
+
+struct tm_client;
+struct tm_memory;
+
+void tm_quarantine_free(struct tm_client *client, struct tm_memory *memory);
+u64 tm_quarantine_pages(void);
+void tm_quarantine_exit(void);
+
+#endif
