@@ -2,7 +2,7 @@
 /*
  * Both levels together, as the module runs them: chunks go from the system to
  * tensors and to the buddy pool, back, and from one to the other. The caller's
- * part (grow when nothing is free, recast when it may not grow, undo when the rest
+ * part (grow when nothing is free, recast when it cannot grow, undo when the rest
  * fails, give back what falls empty) is played here. Tensors have whole chunks,
  * some of them charged; the buddy pool has split ones.
  */
@@ -72,18 +72,31 @@ static void compare(void)
 	CHECK_EQ(buddy.nr_chunks, pool.owned[TM_OWNER_BUDDY]);
 }
 
-/* A slot to grow in: a new one, or that of a chunk which is given back. */
-static int grow_begin(struct tm_chunk_id *id)
+/*
+ * Have memory of @form in a new slot or, with @recast, for a free chunk that is
+ * given back. Return: 0, -ENOSPC at capacity, -ENOENT for nothing to recast,
+ * -ENOMEM when the system has none.
+ */
+static int take_grown(bool recast, enum tm_owner owner,
+		      struct tm_chunk_form form, bool zeroed,
+		      struct tm_chunk_id *id)
 {
 	u32 total = tm_chunk_total(&pool);
-	int err = chunk_do_grow_begin(&chunks, &pool, id);
+	int err = recast ? chunk_do_recast_begin(&chunks, &pool, id) :
+			   chunk_do_grow_begin(&chunks, &pool, id);
 
-	if (!err)
-		return 0;
-	if (chunk_do_recast_begin(&chunks, &pool, id))
+	if (err)
 		return err;
-	CHECK_EQ(tm_chunk_total(&pool), total);
-	recasts++;
+	CHECK_EQ(tm_chunk_total(&pool), total + !recast);
+	recasts += recast;
+	/* The lock would be dropped here: the chunk is nobody's. */
+	compare();
+	if (system_fails && !--system_fails) {
+		chunk_do_grow_abort(&chunks, &pool, *id);
+		return -ENOMEM;
+	}
+	chunk_do_grow_take(&chunks, &pool, *id, owner, form, zeroed);
+	charges += form.charged;
 	return 0;
 }
 
@@ -100,18 +113,16 @@ static int take(enum tm_owner owner, bool want_zeroed, bool charged,
 		err = chunk_do_take(&chunks, &pool, owner, form.split,
 				    want_zeroed, id);
 	if (err) {
-		err = grow_begin(id);
+		int grow_err = take_grown(false, owner, form, want_zeroed, id);
+
+		err = grow_err;
+		/* A bill that is full must not cost the pool its free chunks. */
+		if (err == -ENOSPC || (err && !charged))
+			err = take_grown(true, owner, form, want_zeroed, id);
+		if (err == -ENOENT)
+			err = grow_err;
 		if (err)
 			return err;
-		/* The lock would be dropped here: the chunk is nobody's. */
-		compare();
-		if (system_fails && !--system_fails) {
-			chunk_do_grow_abort(&chunks, &pool, *id);
-			return -ENOMEM;
-		}
-		chunk_do_grow_take(&chunks, &pool, *id, owner, form,
-				   want_zeroed);
-		charges += charged;
 	}
 	moves[owner] += last_owner[id->v] >= 0 &&
 			last_owner[id->v] != (int)owner;
@@ -438,7 +449,7 @@ TEST_PAGE_SIZES(pools_failure_at_each_chunk)
 TEST_PAGE_SIZES(pools_failure_at_each_recast)
 {
 	for (u32 i = 0; i < 10; i++) {
-		u32 nth = 1 + i % 5, order = tm_geometry(page_shift).chunk_order;
+		u32 nth = 1 + i % 5;
 		bool charged = i / 5;
 		u32 recast = charged ? 0 : nth - 1;
 
@@ -446,7 +457,7 @@ TEST_PAGE_SIZES(pools_failure_at_each_recast)
 		CHECK_EQ(setup(page_shift, 6), 0);
 		/* Two runs of half a chunk each; one chunk of the six stays. */
 		for (u32 run = 0; run < 12; run++)
-			CHECK_EQ(run_alloc(order - 1), 0);
+			CHECK_EQ(run_alloc(tm_buddy_max_order(&buddy)), 0);
 		while (pages.nr_runs > 1)
 			run_free(pages.nr_runs - 1);
 		compare();
@@ -467,6 +478,32 @@ TEST_PAGE_SIZES(pools_failure_at_each_recast)
 		CHECK_EQ(tensor_alloc(5, true, charged), 0);
 		CHECK_EQ(tensor_alloc(1, true, charged), -ENOSPC);
 		compare();
+		drain();
+	}
+}
+
+/*
+ * Below the capacity, with split chunks free, but the system has no more: a tensor
+ * is served by recasting one, unless it is charged; then the pool keeps them all.
+ */
+TEST_PAGE_SIZES(pools_recast_when_the_system_has_none)
+{
+	for (u32 charged = 0; charged < 2; charged++) {
+		CHECK_EQ(setup(page_shift, SLOTS), 0);
+		for (u32 i = 0; i < 4; i++)
+			CHECK_EQ(run_alloc(tm_buddy_max_order(&buddy)), 0);
+		while (pages.nr_runs)
+			run_free(0);
+		compare();
+		CHECK_EQ(pool.count[TM_CHUNK_FREE_SPLIT], 2);
+		system_fails = 1;
+		CHECK_EQ(tensor_alloc(1, true, charged), charged ? -ENOMEM : 0);
+		compare();
+		CHECK_EQ(pool.grow_failed, 1);
+		CHECK_EQ(pool.recast, !charged);
+		CHECK_EQ(pool.owned[TM_OWNER_TENSOR], !charged);
+		CHECK_EQ(pool.count[TM_CHUNK_FREE_SPLIT], 1 + charged);
+		CHECK_EQ(tm_chunk_total(&pool), 2);
 		drain();
 	}
 }
