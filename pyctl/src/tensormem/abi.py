@@ -10,7 +10,7 @@ a module of another age reads what it knows and takes the rest as zero.
 from __future__ import annotations
 
 import ctypes
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import ClassVar
 
 __all__ = [
@@ -23,15 +23,20 @@ __all__ = [
     "IOC_MAGIC",
     "IOC_QUERY",
     "IOC_QUERY_BATCH",
+    "IOC_SET_NUMA",
     "IOC_SET_QUOTA",
     "Alloc",
+    "AllocFlag",
     "Batch",
     "Free",
     "Info",
     "Kind",
+    "Mapping",
+    "Numa",
     "Pool",
     "Query",
     "Quota",
+    "SetNuma",
     "Struct",
     "iowr",
 ]
@@ -55,6 +60,33 @@ class Pool(IntEnum):
     AUTO = 0
     CHUNK = 1
     BUDDY = 2
+    SLAB = 3
+
+
+class Mapping(IntEnum):
+    """``enum tensormem_mapping``: how a tensor's whole chunks are mapped."""
+
+    PAGES = 1
+    CONT = 2
+    BLOCK = 3
+
+
+class Numa(IntEnum):
+    """``enum tensormem_numa``: which memory node serves a tensor."""
+
+    DEFAULT = 0
+    LOCAL = 1
+    BIND = 2
+    INTERLEAVE = 3
+
+
+class AllocFlag(IntFlag):
+    """Flags of ``struct tensormem_alloc``."""
+
+    NOZERO = 1 << 0
+    HUGE = 1 << 1
+    PAGED = 1 << 2
+    PINNED = 1 << 3
 
 
 class Struct(ctypes.Structure):
@@ -79,6 +111,8 @@ class Info(Struct):
         ("max_batch", ctypes.c_uint32),
         ("cache_line", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
+        ("kept", ctypes.c_uint64),
+        ("nodes", ctypes.c_uint64),
     )
 
 
@@ -93,6 +127,9 @@ class Alloc(Struct):
         ("flags", ctypes.c_uint32),
         ("handle", ctypes.c_uint32),
         ("offset", ctypes.c_uint64),
+        ("numa", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("nodes", ctypes.c_uint64),
     )
 
 
@@ -118,6 +155,8 @@ class Query(Struct):
         ("held", ctypes.c_uint64),
         ("nr_chunks", ctypes.c_uint32),
         ("nr_runs", ctypes.c_uint32),
+        ("mapping", ctypes.c_uint32),
+        ("alloc_flags", ctypes.c_uint32),
     )
 
 
@@ -141,6 +180,17 @@ class Quota(Struct):
     _fields_ = (("bytes", ctypes.c_uint64),)
 
 
+class SetNuma(Struct):
+    """``struct tensormem_set_numa``."""
+
+    c_name = "tensormem_set_numa"
+    _fields_ = (
+        ("numa", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("nodes", ctypes.c_uint64),
+    )
+
+
 def iowr(number: int, size: int) -> int:
     """Return ``_IOWR(TENSORMEM_IOC_MAGIC, number, <size bytes>)``.
 
@@ -151,6 +201,7 @@ def iowr(number: int, size: int) -> int:
 
 IOC_INFO = iowr(0x00, ctypes.sizeof(Info))
 IOC_SET_QUOTA = iowr(0x01, ctypes.sizeof(Quota))
+IOC_SET_NUMA = iowr(0x02, ctypes.sizeof(SetNuma))
 IOC_ALLOC = iowr(0x10, ctypes.sizeof(Alloc))
 IOC_FREE = iowr(0x11, ctypes.sizeof(Free))
 IOC_QUERY = iowr(0x12, ctypes.sizeof(Query))
