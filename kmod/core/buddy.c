@@ -110,9 +110,12 @@ void tm_buddy_destroy(struct tm_buddy *buddy)
 
 void tm_buddy_add_chunk(struct tm_buddy *buddy, struct tm_chunk_id id)
 {
-	struct tm_buddy_chunk *c = &buddy->chunks[id.v];
+	struct tm_buddy_chunk *c;
 
 	tm_assert_locked(buddy->lock);
+	if (tm_warn_on(id.v >= buddy->nr_slots))
+		return;
+	c = &buddy->chunks[id.v];
 	if (tm_warn_on(c->in_pool))
 		return;
 	c->in_pool = true;
@@ -124,10 +127,14 @@ void tm_buddy_add_chunk(struct tm_buddy *buddy, struct tm_chunk_id id)
 
 int tm_buddy_remove_chunk(struct tm_buddy *buddy, struct tm_chunk_id id)
 {
-	struct tm_buddy_chunk *c = &buddy->chunks[id.v];
-	u32 was = c->orders;
+	struct tm_buddy_chunk *c;
+	u32 was;
 
 	tm_assert_locked(buddy->lock);
+	if (id.v >= buddy->nr_slots)
+		return -EINVAL;
+	c = &buddy->chunks[id.v];
+	was = c->orders;
 	if (!c->in_pool || was != 1u << buddy->geometry.chunk_order)
 		return -EBUSY;
 	tm_buddy_clear(buddy, c, buddy->geometry.chunk_order, 0);

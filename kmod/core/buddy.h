@@ -81,7 +81,7 @@ static inline unsigned int tm_buddy_max_order(const struct tm_buddy *buddy)
 	return buddy->geometry.chunk_order - 1;
 }
 
-/* Give the pool a chunk, all of it free. */
+/* Give the pool a chunk of the table, all of it free. */
 void tm_buddy_add_chunk(struct tm_buddy *buddy, struct tm_chunk_id id);
 
 /**
@@ -111,7 +111,10 @@ int __must_check tm_buddy_alloc(struct tm_buddy *buddy, unsigned int order,
 int __must_check tm_buddy_free(struct tm_buddy *buddy, struct tm_page_id page,
 			       unsigned int order, bool *empty);
 
-/* Take a chunk out. Return: 0, -EBUSY when a run of it is allocated. */
+/*
+ * Take a chunk out. Return: 0, -EINVAL for one beyond the table, -EBUSY when it
+ * is not in the pool or a run of it is allocated.
+ */
 int __must_check tm_buddy_remove_chunk(struct tm_buddy *buddy,
 				       struct tm_chunk_id id);
 
