@@ -44,13 +44,6 @@ static void tm_buddy_relist(struct tm_buddy *buddy, u32 v, u32 was)
 		tm_buddy_list_add(buddy, v, tm_fls32(now));
 }
 
-static bool tm_buddy_test(const struct tm_buddy *buddy,
-			  const struct tm_buddy_chunk *c, unsigned int order,
-			  u32 i)
-{
-	return c->bits[buddy->word[order] + i / 64] >> (i % 64) & 1;
-}
-
 static void tm_buddy_set(struct tm_buddy *buddy, struct tm_buddy_chunk *c,
 			 unsigned int order, u32 i)
 {

@@ -118,6 +118,14 @@ int __must_check tm_buddy_free(struct tm_buddy *buddy, struct tm_page_id page,
 int __must_check tm_buddy_remove_chunk(struct tm_buddy *buddy,
 				       struct tm_chunk_id id);
 
+/* Whether the @i-th run of @order in @c is free. */
+static inline bool tm_buddy_test(const struct tm_buddy *buddy,
+				 const struct tm_buddy_chunk *c,
+				 unsigned int order, u32 i)
+{
+	return c->bits[buddy->word[order] + i / 64] >> (i % 64) & 1;
+}
+
 static inline u32 tm_buddy_used_pages(const struct tm_buddy *buddy)
 {
 	return (buddy->nr_chunks << buddy->geometry.chunk_order) -

@@ -45,13 +45,6 @@ const char *tm_chunk_check(const struct tm_chunk_pool *pool)
 	return NULL;
 }
 
-static bool tm_check_bit(const struct tm_buddy *buddy,
-			 const struct tm_buddy_chunk *c, unsigned int order,
-			 u32 i)
-{
-	return c->bits[buddy->word[order] + i / 64] >> (i % 64) & 1;
-}
-
 static const char *tm_buddy_check_chunk(const struct tm_buddy *buddy,
 					const struct tm_buddy_chunk *c,
 					u32 *free_pages)
@@ -63,11 +56,11 @@ static const char *tm_buddy_check_chunk(const struct tm_buddy *buddy,
 		u32 nr = 0;
 
 		for (u32 i = 0; i < pages >> o; i++) {
-			if (!tm_check_bit(buddy, c, o, i))
+			if (!tm_buddy_test(buddy, c, o, i))
 				continue;
 			nr++;
 			if (o < buddy->geometry.chunk_order &&
-			    tm_check_bit(buddy, c, o, i ^ 1))
+			    tm_buddy_test(buddy, c, o, i ^ 1))
 				return "a run and its buddy are both free";
 			for (u32 p = i << o; p < (i + 1) << o; p++)
 				if (covered[p]++)
