@@ -133,6 +133,8 @@ int tm_buddy_remove_chunk(struct tm_buddy *buddy, struct tm_chunk_id id)
 	tm_buddy_clear(buddy, c, buddy->geometry.chunk_order, 0);
 	tm_buddy_relist(buddy, id.v, was);
 	c->in_pool = false;
+	c->next = 0;
+	c->prev = 0;
 	buddy->nr_chunks--;
 	buddy->free_pages -= tm_chunk_pages(buddy->geometry);
 	return 0;

@@ -45,6 +45,16 @@ const char *tm_chunk_check(const struct tm_chunk_pool *pool)
 	return NULL;
 }
 
+static bool tm_check_zero(const void *object, size_t size)
+{
+	const u8 *byte = object;
+
+	while (size--)
+		if (*byte++)
+			return false;
+	return true;
+}
+
 static const char *tm_buddy_check_chunk(const struct tm_buddy *buddy,
 					const struct tm_buddy_chunk *c,
 					u32 *free_pages)
@@ -98,8 +108,8 @@ const char *tm_buddy_check(const struct tm_buddy *buddy)
 		const char *error;
 
 		if (!c->in_pool) {
-			if (c->orders)
-				return "a chunk outside the pool has free runs";
+			if (!tm_check_zero(c, sizeof(*c)))
+				return "a chunk outside the pool is not zero";
 			continue;
 		}
 		nr_chunks++;
