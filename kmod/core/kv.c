@@ -16,10 +16,9 @@ static u64 tm_kv_plane_pages(struct tm_geometry g,
 	       g.page_shift;
 }
 
-/* Does rounding lose at most one part in @part of blocks of @tokens? */
-static bool tm_kv_loses_little(struct tm_geometry g,
-			       const struct tm_kv_group *groups, u32 nr_groups,
-			       u32 tokens, u32 part)
+/* What blocks of @tokens waste of a sequence that is no longer than usual. */
+static u64 tm_kv_cost(struct tm_geometry g, const struct tm_kv_group *groups,
+		      u32 nr_groups, u32 tokens)
 {
 	u64 used = 0, held = 0;
 
@@ -33,17 +32,30 @@ static bool tm_kv_loses_little(struct tm_geometry g,
 		held += group->planes * tm_kv_plane_pages(g, group, tokens)
 			<< g.page_shift;
 	}
-	return (held - used) * part <= held;
+	if (!held)
+		return tokens;
+	/*
+	 * By rounding, and half of the last block, both in units of half a token.
+	 * No product overflows: planes and bytes are within TM_KV_MAX_BLOCK_PAGES.
+	 */
+	return (held - used) * 2 * TM_KV_USUAL_TOKENS / held + tokens;
 }
 
 static u32 tm_kv_choose_tokens(struct tm_geometry g,
 			       const struct tm_kv_group *groups, u32 nr_groups)
 {
-	/* Ends at the latest with part 1: no rounding loses more than all. */
-	for (u32 part = 64;; part /= 2)
-		for (u32 t = TM_KV_MIN_TOKENS; t <= TM_KV_MAX_TOKENS; t++)
-			if (tm_kv_loses_little(g, groups, nr_groups, t, part))
-				return t;
+	u32 best = TM_KV_MIN_TOKENS;
+	u64 least = tm_kv_cost(g, groups, nr_groups, best);
+
+	for (u32 t = best + 1; t <= TM_KV_USUAL_TOKENS; t++) {
+		u64 cost = tm_kv_cost(g, groups, nr_groups, t);
+
+		if (cost < least) {
+			best = t;
+			least = cost;
+		}
+	}
+	return best;
 }
 
 static bool tm_kv_group_valid(struct tm_geometry g,
@@ -52,6 +64,7 @@ static bool tm_kv_group_valid(struct tm_geometry g,
 	u64 bytes = (u64)group->planes * group->token_bytes;
 
 	return group->rule < TM_KV_RULES && bytes &&
+	       group->planes <= TM_KV_MAX_BLOCK_PAGES &&
 	       bytes <= (u64)TM_KV_MAX_BLOCK_PAGES << g.page_shift &&
 	       !group->window == (group->rule != TM_KV_WINDOW);
 }

@@ -33,9 +33,10 @@
 
 /* Most groups of a model. */
 #define TM_KV_GROUPS		16
-/* Tokens of a block where the choice is ours; see tm_kv_geometry_init(). */
+/* Fewest tokens of a block where the choice is ours: a block has its records. */
 #define TM_KV_MIN_TOKENS	8
-#define TM_KV_MAX_TOKENS	512
+/* Tokens of a sequence that waste is weighed for, and the most a block may have. */
+#define TM_KV_USUAL_TOKENS	512
 /* Most pages of a block: 4 GiB, for the states of the largest models. */
 #define TM_KV_MAX_BLOCK_PAGES	(1u << 20)
 
@@ -93,9 +94,9 @@ struct tm_kv_geometry {
  * @pages: pages and chunks
  * @groups: the groups
  * @nr_groups: how many
- * @block_tokens: tokens of a block; 0 for the fewest, from TM_KV_MIN_TOKENS up to
- *                TM_KV_MAX_TOKENS, with which rounding up to pages loses at most
- *                1/64 of the memory; where there is none, 1/32, and so on
+ * @block_tokens: tokens of a block; 0 for the number, of TM_KV_MIN_TOKENS or more,
+ *                with which a sequence of TM_KV_USUAL_TOKENS wastes least: what is
+ *                lost to whole pages, and half of the last block
  *
  * Few tokens, because a prefix is found in whole blocks only and the last block
  * of a sequence is on average half empty. (vLLM pads all groups to one block size;

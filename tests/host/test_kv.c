@@ -86,9 +86,9 @@ TEST(kv_geometry_of_models)
 		u32 together[3][2];
 	} models[] = {
 		/* TinyLlama-1.1B, Qwen2.5-0.5B, Llama 3.2 Vision, Gemma-2-2B */
-		{ 22, 512, { { 8, 44 }, { 32, 44 }, { 126, 44 } },
-		  { { 8, 44 }, { 8, 11 }, { 23, 8 } } },
-		{ 24, 256, { { 16, 48 }, { 63, 48 }, { 252, 48 } },
+		{ 22, 512, { { 8, 44 }, { 32, 44 }, { 128, 44 } },
+		  { { 8, 44 }, { 8, 11 }, { 29, 10 } } },
+		{ 24, 256, { { 16, 48 }, { 64, 48 }, { 256, 48 } },
 		  { { 8, 24 }, { 8, 6 }, { 16, 3 } } },
 		{ 40, 2048, { { 8, 320 }, { 8, 80 }, { 32, 80 } },
 		  { { 8, 320 }, { 8, 80 }, { 8, 20 } } },
@@ -118,8 +118,8 @@ TEST(kv_geometry_of_models)
 		}
 }
 
-/* What part of the memory blocks of @tokens waste, in 1/64, rounded up. */
-static u32 lost(const struct tm_kv_group *groups, u32 nr, u32 page, u32 tokens)
+/* Half tokens of 512 that blocks of @tokens waste: for whole pages, at the end. */
+static u32 cost(const struct tm_kv_group *groups, u32 nr, u32 page, u32 tokens)
 {
 	u64 held = 0, lost = 0;
 
@@ -132,7 +132,7 @@ static u32 lost(const struct tm_kv_group *groups, u32 nr, u32 page, u32 tokens)
 		held += groups[i].planes * whole;
 		lost += groups[i].planes * (whole - used);
 	}
-	return held ? (lost * 64 + held - 1) / held : 0;
+	return (held ? lost * 1024 / held : 0) + tokens;
 }
 
 TEST_PAGE_SIZES(kv_geometry_random)
@@ -144,7 +144,7 @@ TEST_PAGE_SIZES(kv_geometry_random)
 			u32 nr = 1 + tm_rand_below(&round.rng, 4);
 			struct tm_kv_group groups[4];
 			struct tm_kv_geometry geo;
-			u32 want = 0;
+			u32 want = 8;
 
 			for (u32 i = 0; i < nr; i++) {
 				u32 planes = 1 + tm_rand_below(&round.rng, 64);
@@ -160,12 +160,10 @@ TEST_PAGE_SIZES(kv_geometry_random)
 			}
 			tm_op("%u groups, %u planes of %u bytes", nr,
 			      groups[0].planes, groups[0].token_bytes);
-			/* One in 64, else one in 32, ...: the fewest tokens. */
-			for (u32 most = 1; !want; most *= 2)
-				for (u32 t = 8; t <= 512 && !want; t++)
-					if (lost(groups, nr, 1u << page_shift,
-						 t) <= most)
-						want = t;
+			for (u32 t = 8; t <= 512; t++)
+				if (cost(groups, nr, 1u << page_shift, t) <
+				    cost(groups, nr, 1u << page_shift, want))
+					want = t;
 			CHECK_EQ(tm_kv_geometry_init(&geo,
 						     tm_geometry(page_shift),
 						     groups, nr, 0), 0);
@@ -231,6 +229,9 @@ TEST(kv_geometry_refuses)
 		 -EINVAL);
 	/* 2^20 pages of 4K are the most, also when products overflow. */
 	CHECK_EQ(geometry(full(1u << 20, 4096), 1), 0);
+	CHECK_EQ(geometry(full(1u << 20, 4096), 0), -EINVAL);
+	CHECK_EQ(geometry(full(1u << 20, 1), 0), 0);
+	CHECK_EQ(geometry(full((1u << 20) + 1, 1), 0), -EINVAL);
 	CHECK_EQ(geometry(full((1u << 20) + 1, 1), 1), -EINVAL);
 	CHECK_EQ(geometry(full(1u << 20, 4096), 2), -EINVAL);
 	CHECK_EQ(geometry(full(1, ~0u), 1), 0);
