@@ -2,10 +2,26 @@
 #include "core/buddy.h"
 
 tm_static_assert(TM_BUDDY_ORDERS <= 16, "orders are bits of a u16");
+tm_static_assert(TM_BUDDY_LISTS <= 32, "lists are bits of a u32");
+tm_static_assert(TM_BUDDY_ORDERS < TM_BUDDY_RUN_UNMOVABLE,
+		 "an order and a flag share a byte");
 
-static void tm_buddy_list_add(struct tm_buddy *buddy, u32 v, unsigned int list)
+/*
+ * Passes that leave a chunk alone which was given up: long enough that a run that
+ * stays pinned costs little, short enough that a chunk is not lost for long. Linux
+ * defers compaction that failed in the same spirit (defer_compaction()).
+ */
+#define TM_BUDDY_REST	8
+
+static unsigned int tm_buddy_list(const struct tm_buddy_chunk *c, u32 orders)
+{
+	return c->class * TM_BUDDY_ORDERS + tm_fls32(orders);
+}
+
+static void tm_buddy_list_add(struct tm_buddy *buddy, u32 v, u32 orders)
 {
 	struct tm_buddy_chunk *c = &buddy->chunks[v];
+	unsigned int list = tm_buddy_list(c, orders);
 
 	c->prev = TM_NONE;
 	c->next = buddy->head[list];
@@ -15,9 +31,10 @@ static void tm_buddy_list_add(struct tm_buddy *buddy, u32 v, unsigned int list)
 	buddy->lists |= 1u << list;
 }
 
-static void tm_buddy_list_del(struct tm_buddy *buddy, u32 v, unsigned int list)
+static void tm_buddy_list_del(struct tm_buddy *buddy, u32 v, u32 orders)
 {
 	struct tm_buddy_chunk *c = &buddy->chunks[v];
+	unsigned int list = tm_buddy_list(c, orders);
 
 	if (c->next != TM_NONE)
 		buddy->chunks[c->next].prev = c->prev;
@@ -39,16 +56,25 @@ static void tm_buddy_relist(struct tm_buddy *buddy, u32 v, u32 was)
 	if ((was ^ now) <= (was & now))
 		return;
 	if (was)
-		tm_buddy_list_del(buddy, v, tm_fls32(was));
+		tm_buddy_list_del(buddy, v, was);
 	if (now)
-		tm_buddy_list_add(buddy, v, tm_fls32(now));
+		tm_buddy_list_add(buddy, v, now);
 }
 
-static bool tm_buddy_test(const struct tm_buddy *buddy,
-			  const struct tm_buddy_chunk *c, unsigned int order,
-			  u32 i)
+static void tm_buddy_set_class(struct tm_buddy *buddy, u32 v,
+			       enum tm_buddy_class class)
 {
-	return c->bits[buddy->word[order] + i / 64] >> (i % 64) & 1;
+	struct tm_buddy_chunk *c = &buddy->chunks[v];
+
+	if (c->orders)
+		tm_buddy_list_del(buddy, v, c->orders);
+	for (unsigned int o = 0; o <= buddy->geometry.chunk_order; o++) {
+		buddy->free_runs[c->class][o] -= c->nr[o];
+		buddy->free_runs[class][o] += c->nr[o];
+	}
+	c->class = class;
+	if (c->orders)
+		tm_buddy_list_add(buddy, v, c->orders);
 }
 
 static void tm_buddy_set(struct tm_buddy *buddy, struct tm_buddy_chunk *c,
@@ -56,6 +82,7 @@ static void tm_buddy_set(struct tm_buddy *buddy, struct tm_buddy_chunk *c,
 {
 	c->bits[buddy->word[order] + i / 64] |= (u64)1 << (i % 64);
 	c->nr[order]++;
+	buddy->free_runs[c->class][order]++;
 	c->orders |= 1u << order;
 }
 
@@ -63,6 +90,7 @@ static void tm_buddy_clear(struct tm_buddy *buddy, struct tm_buddy_chunk *c,
 			   unsigned int order, u32 i)
 {
 	c->bits[buddy->word[order] + i / 64] &= ~((u64)1 << (i % 64));
+	buddy->free_runs[c->class][order]--;
 	if (!--c->nr[order])
 		c->orders &= ~(1u << order);
 }
@@ -96,8 +124,9 @@ int tm_buddy_init(struct tm_buddy *buddy, struct tm_geometry g, u32 nr_slots,
 
 		buddy->word[o] = word;
 		word += (runs + 63) / 64;
-		buddy->head[o] = TM_NONE;
 	}
+	for (u32 list = 0; list < TM_BUDDY_LISTS; list++)
+		buddy->head[list] = TM_NONE;
 	return 0;
 }
 
@@ -110,9 +139,12 @@ void tm_buddy_destroy(struct tm_buddy *buddy)
 
 void tm_buddy_add_chunk(struct tm_buddy *buddy, struct tm_chunk_id id)
 {
-	struct tm_buddy_chunk *c = &buddy->chunks[id.v];
+	struct tm_buddy_chunk *c;
 
 	tm_assert_locked(buddy->lock);
+	if (tm_warn_on(id.v >= buddy->nr_slots))
+		return;
+	c = &buddy->chunks[id.v];
 	if (tm_warn_on(c->in_pool))
 		return;
 	c->in_pool = true;
@@ -124,38 +156,66 @@ void tm_buddy_add_chunk(struct tm_buddy *buddy, struct tm_chunk_id id)
 
 int tm_buddy_remove_chunk(struct tm_buddy *buddy, struct tm_chunk_id id)
 {
-	struct tm_buddy_chunk *c = &buddy->chunks[id.v];
-	u32 was = c->orders;
+	struct tm_buddy_chunk *c;
+	u32 was;
 
 	tm_assert_locked(buddy->lock);
+	if (id.v >= buddy->nr_slots)
+		return -EINVAL;
+	c = &buddy->chunks[id.v];
+	was = c->orders;
 	if (!c->in_pool || was != 1u << buddy->geometry.chunk_order)
 		return -EBUSY;
 	tm_buddy_clear(buddy, c, buddy->geometry.chunk_order, 0);
 	tm_buddy_relist(buddy, id.v, was);
+	buddy->emptied += c->drain != 0;
+	c->drain = 0;
+	c->rest = 0;
+	c->class = TM_BUDDY_MOVABLE;
 	c->in_pool = false;
+	c->next = 0;
+	c->prev = 0;
 	buddy->nr_chunks--;
 	buddy->free_pages -= tm_chunk_pages(buddy->geometry);
 	return 0;
 }
 
-int tm_buddy_alloc(struct tm_buddy *buddy, unsigned int order,
-		   struct tm_page_id *page)
+/* The lists of @class whose chunks have a free run of @order to @most. */
+static u32 tm_buddy_lists(const struct tm_buddy *buddy,
+			  enum tm_buddy_class class, unsigned int order,
+			  unsigned int most)
 {
-	struct tm_buddy_chunk *c;
-	unsigned int o;
-	u32 v, i, was;
+	u32 upto = (2u << most) - (1u << order);
 
-	tm_assert_locked(buddy->lock);
-	if (order > tm_buddy_max_order(buddy))
-		return -EINVAL;
-	if (!(buddy->lists >> order))
-		return -ENOMEM;
+	return buddy->lists & upto << (class * TM_BUDDY_ORDERS);
+}
 
-	v = buddy->head[order + tm_ctz64(buddy->lists >> order)];
-	c = &buddy->chunks[v];
-	was = c->orders;
-	o = order + tm_ctz64(was >> order);
-	i = tm_buddy_first(buddy, c, o);
+/*
+ * Of the chunks of @class, or else of the other class in service, the one whose
+ * largest run is the smallest that fits and not above @most.
+ */
+static u32 tm_buddy_tightest(const struct tm_buddy *buddy,
+			     enum tm_buddy_class class, unsigned int order,
+			     unsigned int most)
+{
+	u32 lists = tm_buddy_lists(buddy, class, order, most);
+
+	if (!lists)
+		lists = tm_buddy_lists(buddy, class == TM_BUDDY_MOVABLE ?
+				       TM_BUDDY_UNMOVABLE : TM_BUDDY_MOVABLE,
+				       order, most);
+	return lists ? buddy->head[tm_ctz64(lists)] : TM_NONE;
+}
+
+/* Allocate from @v, which has a free run of @order or more. */
+static struct tm_page_id tm_buddy_take(struct tm_buddy *buddy, u32 v,
+				       unsigned int order)
+{
+	struct tm_buddy_chunk *c = &buddy->chunks[v];
+	u32 was = c->orders;
+	unsigned int o = order + tm_ctz64(was >> order);
+	u32 i = tm_buddy_first(buddy, c, o);
+
 	tm_buddy_clear(buddy, c, o, i);
 	while (o > order) {
 		o--;
@@ -166,9 +226,77 @@ int tm_buddy_alloc(struct tm_buddy *buddy, unsigned int order,
 	tm_buddy_relist(buddy, v, was);
 	buddy->free_pages -= 1u << order;
 	buddy->allocs++;
+	c->used[order]++;
 	c->run[i << order] = order + 1;
-	*page = tm_page_id(buddy->geometry, (struct tm_chunk_id){ v },
-			   i << order);
+	return tm_page_id(buddy->geometry, (struct tm_chunk_id){ v },
+			  i << order);
+}
+
+/* The chunk is in service again; compaction leaves it alone until pass @rest. */
+static void tm_buddy_drain_end(struct tm_buddy *buddy, u32 v, u64 rest)
+{
+	buddy->chunks[v].drain = 0;
+	buddy->chunks[v].rest = rest;
+	tm_buddy_set_class(buddy, v, TM_BUDDY_MOVABLE);
+}
+
+/*
+ * End a drain for an allocation that finds nothing else. To grow the pool instead
+ * would take from level 1 the chunk that the drain is to give it.
+ */
+static u32 tm_buddy_reclaim(struct tm_buddy *buddy, unsigned int order)
+{
+	u32 lists = tm_buddy_lists(buddy, TM_BUDDY_DRAINING, order,
+				   buddy->geometry.chunk_order);
+	u32 v;
+
+	if (!lists)
+		return TM_NONE;
+	v = buddy->head[tm_ctz64(lists)];
+	buddy->starved++;
+	tm_buddy_drain_end(buddy, v, buddy->pass + 1);
+	return v;
+}
+
+static int tm_buddy_alloc_class(struct tm_buddy *buddy,
+				enum tm_buddy_class class, unsigned int order,
+				struct tm_page_id *page)
+{
+	u32 v;
+
+	tm_assert_locked(buddy->lock);
+	if (order > tm_buddy_max_order(buddy))
+		return -EINVAL;
+	v = tm_buddy_tightest(buddy, class, order, buddy->geometry.chunk_order);
+	if (v == TM_NONE)
+		v = tm_buddy_reclaim(buddy, order);
+	if (v == TM_NONE)
+		return -ENOMEM;
+	*page = tm_buddy_take(buddy, v, order);
+	return 0;
+}
+
+int tm_buddy_alloc(struct tm_buddy *buddy, unsigned int order,
+		   struct tm_page_id *page)
+{
+	return tm_buddy_alloc_class(buddy, TM_BUDDY_MOVABLE, order, page);
+}
+
+int tm_buddy_alloc_unmovable(struct tm_buddy *buddy, unsigned int order,
+			     struct tm_page_id *page)
+{
+	struct tm_buddy_chunk *c;
+	struct tm_chunk_id id;
+	int err;
+
+	err = tm_buddy_alloc_class(buddy, TM_BUDDY_UNMOVABLE, order, page);
+	if (err)
+		return err;
+	id = tm_page_chunk(buddy->geometry, *page);
+	c = &buddy->chunks[id.v];
+	c->run[tm_page_index(buddy->geometry, *page)] |= TM_BUDDY_RUN_UNMOVABLE;
+	if (!c->unmovable++)
+		tm_buddy_set_class(buddy, id.v, TM_BUDDY_UNMOVABLE);
 	return 0;
 }
 
@@ -185,11 +313,14 @@ int tm_buddy_free(struct tm_buddy *buddy, struct tm_page_id page,
 	if (id.v >= buddy->nr_slots || order > tm_buddy_max_order(buddy))
 		return -EINVAL;
 	c = &buddy->chunks[id.v];
-	if (c->run[index] != order + 1)
+	if ((c->run[index] & ~TM_BUDDY_RUN_UNMOVABLE) != order + 1)
 		return -EINVAL;
 
 	i = index >> order;
+	if (c->run[index] & TM_BUDDY_RUN_UNMOVABLE && !--c->unmovable)
+		tm_buddy_set_class(buddy, id.v, TM_BUDDY_MOVABLE);
 	c->run[index] = 0;
+	c->used[order]--;
 	was = c->orders;
 	buddy->free_pages += 1u << order;
 	buddy->frees++;
@@ -205,4 +336,100 @@ int tm_buddy_free(struct tm_buddy *buddy, struct tm_page_id page,
 	tm_buddy_relist(buddy, id.v, was);
 	*empty = order == buddy->geometry.chunk_order;
 	return 0;
+}
+
+int tm_buddy_drain_begin(struct tm_buddy *buddy, struct tm_chunk_id id,
+			 struct tm_buddy_drain *drain)
+{
+	struct tm_buddy_chunk *c;
+
+	tm_assert_locked(buddy->lock);
+	if (id.v >= buddy->nr_slots)
+		return -EINVAL;
+	c = &buddy->chunks[id.v];
+	if (!c->in_pool || c->orders == 1u << buddy->geometry.chunk_order)
+		return -EINVAL;
+	if (c->class != TM_BUDDY_MOVABLE)
+		return -EBUSY;
+	c->drain = ++buddy->drains;
+	tm_buddy_set_class(buddy, id.v, TM_BUDDY_DRAINING);
+	*drain = (struct tm_buddy_drain){
+		.id = id,
+		.nr = c->drain,
+		.order = tm_buddy_max_order(buddy),
+	};
+	return 0;
+}
+
+int tm_buddy_drain_next(const struct tm_buddy *buddy,
+			struct tm_buddy_drain *drain, struct tm_page_id *page,
+			unsigned int *order)
+{
+	const struct tm_buddy_chunk *c = &buddy->chunks[drain->id.v];
+	u32 index;
+
+	tm_assert_locked(buddy->lock);
+	if (c->drain != drain->nr)
+		return -ENOENT;
+	for (;;) {
+		/* Nothing is allocated here any more: what was passed is done. */
+		while (c->used[drain->order] &&
+		       drain->index < tm_chunk_pages(buddy->geometry)) {
+			index = drain->index;
+			drain->index += 1u << drain->order;
+			if (c->run[index] != drain->order + 1)
+				continue;
+			*page = tm_page_id(buddy->geometry, drain->id, index);
+			*order = drain->order;
+			return 0;
+		}
+		if (!drain->order)
+			return -ENOENT;
+		drain->order--;
+		drain->index = 0;
+	}
+}
+
+int tm_buddy_drain_alloc(struct tm_buddy *buddy,
+			 const struct tm_buddy_drain *drain,
+			 unsigned int order, struct tm_page_id *page)
+{
+	unsigned int most = tm_buddy_max_order(buddy);
+	u32 v;
+
+	tm_assert_locked(buddy->lock);
+	if (order > most)
+		return -EINVAL;
+	if (buddy->chunks[drain->id.v].drain != drain->nr)
+		return -ENOENT;
+	v = tm_buddy_tightest(buddy, TM_BUDDY_MOVABLE, order, most);
+	if (v == TM_NONE) {
+		buddy->starved++;
+		tm_buddy_drain_end(buddy, drain->id.v, buddy->pass + 1);
+		return -ENOMEM;
+	}
+	*page = tm_buddy_take(buddy, v, order);
+	return 0;
+}
+
+int tm_buddy_drain_moved(struct tm_buddy *buddy, struct tm_page_id page,
+			 unsigned int order, bool *empty)
+{
+	int err = tm_buddy_free(buddy, page, order, empty);
+
+	if (err)
+		return err;
+	buddy->moved_runs++;
+	buddy->moved_pages += 1u << order;
+	return 0;
+}
+
+void tm_buddy_drain_cancel(struct tm_buddy *buddy,
+			   const struct tm_buddy_drain *drain)
+{
+	tm_assert_locked(buddy->lock);
+	if (buddy->chunks[drain->id.v].drain != drain->nr)
+		return;
+	buddy->given_up++;
+	tm_buddy_drain_end(buddy, drain->id.v, buddy->pass + TM_BUDDY_REST);
 }

@@ -65,11 +65,14 @@ const char *tm_chunk_check(const struct tm_chunk_pool *pool)
 	return NULL;
 }
 
-static bool tm_check_bit(const struct tm_buddy *buddy,
-			 const struct tm_buddy_chunk *c, unsigned int order,
-			 u32 i)
+static bool tm_check_zero(const void *object, size_t size)
 {
-	return c->bits[buddy->word[order] + i / 64] >> (i % 64) & 1;
+	const u8 *byte = object;
+
+	while (size--)
+		if (*byte++)
+			return false;
+	return true;
 }
 
 static const char *tm_buddy_check_chunk(const struct tm_buddy *buddy,
@@ -78,16 +81,18 @@ static const char *tm_buddy_check_chunk(const struct tm_buddy *buddy,
 {
 	u8 covered[1u << TM_MAX_CHUNK_ORDER] = { 0 };
 	u32 pages = tm_chunk_pages(buddy->geometry);
+	u32 used[TM_BUDDY_ORDERS] = { 0 };
+	u32 unmovable = 0;
 
 	for (unsigned int o = 0; o <= buddy->geometry.chunk_order; o++) {
 		u32 nr = 0;
 
 		for (u32 i = 0; i < pages >> o; i++) {
-			if (!tm_check_bit(buddy, c, o, i))
+			if (!tm_buddy_test(buddy, c, o, i))
 				continue;
 			nr++;
 			if (o < buddy->geometry.chunk_order &&
-			    tm_check_bit(buddy, c, o, i ^ 1))
+			    tm_buddy_test(buddy, c, o, i ^ 1))
 				return "a run and its buddy are both free";
 			for (u32 p = i << o; p < (i + 1) << o; p++)
 				if (covered[p]++)
@@ -100,33 +105,53 @@ static const char *tm_buddy_check_chunk(const struct tm_buddy *buddy,
 			return "the mask of free orders is wrong";
 	}
 	for (u32 p = 0; p < pages; p++) {
+		u32 run = c->run[p] & ~TM_BUDDY_RUN_UNMOVABLE;
+
 		if (!c->run[p])
 			continue;
-		if (c->run[p] > buddy->geometry.chunk_order)
+		if (!run)
+			return "a page without a run may not move";
+		if (run > buddy->geometry.chunk_order)
 			return "an allocated run is as large as a chunk";
-		if (p & ((1u << (c->run[p] - 1)) - 1))
+		if (p & ((1u << (run - 1)) - 1))
 			return "an allocated run is not aligned";
-		for (u32 q = p; q < p + (1u << (c->run[p] - 1)); q++)
+		for (u32 q = p; q < p + (1u << (run - 1)); q++)
 			if (covered[q]++)
 				return "an allocated run overlaps another run";
+		used[run - 1]++;
+		unmovable += run != c->run[p];
 	}
 	for (u32 p = 0; p < pages; p++)
 		if (!covered[p])
 			return "a page is neither free nor allocated";
+	for (unsigned int o = 0; o < TM_BUDDY_ORDERS; o++)
+		if (used[o] != c->used[o])
+			return "an order's count is not its allocated runs";
+	if (unmovable != c->unmovable)
+		return "a count is not the runs that may not move";
+	if (c->class != (c->drain ? TM_BUDDY_DRAINING :
+			 unmovable ? TM_BUDDY_UNMOVABLE : TM_BUDDY_MOVABLE))
+		return "a chunk is in the wrong class";
+	if (c->drain && unmovable)
+		return "a chunk that drains has a run that may not move";
+	if (c->drain > buddy->drains)
+		return "a chunk drains that nobody began to drain";
 	return NULL;
 }
 
 const char *tm_buddy_check(const struct tm_buddy *buddy)
 {
 	u32 nr_chunks = 0, free_pages = 0, listed = 0, with_free = 0;
+	u32 free_runs[TM_BUDDY_CLASSES][TM_BUDDY_ORDERS] = { 0 };
+	u64 drains = buddy->emptied + buddy->given_up + buddy->starved;
 
 	for (u32 v = 0; v < buddy->nr_slots; v++) {
 		const struct tm_buddy_chunk *c = &buddy->chunks[v];
 		const char *error;
 
 		if (!c->in_pool) {
-			if (c->orders)
-				return "a chunk outside the pool has free runs";
+			if (!tm_check_zero(c, sizeof(*c)))
+				return "a chunk outside the pool is not zero";
 			continue;
 		}
 		nr_chunks++;
@@ -134,23 +159,33 @@ const char *tm_buddy_check(const struct tm_buddy *buddy)
 		error = tm_buddy_check_chunk(buddy, c, &free_pages);
 		if (error)
 			return error;
+		drains += c->class == TM_BUDDY_DRAINING;
+		for (unsigned int o = 0; o < TM_BUDDY_ORDERS; o++)
+			free_runs[c->class][o] += c->nr[o];
 	}
 	if (nr_chunks != buddy->nr_chunks)
 		return "the pool's chunk count is wrong";
 	if (free_pages != buddy->free_pages)
 		return "the pool's free page count is wrong";
+	if (drains != buddy->drains)
+		return "a drain is lost or has ended twice";
+	for (u32 class = 0; class < TM_BUDDY_CLASSES; class++)
+		for (unsigned int o = 0; o < TM_BUDDY_ORDERS; o++)
+			if (free_runs[class][o] != buddy->free_runs[class][o])
+				return "a class's count is not its free runs";
 
-	for (unsigned int o = 0; o <= buddy->geometry.chunk_order; o++) {
+	for (u32 list = 0; list < TM_BUDDY_LISTS; list++) {
 		u32 prev = TM_NONE;
 
-		if (!(buddy->lists >> o & 1) != (buddy->head[o] == TM_NONE))
+		if (!(buddy->lists >> list & 1) != (buddy->head[list] == TM_NONE))
 			return "the mask of lists is wrong";
-		for (u32 v = buddy->head[o]; v != TM_NONE;
+		for (u32 v = buddy->head[list]; v != TM_NONE;
 		     v = buddy->chunks[v].next) {
 			const struct tm_buddy_chunk *c = &buddy->chunks[v];
 
 			if (!c->in_pool || !c->orders ||
-			    tm_fls32(c->orders) != o)
+			    c->class * TM_BUDDY_ORDERS + tm_fls32(c->orders) !=
+			    list)
 				return "a chunk is on the list of another order";
 			if (c->prev != prev)
 				return "a chunk's back link is wrong";

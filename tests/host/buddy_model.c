@@ -42,6 +42,25 @@ bool buddy_model_empty(const struct buddy_model *model, struct tm_chunk_id id)
 	return model->in_pool[id.v];
 }
 
+enum tm_buddy_class buddy_model_class(const struct buddy_model *model, u32 v)
+{
+	if (model->drain[v])
+		return TM_BUDDY_DRAINING;
+	for (u32 p = 0; p < buddy_model_pages(model); p++)
+		if (model->run[v][p] & 0x80)
+			return TM_BUDDY_UNMOVABLE;
+	return TM_BUDDY_MOVABLE;
+}
+
+u32 buddy_model_find(const struct buddy_model *model, struct tm_page_id page)
+{
+	u32 i = 0;
+
+	while (i < model->nr_runs && model->runs[i].page.v != page.v)
+		i++;
+	return i;
+}
+
 /* Order of the free run that page @p is in, -1 when it is not free. */
 static int free_order(const struct buddy_model *model, u32 v, u32 p)
 {
@@ -96,6 +115,17 @@ static void compare_chunk(const struct buddy_model *model,
 	const struct tm_buddy_chunk *c = &buddy->chunks[v];
 	struct tm_buddy_chunk want = { .in_pool = model->in_pool[v] };
 
+	for (u32 p = 0; p < buddy_model_pages(model); p++) {
+		if (model->run[v][p])
+			want.used[(model->run[v][p] & 0x7f) - 1]++;
+		want.unmovable += model->run[v][p] >= 0x80;
+	}
+	CHECK(!memcmp(c->used, want.used, sizeof(want.used)));
+	CHECK_EQ(c->unmovable, want.unmovable);
+	CHECK_EQ(c->class, buddy_model_class(model, v));
+	CHECK_EQ(c->drain, model->drain[v]);
+	CHECK_EQ(c->rest, model->rest[v]);
+
 	for (u32 p = 0; p < buddy_model_pages(model);) {
 		int o = free_order(model, v, p);
 		u32 i;
@@ -133,6 +163,13 @@ void buddy_model_compare(const struct buddy_model *model,
 	CHECK_EQ(buddy->splits, model->splits);
 	CHECK_EQ(buddy->merges, model->merges);
 	CHECK_EQ(buddy->allocs - buddy->frees, model->nr_runs);
+	CHECK_EQ(buddy->pass, model->pass);
+	CHECK_EQ(buddy->drains, model->drains);
+	CHECK_EQ(buddy->emptied, model->emptied);
+	CHECK_EQ(buddy->given_up, model->given_up);
+	CHECK_EQ(buddy->starved, model->starved);
+	CHECK_EQ(buddy->moved_runs, model->moved_runs);
+	CHECK_EQ(buddy->moved_pages, model->moved_pages);
 	CHECK_OK(tm_buddy_check(buddy));
 }
 
@@ -187,32 +224,83 @@ int buddy_do_remove(struct buddy_model *model, struct tm_buddy *buddy,
 	buddy_snapshot_take(&before, buddy);
 	err = tm_buddy_remove_chunk(buddy, id);
 	CHECK_EQ(err, empty ? 0 : -EBUSY);
-	if (err)
+	if (err) {
 		CHECK(buddy_snapshot_same(&before, buddy));
-	else
+	} else {
 		model->in_pool[id.v] = false;
+		model->emptied += model->drain[id.v] != 0;
+		model->drain[id.v] = 0;
+		model->rest[id.v] = 0;
+	}
 	return err;
 }
 
-static void alloc_succeeded(struct buddy_model *model, unsigned int order,
-			    struct tm_page_id page)
+/* What decides who serves an allocation. */
+struct view {
+	int class[BUDDY_MODEL_SLOTS];
+	int largest[BUDDY_MODEL_SLOTS];
+};
+
+static void look(const struct buddy_model *model, struct view *view)
+{
+	for (u32 v = 0; v < model->nr_slots; v++) {
+		view->class[v] = (int)buddy_model_class(model, v);
+		view->largest[v] = buddy_model_largest(
+			model, (struct tm_chunk_id){ v });
+	}
+}
+
+/* Chunk @v is of @class, and its largest free run has @order to @most. */
+static bool can_serve(const struct view *view, u32 v, int class,
+		      unsigned int order, int most)
+{
+	return view->class[v] == class && view->largest[v] >= (int)order &&
+	       view->largest[v] <= most;
+}
+
+/* The class that has to serve: the first of @classes that can; -1 for none. */
+static int serving_class(const struct buddy_model *model,
+			 const struct view *view, const int *classes, u32 nr,
+			 unsigned int order, int most)
+{
+	for (u32 i = 0; i < nr; i++)
+		for (u32 v = 0; v < model->nr_slots; v++)
+			if (can_serve(view, v, classes[i], order, most))
+				return classes[i];
+	return -1;
+}
+
+static int chunk_order(const struct buddy_model *model)
+{
+	int order = 0;
+
+	while (1u << order < buddy_model_pages(model))
+		order++;
+	return order;
+}
+
+/* @view is what was before, and @class the one that has to serve. */
+static void alloc_succeeded(struct buddy_model *model, const struct view *view,
+			    int class, int most, unsigned int order,
+			    bool unmovable, struct tm_page_id page)
 {
 	u32 pages = buddy_model_pages(model);
 	u32 v = page.v / pages, first = page.v % pages;
-	struct tm_chunk_id id = { v };
-	int largest, found;
+	int found;
 
 	CHECK(v < model->nr_slots);
 	CHECK(model->in_pool[v]);
 	CHECK(!(first & ((1u << order) - 1)));
 
-	/* Of all chunks that can serve it, one whose largest run is smallest. */
-	largest = buddy_model_largest(model, id);
-	for (u32 w = 0; w < model->nr_slots; w++) {
-		int other = buddy_model_largest(model,
-						(struct tm_chunk_id){ w });
-
-		CHECK(other < (int)order || other >= largest);
+	/* Of all chunks that may serve it, one whose largest run is smallest. */
+	CHECK(can_serve(view, v, class, order, most));
+	for (u32 w = 0; w < model->nr_slots; w++)
+		CHECK(!can_serve(view, w, class, order, most) ||
+		      view->largest[w] >= view->largest[v]);
+	if (class == TM_BUDDY_DRAINING) {
+		model->drain[v] = 0;
+		model->rest[v] = model->pass + 1;
+		model->starved++;
 	}
 	/* In that chunk the smallest run that fits. */
 	found = free_order(model, v, first);
@@ -223,38 +311,64 @@ static void alloc_succeeded(struct buddy_model *model, unsigned int order,
 		CHECK(!model->used[v][p]);
 		model->used[v][p] = true;
 	}
-	model->run[v][first] = (u8)(order + 1);
+	model->run[v][first] = (u8)(order + 1 + (unmovable ? 0x80 : 0));
 	CHECK(model->nr_runs < BUDDY_MODEL_RUNS);
-	model->runs[model->nr_runs++] = (struct buddy_run){ page, order };
+	model->runs[model->nr_runs++] = (struct buddy_run){
+		page, order, unmovable, ++model->last_id,
+	};
 	model->allocs++;
 	model->splits += (u32)found - order;
 }
 
-int buddy_do_alloc(struct buddy_model *model, struct tm_buddy *buddy,
-		   unsigned int order, struct tm_page_id *page)
+static int do_alloc(struct buddy_model *model, struct tm_buddy *buddy,
+		    unsigned int order, bool unmovable, struct tm_page_id *page)
 {
+	const int classes[] = {
+		unmovable ? TM_BUDDY_UNMOVABLE : TM_BUDDY_MOVABLE,
+		unmovable ? TM_BUDDY_MOVABLE : TM_BUDDY_UNMOVABLE,
+		TM_BUDDY_DRAINING,
+	};
+	int most = chunk_order(model);
 	struct buddy_snapshot before;
-	int want = -ENOMEM, err;
+	int class, want = -ENOMEM, err;
+	struct view view;
 
+	look(model, &view);
+	class = serving_class(model, &view, classes, 3, order, most);
+	/* Whoever has a run of that order, draining or not, has to give it. */
 	for (u32 v = 0; v < model->nr_slots; v++)
-		if (buddy_model_largest(model, (struct tm_chunk_id){ v }) >=
-		    (int)order)
+		if (view.largest[v] >= (int)order)
 			want = 0;
 	/* The largest run is half a chunk. */
 	if (order >= 32 || 2ull << order > buddy_model_pages(model))
 		want = -EINVAL;
 
 	buddy_snapshot_take(&before, buddy);
-	err = tm_buddy_alloc(buddy, order, page);
+	err = unmovable ? tm_buddy_alloc_unmovable(buddy, order, page) :
+			  tm_buddy_alloc(buddy, order, page);
 	CHECK_EQ(err, want);
 	if (err)
 		CHECK(buddy_snapshot_same(&before, buddy));
 	else
-		alloc_succeeded(model, order, *page);
+		alloc_succeeded(model, &view, class, most, order, unmovable,
+				*page);
 	return err;
 }
 
-bool buddy_do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth)
+int buddy_do_alloc(struct buddy_model *model, struct tm_buddy *buddy,
+		   unsigned int order, struct tm_page_id *page)
+{
+	return do_alloc(model, buddy, order, false, page);
+}
+
+int buddy_do_alloc_unmovable(struct buddy_model *model, struct tm_buddy *buddy,
+			     unsigned int order, struct tm_page_id *page)
+{
+	return do_alloc(model, buddy, order, true, page);
+}
+
+static bool do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth,
+		    bool moved)
 {
 	struct buddy_run run = model->runs[nth];
 	u32 pages = buddy_model_pages(model);
@@ -266,7 +380,8 @@ bool buddy_do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth)
 	for (u32 p = first; p < first + (1u << run.order); p++)
 		model->used[v][p] = false;
 	empty = !buddy_model_empty(model, id);
-	CHECK_EQ(tm_buddy_free(buddy, run.page, run.order, &empty), 0);
+	CHECK_EQ(moved ? tm_buddy_drain_moved(buddy, run.page, run.order, &empty) :
+			 tm_buddy_free(buddy, run.page, run.order, &empty), 0);
 	CHECK_EQ(empty, buddy_model_empty(model, id));
 
 	model->run[v][first] = 0;
@@ -276,6 +391,11 @@ bool buddy_do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth)
 	memmove(&model->runs[nth], &model->runs[nth + 1],
 		(model->nr_runs - nth) * sizeof(*model->runs));
 	return empty;
+}
+
+bool buddy_do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth)
+{
+	return do_free(model, buddy, nth, false);
 }
 
 void buddy_do_bad_free(const struct buddy_model *model, struct tm_buddy *buddy,
@@ -291,4 +411,119 @@ void buddy_do_bad_free(const struct buddy_model *model, struct tm_buddy *buddy,
 	CHECK_EQ(tm_buddy_free(buddy, page, order, &empty), -EINVAL);
 	CHECK(empty);
 	CHECK(buddy_snapshot_same(&before, buddy));
+}
+
+int buddy_do_drain_begin(struct buddy_model *model, struct tm_buddy *buddy,
+			 struct tm_chunk_id id, struct tm_buddy_drain *drain)
+{
+	struct buddy_snapshot before;
+	int want = 0, err;
+
+	if (id.v >= model->nr_slots || !model->in_pool[id.v] ||
+	    buddy_model_empty(model, id))
+		want = -EINVAL;
+	else if (buddy_model_class(model, id.v) != TM_BUDDY_MOVABLE)
+		want = -EBUSY;
+	buddy_snapshot_take(&before, buddy);
+	err = tm_buddy_drain_begin(buddy, id, drain);
+	CHECK_EQ(err, want);
+	if (err) {
+		CHECK(buddy_snapshot_same(&before, buddy));
+		return err;
+	}
+	CHECK_EQ(drain->id.v, id.v);
+	model->drain[id.v] = ++model->drains;
+	CHECK_EQ(drain->nr, model->drains);
+	memset(model->named[id.v], 0, sizeof(model->named[id.v]));
+	return 0;
+}
+
+static bool in_force(const struct buddy_model *model,
+		     const struct tm_buddy_drain *drain)
+{
+	return model->drain[drain->id.v] == drain->nr;
+}
+
+int buddy_do_drain_next(struct buddy_model *model, struct tm_buddy *buddy,
+			struct tm_buddy_drain *drain, struct tm_page_id *page,
+			unsigned int *order)
+{
+	u32 v = drain->id.v, best = 0, first = 0;
+	struct buddy_snapshot before;
+	int err;
+
+	/* The first of the largest that was not named. */
+	for (u32 p = 0; p < buddy_model_pages(model); p++)
+		if (!model->named[v][p] && model->run[v][p] > best) {
+			best = model->run[v][p];
+			first = p;
+		}
+	if (!in_force(model, drain))
+		best = 0;
+	buddy_snapshot_take(&before, buddy);
+	err = tm_buddy_drain_next(buddy, drain, page, order);
+	CHECK(buddy_snapshot_same(&before, buddy));
+	CHECK_EQ(err, best ? 0 : -ENOENT);
+	if (err)
+		return err;
+	CHECK_EQ(page->v, v * buddy_model_pages(model) + first);
+	CHECK_EQ(*order, best - 1);
+	model->named[v][first] = true;
+	return 0;
+}
+
+int buddy_do_drain_alloc(struct buddy_model *model, struct tm_buddy *buddy,
+			 const struct tm_buddy_drain *drain,
+			 unsigned int order, struct tm_page_id *page)
+{
+	const int classes[] = { TM_BUDDY_MOVABLE, TM_BUDDY_UNMOVABLE };
+	int most = chunk_order(model) - 1;
+	struct buddy_snapshot before;
+	int class, want, err;
+	struct view view;
+
+	look(model, &view);
+	class = serving_class(model, &view, classes, 2, order, most);
+	want = class < 0 ? -ENOMEM : 0;
+	if (!in_force(model, drain))
+		want = -ENOENT;
+	if (order > (unsigned int)most)
+		want = -EINVAL;
+	buddy_snapshot_take(&before, buddy);
+	err = tm_buddy_drain_alloc(buddy, drain, order, page);
+	CHECK_EQ(err, want);
+	if (!err) {
+		alloc_succeeded(model, &view, class, most, order, false, *page);
+	} else if (err == -ENOMEM) {
+		model->starved++;
+		model->drain[drain->id.v] = 0;
+		model->rest[drain->id.v] = model->pass + 1;
+	} else {
+		CHECK(buddy_snapshot_same(&before, buddy));
+	}
+	return err;
+}
+
+bool buddy_do_drain_moved(struct buddy_model *model, struct tm_buddy *buddy,
+			  u32 nth)
+{
+	model->moved_runs++;
+	model->moved_pages += 1u << model->runs[nth].order;
+	return do_free(model, buddy, nth, true);
+}
+
+void buddy_do_drain_cancel(struct buddy_model *model, struct tm_buddy *buddy,
+			   const struct tm_buddy_drain *drain)
+{
+	struct buddy_snapshot before;
+
+	buddy_snapshot_take(&before, buddy);
+	tm_buddy_drain_cancel(buddy, drain);
+	if (!in_force(model, drain)) {
+		CHECK(buddy_snapshot_same(&before, buddy));
+		return;
+	}
+	model->given_up++;
+	model->drain[drain->id.v] = 0;
+	model->rest[drain->id.v] = model->pass + 8;
 }

@@ -17,6 +17,9 @@
 struct buddy_run {
 	struct tm_page_id page;
 	unsigned int order;
+	bool unmovable;
+	/* Of all runs there ever were; for whoever follows one on its moves. */
+	u32 id;
 };
 
 struct buddy_model {
@@ -29,6 +32,19 @@ struct buddy_model {
 	/* The allocated runs, oldest first. */
 	struct buddy_run runs[BUDDY_MODEL_RUNS];
 	u32 nr_runs;
+	u32 last_id;
+	/* What the fields of the same name must be. */
+	u64 drain[BUDDY_MODEL_SLOTS];
+	u64 rest[BUDDY_MODEL_SLOTS];
+	/* tm_buddy_drain_next() has named the run that starts here. */
+	bool named[BUDDY_MODEL_SLOTS][BUDDY_MODEL_PAGES];
+	u64 pass;
+	u64 drains;
+	u64 emptied;
+	u64 given_up;
+	u64 starved;
+	u64 moved_runs;
+	u64 moved_pages;
 	u64 allocs;
 	u64 frees;
 	u64 splits;
@@ -47,6 +63,9 @@ u32 buddy_model_pages(const struct buddy_model *model);
 u32 buddy_model_chunks(const struct buddy_model *model);
 u32 buddy_model_used(const struct buddy_model *model);
 bool buddy_model_empty(const struct buddy_model *model, struct tm_chunk_id id);
+enum tm_buddy_class buddy_model_class(const struct buddy_model *model, u32 v);
+/* Index into the runs, or their number when no run starts at @page. */
+u32 buddy_model_find(const struct buddy_model *model, struct tm_page_id page);
 /* Order of the largest free run, -1 for none. */
 int buddy_model_largest(const struct buddy_model *model, struct tm_chunk_id id);
 /* Fail the test where @buddy is not what @model says. */
@@ -68,10 +87,26 @@ int buddy_do_remove(struct buddy_model *model, struct tm_buddy *buddy,
 		    struct tm_chunk_id id);
 int buddy_do_alloc(struct buddy_model *model, struct tm_buddy *buddy,
 		   unsigned int order, struct tm_page_id *page);
+int buddy_do_alloc_unmovable(struct buddy_model *model, struct tm_buddy *buddy,
+			     unsigned int order, struct tm_page_id *page);
 /* Free the @nth allocated run. Return: its chunk is empty now. */
 bool buddy_do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth);
 /* Free what is not an allocated run: must be refused. */
 void buddy_do_bad_free(const struct buddy_model *model, struct tm_buddy *buddy,
 		       struct tm_page_id page, unsigned int order);
+
+int buddy_do_drain_begin(struct buddy_model *model, struct tm_buddy *buddy,
+			 struct tm_chunk_id id, struct tm_buddy_drain *drain);
+int buddy_do_drain_next(struct buddy_model *model, struct tm_buddy *buddy,
+			struct tm_buddy_drain *drain, struct tm_page_id *page,
+			unsigned int *order);
+int buddy_do_drain_alloc(struct buddy_model *model, struct tm_buddy *buddy,
+			 const struct tm_buddy_drain *drain,
+			 unsigned int order, struct tm_page_id *page);
+/* Free the @nth allocated run, which was moved. Return: its chunk is empty. */
+bool buddy_do_drain_moved(struct buddy_model *model, struct tm_buddy *buddy,
+			  u32 nth);
+void buddy_do_drain_cancel(struct buddy_model *model, struct tm_buddy *buddy,
+			   const struct tm_buddy_drain *drain);
 
 #endif

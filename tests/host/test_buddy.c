@@ -84,6 +84,27 @@ TEST(buddy_destroy_warns_of_chunks)
 	CHECK_EQ(tm_host_missing_warnings(), 0);
 }
 
+/* A chunk beyond the table changes nothing, at either end of the numbers. */
+TEST(buddy_refuses_chunks_beyond_the_table)
+{
+	static const u32 beyond[] = { 2, 3, 1u << 31, TM_NONE };
+	struct buddy_snapshot before;
+
+	setup(12, 2);
+	buddy_do_add(&model, &buddy, (struct tm_chunk_id){ 1 });
+	buddy_snapshot_take(&before, &buddy);
+	for (u32 i = 0; i < sizeof(beyond) / sizeof(*beyond); i++) {
+		struct tm_chunk_id id = { beyond[i] };
+
+		tm_host_expect_warnings(1);
+		tm_buddy_add_chunk(&buddy, id);
+		CHECK_EQ(tm_host_missing_warnings(), 0);
+		CHECK_EQ(tm_buddy_remove_chunk(&buddy, id), -EINVAL);
+		CHECK(buddy_snapshot_same(&before, &buddy));
+	}
+	teardown();
+}
+
 /* Fill chunks with runs of one order: nothing is left over, nothing overlaps. */
 TEST_PAGE_SIZES(buddy_fill_each_order)
 {

@@ -194,10 +194,13 @@ TEST_PAGE_SIZES(check_finds_buddy_damage)
 	CHECK(c->run[0] == 1 && c->run[1] == 1 && c->run[4] == 3);
 	CHECK_EQ(c->orders & 0xf, 2 | (g.chunk_order > 3 ? 8 : 0));
 
-	EXPECT_BUDDY("a chunk outside the pool has free runs",
+	EXPECT_BUDDY("a chunk outside the pool is not zero",
 		     c->in_pool = false);
-	EXPECT_BUDDY("a chunk outside the pool has free runs",
-		     buddy.chunks[0].orders = 1);
+	/* Every byte of it. */
+	for (u32 i = 0; i < sizeof(*c); i++)
+		if (i != offsetof(struct tm_buddy_chunk, in_pool))
+			EXPECT_BUDDY("a chunk outside the pool is not zero",
+				     ((u8 *)&buddy.chunks[4])[i] = 1);
 	EXPECT_BUDDY("a run and its buddy are both free",
 		     flip(&buddy, c, 1, 0));
 	EXPECT_BUDDY("a run and its buddy are both free",
@@ -225,15 +228,48 @@ TEST_PAGE_SIZES(check_finds_buddy_damage)
 	EXPECT_BUDDY("a page is neither free nor allocated", c->run[4] = 2);
 	EXPECT_BUDDY("a page is neither free nor allocated",
 		     (flip(&buddy, c, 1, 1), c->nr[1]--, c->orders &= ~2u));
+	EXPECT_BUDDY("a page without a run may not move", c->run[3] = 0x80);
+	EXPECT_BUDDY("an order's count is not its allocated runs",
+		     c->used[0]++);
+	EXPECT_BUDDY("an order's count is not its allocated runs",
+		     (c->used[0]--, c->used[1]++));
+	EXPECT_BUDDY("a count is not the runs that may not move",
+		     c->run[0] |= 0x80);
+	EXPECT_BUDDY("a count is not the runs that may not move",
+		     c->unmovable++);
+	EXPECT_BUDDY("a chunk is in the wrong class",
+		     (c->unmovable++, c->run[0] |= 0x80));
+	EXPECT_BUDDY("a chunk is in the wrong class",
+		     c->class = TM_BUDDY_UNMOVABLE);
+	EXPECT_BUDDY("a chunk is in the wrong class",
+		     c->class = TM_BUDDY_DRAINING);
+	EXPECT_BUDDY("a chunk is in the wrong class", c->drain = 1);
+	EXPECT_BUDDY("a chunk that drains has a run that may not move",
+		     (c->drain = 1, c->class = TM_BUDDY_DRAINING,
+		      c->unmovable++, c->run[0] |= 0x80));
+	EXPECT_BUDDY("a chunk drains that nobody began to drain",
+		     (c->drain = 1, c->class = TM_BUDDY_DRAINING));
+	EXPECT_BUDDY("a drain is lost or has ended twice", buddy.drains++);
+	EXPECT_BUDDY("a drain is lost or has ended twice", buddy.emptied++);
+	EXPECT_BUDDY("a drain is lost or has ended twice", buddy.given_up++);
+	EXPECT_BUDDY("a drain is lost or has ended twice", buddy.starved++);
+	for (u32 class = 0; class < TM_BUDDY_CLASSES; class++)
+		for (unsigned int o = 0; o < TM_BUDDY_ORDERS; o++)
+			EXPECT_BUDDY("a class's count is not its free runs",
+				     buddy.free_runs[class][o]++);
+	/* Right in itself, but the pool has it in another class. */
+	EXPECT_BUDDY("a class's count is not its free runs",
+		     (c->drain = ++buddy.drains,
+		      c->class = TM_BUDDY_DRAINING));
 	EXPECT_BUDDY("the pool's chunk count is wrong", buddy.nr_chunks++);
 	EXPECT_BUDDY("the pool's chunk count is wrong", buddy.nr_chunks--);
 	EXPECT_BUDDY("the pool's free page count is wrong",
 		     buddy.free_pages++);
 	EXPECT_BUDDY("the pool's free page count is wrong",
 		     buddy.free_pages--);
-	for (unsigned int o = 0; o <= g.chunk_order; o++)
+	for (u32 list = 0; list < TM_BUDDY_LISTS; list++)
 		EXPECT_BUDDY("the mask of lists is wrong",
-			     buddy.lists ^= 1u << o);
+			     buddy.lists ^= 1u << list);
 	EXPECT_BUDDY("the mask of lists is wrong",
 		     buddy.head[g.chunk_order] = TM_NONE);
 	/* A chunk on the wrong list, one that is full, one not in the pool. */
@@ -243,6 +279,10 @@ TEST_PAGE_SIZES(check_finds_buddy_damage)
 		     buddy.head[g.chunk_order] = tm_page_chunk(g, page).v);
 	EXPECT_BUDDY("a chunk is on the list of another order",
 		     buddy.head[g.chunk_order] = 0);
+	/* The right order of another class. */
+	EXPECT_BUDDY("a chunk is on the list of another order",
+		     (buddy.head[TM_BUDDY_ORDERS + top] = buddy.head[top],
+		      buddy.lists |= 1u << (TM_BUDDY_ORDERS + top)));
 	/* A chunk that has more free than its list says. */
 	EXPECT_BUDDY("a chunk is on the list of another order",
 		     buddy.head[top] = buddy.head[g.chunk_order]);

@@ -1,0 +1,565 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "core/kv.h"
+
+/*
+ * A link is the page it leads to plus 1, so that a zeroed table is all free pages;
+ * the link of a block's last page says which block it is.
+ */
+#define TM_KV_END	(1u << 31)
+
+static u64 tm_kv_plane_pages(struct tm_geometry g,
+			     const struct tm_kv_group *group, u32 block_tokens)
+{
+	u64 tokens = group->rule == TM_KV_STATE ? 1 : block_tokens;
+
+	return (tokens * group->token_bytes + (1u << g.page_shift) - 1) >>
+	       g.page_shift;
+}
+
+/* What blocks of @tokens waste of a sequence that is no longer than usual. */
+static u64 tm_kv_cost(struct tm_geometry g, const struct tm_kv_group *groups,
+		      u32 nr_groups, u32 tokens)
+{
+	u64 used = 0, held = 0;
+
+	for (u32 i = 0; i < nr_groups; i++) {
+		const struct tm_kv_group *group = &groups[i];
+
+		/* A state is as large whatever a block is. */
+		if (group->rule == TM_KV_STATE)
+			continue;
+		used += (u64)group->planes * group->token_bytes * tokens;
+		held += group->planes * tm_kv_plane_pages(g, group, tokens)
+			<< g.page_shift;
+	}
+	if (!held)
+		return tokens;
+	/*
+	 * By rounding, and half of the last block, both in units of half a token.
+	 * No product overflows: planes and bytes are within TM_KV_MAX_BLOCK_PAGES.
+	 */
+	return (held - used) * 2 * TM_KV_USUAL_TOKENS / held + tokens;
+}
+
+static u32 tm_kv_choose_tokens(struct tm_geometry g,
+			       const struct tm_kv_group *groups, u32 nr_groups)
+{
+	u32 best = TM_KV_MIN_TOKENS;
+	u64 least = tm_kv_cost(g, groups, nr_groups, best);
+
+	for (u32 t = best + 1; t <= TM_KV_USUAL_TOKENS; t++) {
+		u64 cost = tm_kv_cost(g, groups, nr_groups, t);
+
+		if (cost < least) {
+			best = t;
+			least = cost;
+		}
+	}
+	return best;
+}
+
+static bool tm_kv_group_valid(struct tm_geometry g,
+			      const struct tm_kv_group *group)
+{
+	u64 bytes = (u64)group->planes * group->token_bytes;
+
+	return group->rule < TM_KV_RULES && bytes &&
+	       group->planes <= TM_KV_MAX_BLOCK_PAGES &&
+	       bytes <= (u64)TM_KV_MAX_BLOCK_PAGES << g.page_shift &&
+	       !group->window == (group->rule != TM_KV_WINDOW);
+}
+
+int tm_kv_geometry_init(struct tm_kv_geometry *geo, struct tm_geometry pages,
+			const struct tm_kv_group *groups, u32 nr_groups,
+			u32 block_tokens)
+{
+	*geo = (struct tm_kv_geometry){ .pages = pages };
+	if (!nr_groups || nr_groups > TM_KV_GROUPS)
+		return -EINVAL;
+	for (u32 i = 0; i < nr_groups; i++)
+		if (!tm_kv_group_valid(pages, &groups[i]))
+			return -EINVAL;
+	if (!block_tokens)
+		block_tokens = tm_kv_choose_tokens(pages, groups, nr_groups);
+	for (u32 i = 0; i < nr_groups; i++) {
+		u64 plane = tm_kv_plane_pages(pages, &groups[i], block_tokens);
+
+		/* Of two factors below 2^32, so that the product is right. */
+		if (plane > TM_KV_MAX_BLOCK_PAGES ||
+		    plane * groups[i].planes > TM_KV_MAX_BLOCK_PAGES)
+			return -EINVAL;
+		geo->group[i] = groups[i];
+		geo->plane_pages[i] = plane;
+		geo->block_pages[i] = plane * groups[i].planes;
+	}
+	geo->nr_groups = nr_groups;
+	geo->block_tokens = block_tokens;
+	return 0;
+}
+
+u32 tm_kv_held(const struct tm_kv_geometry *geo, u32 group, u32 tokens,
+	       u32 *first)
+{
+	const struct tm_kv_group *g = &geo->group[group];
+
+	*first = 0;
+	if (g->rule == TM_KV_STATE)
+		return 1;
+	if (g->rule == TM_KV_WINDOW && tokens > g->window)
+		*first = (tokens - g->window) / geo->block_tokens;
+	/* Not (tokens + block_tokens - 1), which can overflow. */
+	return tokens / geo->block_tokens + !!(tokens % geo->block_tokens);
+}
+
+static void tm_kv_list_add(struct tm_kv_pool *pool, u32 v)
+{
+	struct tm_kv_chunk *c = &pool->chunks[v];
+	u32 list = c->nr_free;
+
+	c->prev = TM_NONE;
+	c->next = pool->head[list];
+	if (c->next != TM_NONE)
+		pool->chunks[c->next].prev = v;
+	pool->head[list] = v;
+	pool->lists[list / 64] |= (u64)1 << (list % 64);
+}
+
+static void tm_kv_list_del(struct tm_kv_pool *pool, u32 v)
+{
+	struct tm_kv_chunk *c = &pool->chunks[v];
+	u32 list = c->nr_free;
+
+	if (c->next != TM_NONE)
+		pool->chunks[c->next].prev = c->prev;
+	if (c->prev != TM_NONE) {
+		pool->chunks[c->prev].next = c->next;
+		return;
+	}
+	pool->head[list] = c->next;
+	if (c->next == TM_NONE)
+		pool->lists[list / 64] &= ~((u64)1 << (list % 64));
+}
+
+/* A chunk has @nr_free free pages now. */
+static void tm_kv_relist(struct tm_kv_pool *pool, u32 v, u32 nr_free)
+{
+	struct tm_kv_chunk *c = &pool->chunks[v];
+
+	tm_kv_list_del(pool, v);
+	pool->free_pages += nr_free - c->nr_free;
+	c->nr_free = nr_free;
+	tm_kv_list_add(pool, v);
+}
+
+/* The first bit from @from to @end that is set (@flip 0) or clear (~0); or @end. */
+static u32 tm_kv_find(const u64 *bits, u32 from, u32 end, u64 flip)
+{
+	while (from < end) {
+		u64 word = (bits[from / 64] ^ flip) >> (from % 64);
+
+		if (word) {
+			from += tm_ctz64(word);
+			return from < end ? from : end;
+		}
+		from = (from | 63) + 1;
+	}
+	return end;
+}
+
+/* The chunk with the fewest free pages, but at least @nr; TM_NONE for none. */
+static u32 tm_kv_fullest(const struct tm_kv_pool *pool, u32 nr)
+{
+	u32 list;
+
+	if (nr >= TM_KV_LISTS)
+		return TM_NONE;
+	list = tm_kv_find(pool->lists, nr, TM_KV_LISTS, 0);
+	return list < TM_KV_LISTS ? pool->head[list] : TM_NONE;
+}
+
+/* The chunk with the most free pages; the pool has a free page. */
+static u32 tm_kv_emptiest(const struct tm_kv_pool *pool)
+{
+	u32 w = TM_KV_LISTS / 64;
+	u32 high;
+
+	while (!pool->lists[w])
+		w--;
+	high = pool->lists[w] >> 32;
+	return pool->head[w * 64 + (high ? 32 + tm_fls32(high) :
+					   tm_fls32((u32)pool->lists[w]))];
+}
+
+/* The smallest run of @nr free pages or more; 0 where there is none. */
+static u32 tm_kv_best_run(const struct tm_kv_chunk *c, u32 pages, u32 nr)
+{
+	u32 best = 0, best_len = TM_NONE;
+	u32 start = tm_kv_find(c->bits, 0, pages, 0);
+
+	while (start < pages) {
+		u32 end = tm_kv_find(c->bits, start, pages, ~(u64)0);
+
+		if (end - start >= nr && end - start < best_len) {
+			best = start;
+			best_len = end - start;
+		}
+		start = tm_kv_find(c->bits, end, pages, 0);
+	}
+	return best;
+}
+
+/* Take @nr free pages of a chunk. @link leads to them. Return: the last link. */
+static u32 *tm_kv_take(struct tm_kv_pool *pool, u32 v, u32 nr, u32 *link)
+{
+	struct tm_kv_chunk *c = &pool->chunks[v];
+	u32 pages = tm_chunk_pages(pool->geo.pages);
+	u32 i = tm_kv_best_run(c, pages, nr);
+
+	tm_kv_relist(pool, v, c->nr_free - nr);
+	for (; nr; nr--) {
+		u32 page;
+
+		i = tm_kv_find(c->bits, i, pages, 0);
+		c->bits[i / 64] &= ~((u64)1 << (i % 64));
+		page = (v << pool->geo.pages.chunk_order) | i;
+		*link = page + 1;
+		link = &pool->links[page];
+	}
+	return link;
+}
+
+static void tm_kv_put_page(struct tm_kv_pool *pool, u32 page)
+{
+	u32 v = page >> pool->geo.pages.chunk_order;
+	struct tm_kv_chunk *c = &pool->chunks[v];
+	u32 i = tm_page_index(pool->geo.pages, (struct tm_page_id){ page });
+
+	c->bits[i / 64] |= (u64)1 << (i % 64);
+	pool->links[page] = 0;
+	tm_kv_relist(pool, v, c->nr_free + 1);
+}
+
+int tm_kv_pool_init(struct tm_kv_pool *pool, const struct tm_kv_geometry *geo,
+		    u32 nr_slots, tm_lock_t *lock)
+{
+	u32 smallest = TM_KV_MAX_BLOCK_PAGES, nr_pages;
+
+	/* Too large for a literal on a kernel stack. */
+	memset(pool, 0, sizeof(*pool));
+	pool->geo = *geo;
+	pool->lock = lock;
+	if (!nr_slots || nr_slots >= TM_KV_END >> geo->pages.chunk_order)
+		return -EINVAL;
+	nr_pages = nr_slots << geo->pages.chunk_order;
+	for (u32 i = 0; i < geo->nr_groups; i++)
+		if (geo->block_pages[i] < smallest)
+			smallest = geo->block_pages[i];
+
+	if (nr_pages < smallest)
+		return -EINVAL;
+	pool->nr_slots = nr_slots;
+	pool->nr_blocks = nr_pages / smallest;
+	pool->chunks = tm_table_alloc(nr_slots, sizeof(*pool->chunks));
+	if (!pool->chunks)
+		return -ENOMEM;
+	pool->links = tm_table_alloc(nr_pages, sizeof(*pool->links));
+	if (!pool->links)
+		goto err_chunks;
+	pool->blocks = tm_table_alloc(pool->nr_blocks, sizeof(*pool->blocks));
+	if (!pool->blocks)
+		goto err_links;
+
+	for (u32 v = 0; v < nr_slots; v++)
+		pool->chunks[v].next = v + 1 < nr_slots ? v + 1 : TM_NONE;
+	for (u32 v = 0; v < pool->nr_blocks; v++)
+		pool->blocks[v] = (struct tm_kv_record){
+			.link = v + 1, .group = TM_NONE,
+		};
+	for (u32 n = 0; n < TM_KV_LISTS; n++)
+		pool->head[n] = TM_NONE;
+	return 0;
+
+err_links:
+	tm_table_free(pool->links);
+	pool->links = NULL;
+err_chunks:
+	tm_table_free(pool->chunks);
+	pool->chunks = NULL;
+	return -ENOMEM;
+}
+
+void tm_kv_pool_destroy(struct tm_kv_pool *pool)
+{
+	tm_warn_on(pool->nr_chunks);
+	tm_table_free(pool->blocks);
+	tm_table_free(pool->links);
+	tm_table_free(pool->chunks);
+	pool->blocks = NULL;
+	pool->links = NULL;
+	pool->chunks = NULL;
+}
+
+int tm_kv_add_chunk(struct tm_kv_pool *pool, struct tm_chunk_id id)
+{
+	u32 pages = tm_chunk_pages(pool->geo.pages);
+	u32 v = pool->free_slot;
+	struct tm_kv_chunk *c;
+
+	tm_assert_locked(pool->lock);
+	if (v == TM_NONE)
+		return -ENOSPC;
+	c = &pool->chunks[v];
+	pool->free_slot = c->next;
+	for (u32 i = 0; i < pages; i += 64)
+		c->bits[i / 64] = ~(u64)0 >> (pages < 64 ? 64 - pages : 0);
+	c->id = id;
+	c->nr_free = pages;
+	c->in_pool = true;
+	tm_kv_list_add(pool, v);
+	pool->nr_chunks++;
+	pool->free_pages += pages;
+	return 0;
+}
+
+int tm_kv_remove_chunk(struct tm_kv_pool *pool, struct tm_chunk_id *id)
+{
+	u32 pages = tm_chunk_pages(pool->geo.pages);
+	u32 v = pool->head[pages];
+	struct tm_kv_chunk *c;
+
+	tm_assert_locked(pool->lock);
+	if (v == TM_NONE)
+		return -ENOENT;
+	c = &pool->chunks[v];
+	tm_kv_list_del(pool, v);
+	pool->nr_chunks--;
+	pool->free_pages -= pages;
+	*id = c->id;
+	*c = (struct tm_kv_chunk){ .next = pool->free_slot };
+	pool->free_slot = v;
+	return 0;
+}
+
+u64 tm_kv_missing(const struct tm_kv_pool *pool, const u32 *count)
+{
+	u64 need = 0;
+
+	tm_assert_locked(pool->lock);
+	for (u32 i = 0; i < pool->geo.nr_groups; i++)
+		need += (u64)count[i] * pool->geo.block_pages[i];
+	if (need <= pool->free_pages)
+		return 0;
+	need -= pool->free_pages;
+	return (need + tm_chunk_pages(pool->geo.pages) - 1) >>
+	       pool->geo.pages.chunk_order;
+}
+
+/* The pool has the free pages. */
+static struct tm_kv_block tm_kv_alloc_one(struct tm_kv_pool *pool, u32 group)
+{
+	u32 left = pool->geo.block_pages[group];
+	u32 b = pool->free_block;
+	struct tm_kv_record *record = &pool->blocks[b];
+	u32 *link = &record->link;
+	u32 v = tm_kv_fullest(pool, left);
+
+	pool->free_block = record->link;
+	record->group = group;
+	pool->gathered += v == TM_NONE;
+	while (v == TM_NONE) {
+		u32 most = tm_kv_emptiest(pool);
+		u32 nr = pool->chunks[most].nr_free;
+
+		link = tm_kv_take(pool, most, nr, link);
+		left -= nr;
+		v = tm_kv_fullest(pool, left);
+	}
+	link = tm_kv_take(pool, v, left, link);
+	*link = TM_KV_END | b;
+	pool->used[group]++;
+	pool->allocs++;
+	return (struct tm_kv_block){ b };
+}
+
+int tm_kv_alloc(struct tm_kv_pool *pool, const u32 *count,
+		struct tm_kv_block *blocks)
+{
+	tm_assert_locked(pool->lock);
+	if (tm_kv_missing(pool, count))
+		return -ENOMEM;
+	for (u32 i = 0; i < pool->geo.nr_groups; i++)
+		for (u32 n = 0; n < count[i]; n++)
+			*blocks++ = tm_kv_alloc_one(pool, i);
+	return 0;
+}
+
+static bool tm_kv_is_block(const struct tm_kv_pool *pool,
+			   struct tm_kv_block block)
+{
+	return block.v < pool->nr_blocks &&
+	       pool->blocks[block.v].group != TM_NONE;
+}
+
+int tm_kv_free(struct tm_kv_pool *pool, struct tm_kv_block block)
+{
+	struct tm_kv_record *record;
+	u32 link;
+
+	tm_assert_locked(pool->lock);
+	if (!tm_kv_is_block(pool, block))
+		return -EINVAL;
+	record = &pool->blocks[block.v];
+	link = record->link;
+	while (!(link & TM_KV_END)) {
+		u32 v = (link - 1) >> pool->geo.pages.chunk_order;
+		struct tm_kv_chunk *c = &pool->chunks[v];
+		u32 nr = c->nr_free;
+
+		/* One move between lists for all that lies in one chunk. */
+		do {
+			u32 i = tm_page_index(pool->geo.pages,
+					      (struct tm_page_id){ link - 1 });
+			u32 next = pool->links[link - 1];
+
+			c->bits[i / 64] |= (u64)1 << (i % 64);
+			pool->links[link - 1] = 0;
+			link = next;
+			nr++;
+		} while (!(link & TM_KV_END) &&
+			 (link - 1) >> pool->geo.pages.chunk_order == v);
+		c->stuck = false;
+		tm_kv_relist(pool, v, nr);
+	}
+	if (pool->moving.active && pool->moving.block == block.v)
+		pool->moving.block = TM_NONE;
+	pool->used[record->group]--;
+	pool->frees++;
+	*record = (struct tm_kv_record){
+		.link = pool->free_block, .group = TM_NONE,
+	};
+	pool->free_block = block.v;
+	return 0;
+}
+
+/* The page in the pool's own numbers to the world's. */
+static struct tm_page_id tm_kv_page_id(const struct tm_kv_pool *pool, u32 page)
+{
+	struct tm_geometry g = pool->geo.pages;
+	struct tm_page_id local = { page };
+
+	return tm_page_id(g, pool->chunks[tm_page_chunk(g, local).v].id,
+			  tm_page_index(g, local));
+}
+
+int tm_kv_walk_start(const struct tm_kv_pool *pool, struct tm_kv_block block,
+		     struct tm_kv_walk *walk)
+{
+	tm_assert_locked(pool->lock);
+	if (!tm_kv_is_block(pool, block))
+		return -EINVAL;
+	walk->link = pool->blocks[block.v].link;
+	return 0;
+}
+
+bool tm_kv_walk_next(const struct tm_kv_pool *pool, struct tm_kv_walk *walk,
+		     struct tm_page_id *page)
+{
+	tm_assert_locked(pool->lock);
+	if (walk->link & TM_KV_END)
+		return false;
+	*page = tm_kv_page_id(pool, walk->link - 1);
+	walk->link = pool->links[walk->link - 1];
+	return true;
+}
+
+/* The chunk to empty: with the most free pages of those that are not stuck. */
+static u32 tm_kv_victim(const struct tm_kv_pool *pool)
+{
+	for (u32 list = tm_chunk_pages(pool->geo.pages); list-- > 0;)
+		for (u32 v = pool->head[list]; v != TM_NONE;
+		     v = pool->chunks[v].next)
+			if (!pool->chunks[v].stuck)
+				return v;
+	return TM_NONE;
+}
+
+/* The fullest chunk with a free page that is not @victim; there is one. */
+static u32 tm_kv_target(const struct tm_kv_pool *pool, u32 victim)
+{
+	const struct tm_kv_chunk *c = &pool->chunks[victim];
+	u32 v = tm_kv_fullest(pool, 1);
+
+	if (v != victim)
+		return v;
+	return c->next != TM_NONE ? c->next :
+				    tm_kv_fullest(pool, c->nr_free + 1);
+}
+
+int tm_kv_move_begin(struct tm_kv_pool *pool, struct tm_kv_move *move)
+{
+	u32 pages = tm_chunk_pages(pool->geo.pages);
+	struct tm_kv_moving *moving = &pool->moving;
+	u32 victim, link, index = 0, prev = 0;
+
+	tm_assert_locked(pool->lock);
+	if (moving->active)
+		return -EBUSY;
+	if (pool->free_pages < pages || pool->head[pages] != TM_NONE)
+		return -ENOENT;
+	victim = tm_kv_victim(pool);
+	if (victim == TM_NONE)
+		return -ENOENT;
+
+	moving->from = (victim << pool->geo.pages.chunk_order) |
+		       tm_kv_find(pool->chunks[victim].bits, 0, pages, ~(u64)0);
+	/* On to the end for the block, then from its start for what is before. */
+	link = pool->links[moving->from];
+	while (!(link & TM_KV_END))
+		link = pool->links[link - 1];
+	moving->block = link & ~TM_KV_END;
+	link = pool->blocks[moving->block].link;
+	while (link - 1 != moving->from) {
+		prev = link;
+		link = pool->links[link - 1];
+		index++;
+	}
+	moving->prev = prev;
+	*tm_kv_take(pool, tm_kv_target(pool, victim), 1, &link) = TM_KV_END;
+	moving->to = link - 1;
+	moving->active = true;
+	*move = (struct tm_kv_move){
+		.block = { moving->block },
+		.index = index,
+		.from = tm_kv_page_id(pool, moving->from),
+		.to = tm_kv_page_id(pool, moving->to),
+	};
+	return 0;
+}
+
+int tm_kv_move_end(struct tm_kv_pool *pool, bool copied)
+{
+	struct tm_kv_moving moving = pool->moving;
+
+	tm_assert_locked(pool->lock);
+	if (!moving.active)
+		return -EINVAL;
+	pool->moving.active = false;
+	if (moving.block == TM_NONE) {
+		tm_kv_put_page(pool, moving.to);
+		return -ENOENT;
+	}
+	if (!copied) {
+		tm_kv_put_page(pool, moving.to);
+		pool->chunks[moving.from >> pool->geo.pages.chunk_order].stuck =
+			true;
+		return 0;
+	}
+	pool->links[moving.to] = pool->links[moving.from];
+	if (moving.prev)
+		pool->links[moving.prev - 1] = moving.to + 1;
+	else
+		pool->blocks[moving.block].link = moving.to + 1;
+	tm_kv_put_page(pool, moving.from);
+	pool->moved++;
+	return 0;
+}
