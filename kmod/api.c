@@ -30,7 +30,8 @@ static int tm_api_numa(int node, unsigned int flags, struct tm_numa *numa)
 int tensormem_alloc(struct tensormem_run *run, enum tensormem_kind kind,
 		    size_t size, int node, unsigned int flags)
 {
-	unsigned int pages_flags = TM_PAGES_GROW;
+	/* Nobody here could tell its holder that a run has moved. */
+	unsigned int pages_flags = TM_PAGES_GROW | TM_PAGES_UNMOVABLE;
 	struct tm_numa numa;
 	struct tm_run got;
 	bool zeroed;

@@ -14,6 +14,7 @@
 
 #include "client.h"
 #include "park.h"
+#include "small.h"
 #include "tensor.h"
 
 #define TM_FS_MAGIC		0x544d454d	/* "TMEM" */
@@ -99,6 +100,7 @@ static void tm_client_release(struct kref *ref)
 	struct tm_client *client = container_of(ref, struct tm_client, ref);
 
 	xa_destroy(&client->tensors);
+	tm_small_destroy(client);
 	iput(client->inode);
 	kfree(client);
 }

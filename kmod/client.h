@@ -13,6 +13,8 @@
 #include "numa.h"
 #include "window.h"
 
+struct tm_smalls;
+
 /* Buckets for parked tensors: a program has few distinct sizes. */
 #define TM_PARKED_BITS	5
 
@@ -29,6 +31,7 @@
  * @window: offsets; under invalidate_lock
  * @parked: freed tensors whose memory and mappings wait for reuse, by length; under
  *          tm_park_lock (park.c)
+ * @smalls: slabs for small tensors, or NULL (small.c)
  * @closing: nothing may be parked any more; under tm_park_lock
  * @turn: whose turn it is when its memory is interleaved over nodes
  * @id: names the client in traces
@@ -46,6 +49,7 @@ struct tm_client {
 	u32 next_handle;
 	struct tm_window window;
 	DECLARE_HASHTABLE(parked, TM_PARKED_BITS);
+	struct tm_smalls *smalls;
 	bool closing;
 	atomic_t turn;
 	u32 id;

@@ -12,17 +12,18 @@
 /*
  * By kind: the largest size, in bytes, for the slab and for the buddy pool; the
  * chunk pool has no bound. Above half a page a slab object saves nothing. Weights
- * are read all over and pinned rarely, so few TLB entries count more than RSS.
+ * are read all over and pinned rarely, so few TLB entries count more than RSS. KV is
+ * shared and written page by page.
  */
 static const struct {
 	u64 slab;
 	u64 buddy;
 	bool huge;
 } tm_dispatch_table[] = {
-	[TENSORMEM_KIND_WEIGHTS]     = { 0, TM_CHUNK_SIZE - 1, true },
-	[TENSORMEM_KIND_KV]	     = { 0, TM_CHUNK_SIZE - 1, false },
-	[TENSORMEM_KIND_ACTIVATIONS] = { 0, TM_CHUNK_SIZE - 1, false },
-	[TENSORMEM_KIND_PROTOCOL]    = { 0, TM_CHUNK_SIZE - 1, false },
+	[TENSORMEM_KIND_WEIGHTS]     = { PAGE_SIZE / 2, TM_CHUNK_SIZE - PAGE_SIZE, true },
+	[TENSORMEM_KIND_KV]	     = { 0, TM_CHUNK_SIZE - PAGE_SIZE, false },
+	[TENSORMEM_KIND_ACTIVATIONS] = { PAGE_SIZE / 2, TM_CHUNK_SIZE - PAGE_SIZE, false },
+	[TENSORMEM_KIND_PROTOCOL]    = { PAGE_SIZE / 2, TM_CHUNK_SIZE - PAGE_SIZE, false },
 };
 
 /**

@@ -452,6 +452,15 @@ static int tm_node_alloc_chunk(struct tm_node *n, unsigned int flags,
 	return err;
 }
 
+static int tm_node_buddy_alloc(struct tm_node *n, unsigned int order,
+			       unsigned int flags, struct tm_page_id *page)
+{
+	lockdep_assert_held(&n->lock);
+	return flags & TM_PAGES_UNMOVABLE ?
+	       tm_buddy_alloc_unmovable(&n->buddy, order, page) :
+	       tm_buddy_alloc(&n->buddy, order, page);
+}
+
 static int tm_node_alloc_run(struct tm_node *n, unsigned int order,
 			     unsigned int flags, struct tm_run *run)
 {
@@ -460,7 +469,7 @@ static int tm_node_alloc_run(struct tm_node *n, unsigned int order,
 	int err;
 
 	spin_lock(&n->lock);
-	err = tm_buddy_alloc(&n->buddy, order, &run->page);
+	err = tm_node_buddy_alloc(n, order, flags, &run->page);
 	spin_unlock(&n->lock);
 	if (likely(err != -ENOMEM) || !(flags & TM_PAGES_GROW))
 		return err;
@@ -471,11 +480,11 @@ static int tm_node_alloc_run(struct tm_node *n, unsigned int order,
 		return err;
 	spin_lock(&n->lock);
 	/* A run freed meanwhile comes first: a chunk added for nothing would stay. */
-	err = tm_buddy_alloc(&n->buddy, order, &run->page);
+	err = tm_node_buddy_alloc(n, order, flags, &run->page);
 	spare = !err;
 	if (!spare) {
 		tm_buddy_add_chunk(&n->buddy, id);
-		err = tm_buddy_alloc(&n->buddy, order, &run->page);
+		err = tm_node_buddy_alloc(n, order, flags, &run->page);
 	}
 	spin_unlock(&n->lock);
 	if (spare)

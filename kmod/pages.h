@@ -29,6 +29,7 @@ struct tm_run {
 #define TM_PAGES_ZEROED		BIT(0)	/* a zeroed chunk, if there is one */
 #define TM_PAGES_CHARGED	BIT(1)	/* growth is on current's memory cgroup */
 #define TM_PAGES_GROW		BIT(2)	/* the buddy pool may take another chunk */
+#define TM_PAGES_UNMOVABLE	BIT(3)	/* compaction leaves a run where it is */
 
 /**
  * struct tm_pages_stats - counters of one node's pools, or of all together

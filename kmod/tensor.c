@@ -17,6 +17,7 @@
 #include "limits.h"
 #include "park.h"
 #include "quarantine.h"
+#include "supply.h"
 #include "tensor.h"
 #include "trace.h"
 #include "vm.h"
@@ -30,6 +31,13 @@ static u64 tm_tensor_age(const struct tm_tensor *tensor)
 	return tensor->born_ns ? ktime_get_ns() - tensor->born_ns : 0;
 }
 
+/* Pages that several tensors share are neither pinned nor placed for one of them. */
+static bool tm_tensor_may_share(const struct tensormem_alloc *request)
+{
+	return !(request->flags & TENSORMEM_PINNED) &&
+	       request->numa == TENSORMEM_NUMA_DEFAULT;
+}
+
 static int tm_tensor_check_request(const struct tensormem_alloc *request)
 {
 	if (!request->size || request->size > tm_client_window_size())
@@ -37,8 +45,11 @@ static int tm_tensor_check_request(const struct tensormem_alloc *request)
 	if (request->kind < TENSORMEM_KIND_WEIGHTS ||
 	    request->kind > TENSORMEM_KIND_PROTOCOL)
 		return -EINVAL;
-	if (request->pool > TENSORMEM_POOL_BUDDY || request->pad ||
+	if (request->pool > TENSORMEM_POOL_SLAB || request->pad ||
 	    request->flags & ~TM_TENSOR_FLAGS)
+		return -EINVAL;
+	if (request->pool == TENSORMEM_POOL_SLAB &&
+	    (request->size > tm_small_max() || !tm_tensor_may_share(request)))
 		return -EINVAL;
 	if (request->flags & TENSORMEM_HUGE && request->flags & TENSORMEM_PAGED)
 		return -EINVAL;
@@ -55,14 +66,24 @@ static int tm_tensor_numa(struct tm_client *client,
 	return request->nodes ? -EINVAL : 0;
 }
 
+static u8 tm_tensor_pool(const struct tensormem_alloc *request,
+			 struct tm_dispatch dispatch)
+{
+	if (request->pool != TENSORMEM_POOL_AUTO)
+		return request->pool;
+	if (dispatch.pool == TENSORMEM_POOL_SLAB &&
+	    !tm_tensor_may_share(request))
+		return TENSORMEM_POOL_BUDDY;
+	return dispatch.pool;
+}
+
 /* What the request describes; it has no memory yet. */
 static int tm_tensor_init(struct tm_tensor *tensor, struct tm_client *client,
 			  const struct tensormem_alloc *request)
 {
 	u64 nr_pages = DIV_ROUND_UP_ULL(request->size, PAGE_SIZE);
-	struct tm_dispatch dispatch;
+	struct tm_dispatch dispatch = tm_dispatch(request->kind, request->size);
 
-	dispatch = tm_dispatch(request->kind, request->size);
 	*tensor = (struct tm_tensor){
 		.region = {
 			.range.length = nr_pages,
@@ -73,11 +94,18 @@ static int tm_tensor_init(struct tm_tensor *tensor, struct tm_client *client,
 		.size = request->size,
 		.kind = request->kind,
 		.asked = request->pool,
-		.pool = request->pool ?: dispatch.pool,
+		.pool = tm_tensor_pool(request, dispatch),
 		.flags = request->flags,
 	};
 	INIT_LIST_HEAD(&tensor->doomed);
 	return tm_tensor_numa(client, request, &tensor->numa);
+}
+
+/* Whether it is parked when it is freed. An object just goes back to its slab. */
+static bool tm_tensor_parks(const struct tm_tensor *tensor)
+{
+	return tensor->flags & TENSORMEM_NOZERO &&
+	       tensor->pool != TENSORMEM_POOL_SLAB;
 }
 
 /**
@@ -95,8 +123,7 @@ bool tm_tensor_alike(const struct tm_tensor *a, const struct tm_tensor *b)
 	       a->numa.nodes == b->numa.nodes;
 }
 
-static struct tm_memory *tm_tensor_try_memory(struct tm_client *client,
-					      const struct tm_tensor *tensor)
+static int tm_tensor_supply(struct tm_client *client, struct tm_tensor *tensor)
 {
 	static const enum tm_memory_policy policies[] = {
 		[TENSORMEM_POOL_AUTO] = TM_MEMORY_AUTO,
@@ -105,42 +132,18 @@ static struct tm_memory *tm_tensor_try_memory(struct tm_client *client,
 	};
 	struct tm_memory_request request = {
 		.nr_pages = tensor->region.range.length,
-		.policy = policies[tensor->asked],
-		.flags = tm_limits_in_cgroup() ? TM_PAGES_CHARGED : 0,
 		.numa = tensor->numa,
-		.turn = &client->turn,
 	};
-	struct tm_memory *memory;
-	u64 bytes;
-	int err;
 
-	if (request.policy == TM_MEMORY_CHUNKS)
-		request.nr_pages = round_up(request.nr_pages,
-					    TM_CHUNK_SIZE >> PAGE_SHIFT);
-	bytes = (u64)request.nr_pages << PAGE_SHIFT;
-	/* Charged before it is taken: a quota is never exceeded, not even briefly. */
-	err = tm_client_charge(client, bytes);
-	if (err)
-		return ERR_PTR(err);
-	memory = tm_memory_alloc(&request);
-	if (IS_ERR(memory))
-		tm_client_uncharge(client, bytes);
-	return memory;
-}
-
-/* Memory for @tensor, if need be at the cost of what is parked. */
-static struct tm_memory *tm_tensor_memory(struct tm_client *client,
-					  const struct tm_tensor *tensor)
-{
-	struct tm_memory *memory = tm_tensor_try_memory(client, tensor);
-	bool again = false;
-
-	if (memory == ERR_PTR(-EDQUOT))
-		again = tm_park_relieve_client(client);
-	else if (memory == ERR_PTR(-ENOSPC) || memory == ERR_PTR(-ENOMEM))
-		again = tm_park_relieve(tensor->region.range.length <<
-					PAGE_SHIFT);
-	return again ? tm_tensor_try_memory(client, tensor) : memory;
+	if (tensor->pool == TENSORMEM_POOL_SLAB)
+		return tm_small_alloc(client, tensor->size,
+				      !(tensor->flags & TENSORMEM_NOZERO),
+				      &tensor->object);
+	request.policy = policies[tensor->asked];
+	if (tensor->flags & TENSORMEM_PINNED)
+		request.flags |= TM_PAGES_UNMOVABLE;
+	tensor->region.memory = tm_supply(client, &request);
+	return PTR_ERR_OR_ZERO(tensor->region.memory);
 }
 
 /**
@@ -169,8 +172,7 @@ struct tm_tensor *tm_tensor_create(struct tm_client *client,
 		err = tm_tensor_init(&like, client, request);
 	if (err)
 		return ERR_PTR(err);
-	parked = request->flags & TENSORMEM_NOZERO ?
-		 tm_unpark(client, &like) : NULL;
+	parked = tm_tensor_parks(&like) ? tm_unpark(client, &like) : NULL;
 	if (parked) {
 		parked->size = request->size;
 		parked->reused = true;
@@ -190,11 +192,9 @@ struct tm_tensor *tm_tensor_create(struct tm_client *client,
 		if (err)
 			goto err_free;
 	}
-	tensor->region.memory = tm_tensor_memory(client, tensor);
-	if (IS_ERR(tensor->region.memory)) {
-		err = PTR_ERR(tensor->region.memory);
+	err = tm_tensor_supply(client, tensor);
+	if (err)
 		goto err_unpin;
-	}
 	tm_client_count(client, 1);
 	return tensor;
 
@@ -225,8 +225,12 @@ void tm_tensor_discard(struct tm_client *client, struct tm_tensor *tensor)
 		tm_park(client, tensor);
 		return;
 	}
-	tm_client_uncharge(client, tm_tensor_held(tensor));
-	tm_memory_discard(tensor->region.memory);
+	if (tm_tensor_small(tensor)) {
+		tm_small_free(client, &tensor->object);
+	} else {
+		tm_client_uncharge(client, tm_tensor_held(tensor));
+		tm_memory_discard(tensor->region.memory);
+	}
 	tm_tensor_destroy(tensor);
 }
 
@@ -270,7 +274,8 @@ void tm_tensor_unmap(struct tm_client *client, struct tm_tensor *tensor)
 static int tm_tensor_publish_one(struct tm_client *client,
 				 struct tm_tensor *tensor)
 {
-	int err = tensor->reused ? 0 : tm_tensor_place(client, tensor);
+	bool place = !tensor->reused && !tm_tensor_small(tensor);
+	int err = place ? tm_tensor_place(client, tensor) : 0;
 
 	if (err)
 		return err;
@@ -279,7 +284,7 @@ static int tm_tensor_publish_one(struct tm_client *client,
 			      GFP_KERNEL_ACCOUNT);
 	if (err < 0) {
 		tensor->handle = 0;
-		if (!tensor->reused)
+		if (place)
 			tm_window_remove(&client->window,
 					 &tensor->region.range);
 		return -ENOMEM;
@@ -294,7 +299,7 @@ static void tm_tensor_unpublish(struct tm_client *client,
 	tm_tensor_assert_locked(client);
 	xa_erase(&client->tensors, tensor->handle);
 	/* Faults may have found it: it was in the window for everyone to see. */
-	if (!tensor->reused)
+	if (!tensor->reused && !tm_tensor_small(tensor))
 		tm_tensor_unmap(client, tensor);
 }
 
@@ -324,7 +329,7 @@ int tm_tensor_publish(struct tm_client *client, struct tm_tensor **tensors,
 		if (err)
 			break;
 		results[i].handle = tensors[i]->handle;
-		results[i].offset = tensors[i]->region.range.start << PAGE_SHIFT;
+		results[i].offset = tm_tensor_offset(tensors[i]);
 	}
 	*failed = i;
 	for (u32 done = 0; done < i; done++) {
@@ -347,7 +352,10 @@ int tm_tensor_publish(struct tm_client *client, struct tm_tensor **tensors,
  */
 void tm_tensor_release(struct tm_client *client, struct tm_tensor *tensor)
 {
-	tm_quarantine_free(client, tensor->region.memory);
+	if (tm_tensor_small(tensor))
+		tm_small_free(client, &tensor->object);
+	else
+		tm_quarantine_free(client, tensor->region.memory);
 	tm_tensor_destroy(tensor);
 }
 
@@ -356,7 +364,7 @@ static void tm_tensor_retire(struct tm_client *client, struct tm_tensor *tensor)
 {
 	trace_tensormem_free(client->id, tensor, tm_tensor_age(tensor));
 	tm_client_count(client, -1);
-	if (tensor->flags & TENSORMEM_NOZERO)
+	if (tm_tensor_parks(tensor))
 		tm_park(client, tensor);
 	else
 		tm_tensor_release(client, tensor);
@@ -396,7 +404,7 @@ int tm_tensor_free(struct tm_client *client, const u32 *handles, u32 count,
 	}
 	list_for_each_entry(tensor, &doomed, doomed) {
 		xa_erase(&client->tensors, tensor->handle);
-		if (!(tensor->flags & TENSORMEM_NOZERO))
+		if (!tm_tensor_parks(tensor) && !tm_tensor_small(tensor))
 			tm_tensor_unmap(client, tensor);
 		cond_resched();
 	}
@@ -429,6 +437,31 @@ void tm_tensor_free_all(struct tm_client *client)
 	}
 }
 
+static void tm_tensor_describe(const struct tm_tensor *tensor,
+			       struct tensormem_query *query)
+{
+	const struct tm_region *region = &tensor->region;
+
+	*query = (struct tensormem_query){
+		.handle = tensor->handle,
+		.kind = tensor->kind,
+		.pool = tensor->pool,
+		.size = tensor->size,
+		.length = tm_tensor_held(tensor),
+		.offset = tm_tensor_offset(tensor),
+		.held = tm_tensor_held(tensor),
+		.mapping = TENSORMEM_MAPPING_PAGES,
+		.alloc_flags = tensor->flags,
+	};
+	if (tm_tensor_small(tensor))
+		return;
+	query->length = region->range.length << PAGE_SHIFT;
+	query->nr_chunks = region->memory->nr_chunks;
+	query->nr_runs = region->memory->nr_extents -
+			 region->memory->nr_chunks;
+	query->mapping = tm_vm_mapping(region);
+}
+
 /**
  * tm_tensor_query - describe the tensor that @query->handle names
  * @client: whose it is
@@ -440,30 +473,14 @@ void tm_tensor_free_all(struct tm_client *client)
 int tm_tensor_query(struct tm_client *client, struct tensormem_query *query)
 {
 	struct address_space *mapping = client->inode->i_mapping;
-	const struct tm_region *region;
 	struct tm_tensor *tensor;
 
 	if (query->flags)
 		return -EINVAL;
 	filemap_invalidate_lock_shared(mapping);
 	tensor = xa_load(&client->tensors, query->handle);
-	if (tensor) {
-		region = &tensor->region;
-		*query = (struct tensormem_query){
-			.handle = tensor->handle,
-			.kind = tensor->kind,
-			.pool = tensor->pool,
-			.size = tensor->size,
-			.length = region->range.length << PAGE_SHIFT,
-			.offset = region->range.start << PAGE_SHIFT,
-			.held = tm_tensor_held(tensor),
-			.nr_chunks = region->memory->nr_chunks,
-			.nr_runs = region->memory->nr_extents -
-				   region->memory->nr_chunks,
-			.mapping = tm_vm_mapping(region),
-			.alloc_flags = tensor->flags,
-		};
-	}
+	if (tensor)
+		tm_tensor_describe(tensor, query);
 	filemap_invalidate_unlock_shared(mapping);
 	return tensor ? 0 : -ENOENT;
 }

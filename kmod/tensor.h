@@ -7,13 +7,15 @@
 #include <uapi/linux/tensormem.h>
 
 #include "memory.h"
+#include "small.h"
 
 struct tm_client;
 struct user_struct;
 
 /**
  * struct tm_tensor - one allocation of a client
- * @region: its pages and their place in the client's window
+ * @region: its pages and their place in the client's window; unused by small ones
+ * @object: of a small tensor: where in its client's slabs it is
  * @size: bytes asked for
  * @handle: its name; 0 until it is published
  * @kind: enum tensormem_kind
@@ -31,6 +33,7 @@ struct user_struct;
  */
 struct tm_tensor {
 	struct tm_region region;
+	struct tm_slab_object object;
 	u64 size;
 	u32 handle;
 	u8 kind;
@@ -47,10 +50,24 @@ struct tm_tensor {
 	struct list_head parked_all;
 };
 
-/* Bytes of memory that @tensor holds and its client is charged for. */
+static inline bool tm_tensor_small(const struct tm_tensor *tensor)
+{
+	return tensor->object.slab;
+}
+
+/* Bytes of memory that @tensor holds. */
 static inline u64 tm_tensor_held(const struct tm_tensor *tensor)
 {
-	return (u64)tensor->region.memory->nr_pages << PAGE_SHIFT;
+	return tm_tensor_small(tensor) ?
+	       tm_small_size(&tensor->object) :
+	       (u64)tensor->region.memory->nr_pages << PAGE_SHIFT;
+}
+
+/* Bytes from the start of the window. */
+static inline u64 tm_tensor_offset(const struct tm_tensor *tensor)
+{
+	return tm_tensor_small(tensor) ? tm_small_offset(&tensor->object) :
+					 tensor->region.range.start << PAGE_SHIFT;
 }
 
 struct tm_tensor *tm_tensor_create(struct tm_client *client,

@@ -39,7 +39,7 @@ DECLARE_EVENT_CLASS(tensormem_tensor,
 	TP_fast_assign(
 		__entry->size = tensor->size;
 		__entry->held = tm_tensor_held(tensor);
-		__entry->offset = tensor->region.range.start << PAGE_SHIFT;
+		__entry->offset = tm_tensor_offset(tensor);
 		__entry->latency_ns = latency_ns;
 		__entry->client = client;
 		__entry->handle = tensor->handle;

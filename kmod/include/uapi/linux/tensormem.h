@@ -31,7 +31,8 @@
  *   page-table entries and never data, and pages can be pinned (O_DIRECT).
  *   Touching a part of the window that holds no tensor, or a tensor that was
  *   freed, raises SIGBUS until its offset is given to the client's next tensor
- *   (a tensor with TENSORMEM_NOZERO may stay readable to its own client instead).
+ *   (a tensor with TENSORMEM_NOZERO, or one in the slab, may stay readable to its own
+ *   client instead).
  *   userfaultfd is not supported: a page it marked raises SIGBUS. mmap() fails with:
  *
  *     EINVAL   not MAP_SHARED; or the range is neither the whole window nor
@@ -100,7 +101,7 @@ enum tensormem_pool {
 	TENSORMEM_POOL_AUTO	= 0,	/* by kind and size */
 	TENSORMEM_POOL_CHUNK	= 1,	/* whole chunks; the last may be part used */
 	TENSORMEM_POOL_BUDDY	= 2,	/* runs of pages, up to half a chunk each */
-	TENSORMEM_POOL_SLAB	= 3,	/* objects of at most half a page */
+	TENSORMEM_POOL_SLAB	= 3,	/* objects below a page, in pages of this client */
 };
 
 /*
@@ -186,7 +187,7 @@ struct tensormem_info {
  *         tensormem_info::nodes; 0 means all of them for INTERLEAVE; else 0
  *
  * Takes whole pages (POOL_BUDDY), whole chunks (POOL_CHUNK), part of a page
- * (POOL_SLAB), or what the dispatch table in sysfs says for POOL_AUTO; a tensor
+ * (POOL_SLAB: not PINNED, and only for NUMA_DEFAULT), or what the dispatch table in sysfs says for POOL_AUTO; a tensor
  * of a chunk or more then takes whole chunks and the rest as whole pages. The tensor
  * is physically allocated when the call returns. A tensor of a chunk or more starts
  * at a multiple of chunk_size in the window, one of a page or more at a multiple of
@@ -226,9 +227,10 @@ struct tensormem_free {
  * @kind: out: enum tensormem_kind
  * @pool: out: the pool that serves it, never TENSORMEM_POOL_AUTO
  * @size: out: bytes asked for
- * @length: out: bytes it takes in the window; at least @size, in pages
+ * @length: out: bytes it takes in the window; at least @size, in pages or a slab's
+ *          objects
  * @offset: out: where it lies in the window
- * @held: out: bytes of memory it holds and is charged for
+ * @held: out: bytes of memory it holds; a slab is charged as a whole, not by object
  * @nr_chunks: out: whole chunks it is made of
  * @nr_runs: out: runs of pages it is made of, beside the chunks; 0 for a slab object
  * @mapping: out: enum tensormem_mapping of its chunks; runs are mapped as PAGES

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Memory for a client: on its bill, and, when there is none, at the cost of what is
+ * parked. The way back is tm_quarantine_free().
+ */
+#include <linux/err.h>
+#include <linux/math.h>
+#include <linux/mm.h>
+
+#include "client.h"
+#include "limits.h"
+#include "memory.h"
+#include "park.h"
+#include "supply.h"
+
+static struct tm_memory *
+tm_supply_try(struct tm_client *client, const struct tm_memory_request *request)
+{
+	u64 bytes = (u64)request->nr_pages << PAGE_SHIFT;
+	struct tm_memory *memory;
+	int err;
+
+	/* Charged before it is taken: a quota is never exceeded, not even briefly. */
+	err = tm_client_charge(client, bytes);
+	if (err)
+		return ERR_PTR(err);
+	memory = tm_memory_alloc(request);
+	if (IS_ERR(memory))
+		tm_client_uncharge(client, bytes);
+	return memory;
+}
+
+/**
+ * tm_supply - allocate and charge memory for a client
+ * @client: who is charged
+ * @request: pages, policy, placement; whose turn it is and what cgroup pays are
+ *           filled in here
+ *
+ * Context: may sleep; takes invalidate_locks.
+ * Return: the memory or an ERR_PTR: -EDQUOT, or as tm_memory_alloc().
+ */
+struct tm_memory *tm_supply(struct tm_client *client,
+			    struct tm_memory_request *request)
+{
+	struct tm_memory *memory;
+	bool again = false;
+
+	if (request->policy == TM_MEMORY_CHUNKS)
+		request->nr_pages = round_up(request->nr_pages,
+					     TM_CHUNK_SIZE >> PAGE_SHIFT);
+	if (tm_limits_in_cgroup())
+		request->flags |= TM_PAGES_CHARGED;
+	request->turn = &client->turn;
+
+	memory = tm_supply_try(client, request);
+	if (memory == ERR_PTR(-EDQUOT))
+		again = tm_park_relieve_client(client);
+	else if (memory == ERR_PTR(-ENOSPC) || memory == ERR_PTR(-ENOMEM))
+		again = tm_park_relieve((u64)request->nr_pages << PAGE_SHIFT);
+	return again ? tm_supply_try(client, request) : memory;
+}
