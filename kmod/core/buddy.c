@@ -3,8 +3,8 @@
 
 tm_static_assert(TM_BUDDY_ORDERS <= 16, "orders are bits of a u16");
 tm_static_assert(TM_BUDDY_LISTS <= 32, "lists are bits of a u32");
-tm_static_assert(TM_BUDDY_ORDERS < TM_BUDDY_RUN_UNMOVABLE,
-		 "an order and a flag share a byte");
+tm_static_assert(TM_BUDDY_ORDERS <= TM_BUDDY_RUN_ORDER,
+		 "an order and two flags share a byte");
 
 /*
  * Passes that leave a chunk alone which was given up: long enough that a run that
@@ -190,21 +190,21 @@ static u32 tm_buddy_lists(const struct tm_buddy *buddy,
 	return buddy->lists & upto << (class * TM_BUDDY_ORDERS);
 }
 
-/*
- * Of the chunks of @class, or else of the other class in service, the one whose
- * largest run is the smallest that fits and not above @most.
- */
-static u32 tm_buddy_tightest(const struct tm_buddy *buddy,
-			     enum tm_buddy_class class, unsigned int order,
-			     unsigned int most)
+/* The chunk for a run of @class among those whose largest is @order to @most. */
+static u32 tm_buddy_find(const struct tm_buddy *buddy,
+			 enum tm_buddy_class class, unsigned int order,
+			 unsigned int most)
 {
 	u32 lists = tm_buddy_lists(buddy, class, order, most);
 
-	if (!lists)
-		lists = tm_buddy_lists(buddy, class == TM_BUDDY_MOVABLE ?
-				       TM_BUDDY_UNMOVABLE : TM_BUDDY_MOVABLE,
-				       order, most);
-	return lists ? buddy->head[tm_ctz64(lists)] : TM_NONE;
+	if (lists)
+		return buddy->head[tm_ctz64(lists)];
+	if (class == TM_BUDDY_MOVABLE) {
+		lists = tm_buddy_lists(buddy, TM_BUDDY_UNMOVABLE, order, most);
+		return lists ? buddy->head[tm_ctz64(lists)] : TM_NONE;
+	}
+	lists = tm_buddy_lists(buddy, TM_BUDDY_MOVABLE, order, most);
+	return lists ? buddy->head[tm_fls32(lists)] : TM_NONE;
 }
 
 /* Allocate from @v, which has a free run of @order or more. */
@@ -267,7 +267,7 @@ static int tm_buddy_alloc_class(struct tm_buddy *buddy,
 	tm_assert_locked(buddy->lock);
 	if (order > tm_buddy_max_order(buddy))
 		return -EINVAL;
-	v = tm_buddy_tightest(buddy, class, order, buddy->geometry.chunk_order);
+	v = tm_buddy_find(buddy, class, order, buddy->geometry.chunk_order);
 	if (v == TM_NONE)
 		v = tm_buddy_reclaim(buddy, order);
 	if (v == TM_NONE)
@@ -313,10 +313,12 @@ int tm_buddy_free(struct tm_buddy *buddy, struct tm_page_id page,
 	if (id.v >= buddy->nr_slots || order > tm_buddy_max_order(buddy))
 		return -EINVAL;
 	c = &buddy->chunks[id.v];
-	if ((c->run[index] & ~TM_BUDDY_RUN_UNMOVABLE) != order + 1)
+	if ((c->run[index] & TM_BUDDY_RUN_ORDER) != order + 1)
 		return -EINVAL;
 
 	i = index >> order;
+	if (c->run[index] & TM_BUDDY_RUN_ARRIVING)
+		c->arriving--;
 	if (c->run[index] & TM_BUDDY_RUN_UNMOVABLE && !--c->unmovable)
 		tm_buddy_set_class(buddy, id.v, TM_BUDDY_MOVABLE);
 	c->run[index] = 0;
@@ -349,7 +351,7 @@ int tm_buddy_drain_begin(struct tm_buddy *buddy, struct tm_chunk_id id,
 	c = &buddy->chunks[id.v];
 	if (!c->in_pool || c->orders == 1u << buddy->geometry.chunk_order)
 		return -EINVAL;
-	if (c->class != TM_BUDDY_MOVABLE)
+	if (c->class != TM_BUDDY_MOVABLE || c->arriving)
 		return -EBUSY;
 	c->drain = ++buddy->drains;
 	tm_buddy_set_class(buddy, id.v, TM_BUDDY_DRAINING);
@@ -395,6 +397,7 @@ int tm_buddy_drain_alloc(struct tm_buddy *buddy,
 			 unsigned int order, struct tm_page_id *page)
 {
 	unsigned int most = tm_buddy_max_order(buddy);
+	struct tm_buddy_chunk *c;
 	u32 v;
 
 	tm_assert_locked(buddy->lock);
@@ -402,23 +405,38 @@ int tm_buddy_drain_alloc(struct tm_buddy *buddy,
 		return -EINVAL;
 	if (buddy->chunks[drain->id.v].drain != drain->nr)
 		return -ENOENT;
-	v = tm_buddy_tightest(buddy, TM_BUDDY_MOVABLE, order, most);
+	v = tm_buddy_find(buddy, TM_BUDDY_MOVABLE, order, most);
 	if (v == TM_NONE) {
 		buddy->starved++;
 		tm_buddy_drain_end(buddy, drain->id.v, buddy->pass + 1);
 		return -ENOMEM;
 	}
 	*page = tm_buddy_take(buddy, v, order);
+	c = &buddy->chunks[v];
+	c->run[tm_page_index(buddy->geometry, *page)] |= TM_BUDDY_RUN_ARRIVING;
+	c->arriving++;
 	return 0;
 }
 
-int tm_buddy_drain_moved(struct tm_buddy *buddy, struct tm_page_id page,
-			 unsigned int order, bool *empty)
+int tm_buddy_drain_moved(struct tm_buddy *buddy, struct tm_page_id from,
+			 struct tm_page_id to, unsigned int order, bool *empty)
 {
-	int err = tm_buddy_free(buddy, page, order, empty);
+	u32 v = tm_page_chunk(buddy->geometry, to).v;
+	u32 index = tm_page_index(buddy->geometry, to);
+	struct tm_buddy_chunk *c;
+	int err;
 
+	tm_assert_locked(buddy->lock);
+	if (v >= buddy->nr_slots || from.v == to.v)
+		return -EINVAL;
+	c = &buddy->chunks[v];
+	if (c->run[index] != (TM_BUDDY_RUN_ARRIVING | (order + 1)))
+		return -EINVAL;
+	err = tm_buddy_free(buddy, from, order, empty);
 	if (err)
 		return err;
+	c->run[index] &= ~TM_BUDDY_RUN_ARRIVING;
+	c->arriving--;
 	buddy->moved_runs++;
 	buddy->moved_pages += 1u << order;
 	return 0;

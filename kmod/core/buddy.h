@@ -12,7 +12,8 @@
  * Chunks with runs that cannot move have lists of their own, and such runs go
  * there first: one of them is enough to keep a chunk from ever being emptied.
  * Grouping pages by mobility is Linux's (mm/page_alloc.c). Either kind goes to the
- * other's chunks rather than fail.
+ * other's chunks rather than fail; and there one that may not move takes of the
+ * largest free run, as in Linux, so that those after it find room beside it.
  *
  * Draining empties a chunk that stays in use: nothing is given out of it while
  * the caller moves its runs elsewhere. It never fails an allocation: one that
@@ -23,7 +24,7 @@
  *		if (tm_buddy_drain_alloc(buddy, &drain, order, &to))
  *			break;
  *		...drop the lock, move the contents, take the lock...
- *		moved:  tm_buddy_drain_moved(buddy, from, order, &empty)
+ *		moved:  tm_buddy_drain_moved(buddy, from, to, order, &empty)
  *		        and, when empty, tm_buddy_remove_chunk() as ever
  *		failed: tm_buddy_free(buddy, to, order, &empty)
  *		        tm_buddy_drain_cancel(buddy, &drain)
@@ -52,7 +53,9 @@ enum tm_buddy_class {
 
 #define TM_BUDDY_LISTS	(TM_BUDDY_CLASSES * TM_BUDDY_ORDERS)
 
-/* In tm_buddy_chunk::run, beside the order: the run may not move. */
+/* tm_buddy_chunk::run: order + 1, and what else there is to know of a run. */
+#define TM_BUDDY_RUN_ORDER	0x3f
+#define TM_BUDDY_RUN_ARRIVING	0x40	/* a move to it is under way */
 #define TM_BUDDY_RUN_UNMOVABLE	0x80
 
 /**
@@ -62,11 +65,11 @@ enum tm_buddy_class {
  * @used: allocated runs by order
  * @orders: bit o is set when @nr[o] is not 0; 0 for a chunk that is full
  * @unmovable: allocated runs that may not move
+ * @arriving: allocated runs that something is being moved to
  * @drain: number of the drain that empties the chunk, 0 for none
  * @rest: first compaction pass that may drain the chunk
- * @run: order + 1 at the first page of an allocated run, else 0, and whether it
- *       may move: what tells a double free, and what a walk over the allocated
- *       runs reads
+ * @run: TM_BUDDY_RUN_ at the first page of an allocated run, else 0: what tells a
+ *       double free, and what a walk over the allocated runs reads
  * @class: an enum tm_buddy_class
  * @in_pool: the chunk belongs to the buddy pool
  * @next: @prev: list of chunks with the same class and largest free order
@@ -79,6 +82,7 @@ struct tm_buddy_chunk {
 	u16 used[TM_BUDDY_ORDERS];
 	u16 orders;
 	u16 unmovable;
+	u16 arriving;
 	u8 run[1u << TM_MAX_CHUNK_ORDER];
 	u8 class;
 	bool in_pool;
@@ -207,7 +211,8 @@ int __must_check tm_buddy_remove_chunk(struct tm_buddy *buddy,
  * @drain: what the other calls want
  *
  * Return: 0, -EINVAL for a chunk that is not in the pool or is all free, -EBUSY
- * for one that has a run which may not move, or is draining.
+ * for one that has a run which may not move, that is draining, or that another
+ * drain is moving a run to.
  */
 int __must_check tm_buddy_drain_begin(struct tm_buddy *buddy,
 				      struct tm_chunk_id id,
@@ -240,7 +245,8 @@ int __must_check tm_buddy_drain_next(const struct tm_buddy *buddy,
  * @page: the first page of the run
  *
  * It lies in a chunk that is in use and does not drain: to fill an empty one would
- * gain nothing, and to end another drain neither.
+ * gain nothing, and to end another drain neither. Until tm_buddy_drain_moved() or
+ * tm_buddy_free() its chunk is not drained: a run without an owner cannot move.
  *
  * Return: 0, -EINVAL for an order above tm_buddy_max_order(), -ENOENT when the
  * drain is over, -ENOMEM when there is no such run; that ends the drain.
@@ -250,10 +256,22 @@ int __must_check tm_buddy_drain_alloc(struct tm_buddy *buddy,
 				      unsigned int order,
 				      struct tm_page_id *page);
 
-/* tm_buddy_free() for the old place of a run that was moved; counts it. */
+/**
+ * tm_buddy_drain_moved - a run was moved: free its old place
+ * @buddy: the pool
+ * @from: its old place
+ * @to: its new place, from tm_buddy_drain_alloc()
+ * @order: log2 of the pages
+ * @empty: as in tm_buddy_free()
+ *
+ * The drain may be over by now; what was moved was moved.
+ *
+ * Return: 0, or -EINVAL when one of the two is no such run (nothing changed).
+ */
 int __must_check tm_buddy_drain_moved(struct tm_buddy *buddy,
-				      struct tm_page_id page,
-				      unsigned int order, bool *empty);
+				      struct tm_page_id from,
+				      struct tm_page_id to, unsigned int order,
+				      bool *empty);
 
 /*
  * Put the chunk back into service, and let it rest for some passes: what would not

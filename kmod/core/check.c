@@ -82,7 +82,7 @@ static const char *tm_buddy_check_chunk(const struct tm_buddy *buddy,
 	u8 covered[1u << TM_MAX_CHUNK_ORDER] = { 0 };
 	u32 pages = tm_chunk_pages(buddy->geometry);
 	u32 used[TM_BUDDY_ORDERS] = { 0 };
-	u32 unmovable = 0;
+	u32 unmovable = 0, arriving = 0;
 
 	for (unsigned int o = 0; o <= buddy->geometry.chunk_order; o++) {
 		u32 nr = 0;
@@ -105,12 +105,12 @@ static const char *tm_buddy_check_chunk(const struct tm_buddy *buddy,
 			return "the mask of free orders is wrong";
 	}
 	for (u32 p = 0; p < pages; p++) {
-		u32 run = c->run[p] & ~TM_BUDDY_RUN_UNMOVABLE;
+		u32 run = c->run[p] & TM_BUDDY_RUN_ORDER;
 
 		if (!c->run[p])
 			continue;
 		if (!run)
-			return "a page without a run may not move";
+			return "a page without a run has a mark";
 		if (run > buddy->geometry.chunk_order)
 			return "an allocated run is as large as a chunk";
 		if (p & ((1u << (run - 1)) - 1))
@@ -119,7 +119,8 @@ static const char *tm_buddy_check_chunk(const struct tm_buddy *buddy,
 			if (covered[q]++)
 				return "an allocated run overlaps another run";
 		used[run - 1]++;
-		unmovable += run != c->run[p];
+		unmovable += !!(c->run[p] & TM_BUDDY_RUN_UNMOVABLE);
+		arriving += !!(c->run[p] & TM_BUDDY_RUN_ARRIVING);
 	}
 	for (u32 p = 0; p < pages; p++)
 		if (!covered[p])
@@ -129,10 +130,12 @@ static const char *tm_buddy_check_chunk(const struct tm_buddy *buddy,
 			return "an order's count is not its allocated runs";
 	if (unmovable != c->unmovable)
 		return "a count is not the runs that may not move";
+	if (arriving != c->arriving)
+		return "a count is not the runs that are moved to";
 	if (c->class != (c->drain ? TM_BUDDY_DRAINING :
 			 unmovable ? TM_BUDDY_UNMOVABLE : TM_BUDDY_MOVABLE))
 		return "a chunk is in the wrong class";
-	if (c->drain && unmovable)
+	if (c->drain && (unmovable || arriving))
 		return "a chunk that drains has a run that may not move";
 	if (c->drain > buddy->drains)
 		return "a chunk drains that nobody began to drain";

@@ -52,6 +52,14 @@ enum tm_buddy_class buddy_model_class(const struct buddy_model *model, u32 v)
 	return TM_BUDDY_MOVABLE;
 }
 
+bool buddy_model_arriving(const struct buddy_model *model, u32 v)
+{
+	for (u32 p = 0; p < buddy_model_pages(model); p++)
+		if (model->run[v][p] & 0x40)
+			return true;
+	return false;
+}
+
 u32 buddy_model_find(const struct buddy_model *model, struct tm_page_id page)
 {
 	u32 i = 0;
@@ -117,11 +125,13 @@ static void compare_chunk(const struct buddy_model *model,
 
 	for (u32 p = 0; p < buddy_model_pages(model); p++) {
 		if (model->run[v][p])
-			want.used[(model->run[v][p] & 0x7f) - 1]++;
+			want.used[(model->run[v][p] & 0x3f) - 1]++;
 		want.unmovable += model->run[v][p] >= 0x80;
+		want.arriving += model->run[v][p] >> 6 & 1;
 	}
 	CHECK(!memcmp(c->used, want.used, sizeof(want.used)));
 	CHECK_EQ(c->unmovable, want.unmovable);
+	CHECK_EQ(c->arriving, want.arriving);
 	CHECK_EQ(c->class, buddy_model_class(model, v));
 	CHECK_EQ(c->drain, model->drain[v]);
 	CHECK_EQ(c->rest, model->rest[v]);
@@ -279,6 +289,27 @@ static int chunk_order(const struct buddy_model *model)
 	return order;
 }
 
+/*
+ * Of all chunks that may serve it, the one whose largest free run is smallest; but
+ * a run that stays and comes to those that move takes of the largest.
+ */
+static int wanted_largest(const struct buddy_model *model,
+			  const struct view *view, int class, int most,
+			  unsigned int order, bool unmovable)
+{
+	bool intrudes = unmovable && class == TM_BUDDY_MOVABLE;
+	int want = -1;
+
+	for (u32 v = 0; v < model->nr_slots; v++) {
+		if (!can_serve(view, v, class, order, most))
+			continue;
+		if (want < 0 || (intrudes ? view->largest[v] > want :
+					    view->largest[v] < want))
+			want = view->largest[v];
+	}
+	return want;
+}
+
 /* @view is what was before, and @class the one that has to serve. */
 static void alloc_succeeded(struct buddy_model *model, const struct view *view,
 			    int class, int most, unsigned int order,
@@ -292,11 +323,9 @@ static void alloc_succeeded(struct buddy_model *model, const struct view *view,
 	CHECK(model->in_pool[v]);
 	CHECK(!(first & ((1u << order) - 1)));
 
-	/* Of all chunks that may serve it, one whose largest run is smallest. */
 	CHECK(can_serve(view, v, class, order, most));
-	for (u32 w = 0; w < model->nr_slots; w++)
-		CHECK(!can_serve(view, w, class, order, most) ||
-		      view->largest[w] >= view->largest[v]);
+	CHECK_EQ(view->largest[v], wanted_largest(model, view, class, most,
+						  order, unmovable));
 	if (class == TM_BUDDY_DRAINING) {
 		model->drain[v] = 0;
 		model->rest[v] = model->pass + 1;
@@ -314,7 +343,7 @@ static void alloc_succeeded(struct buddy_model *model, const struct view *view,
 	model->run[v][first] = (u8)(order + 1 + (unmovable ? 0x80 : 0));
 	CHECK(model->nr_runs < BUDDY_MODEL_RUNS);
 	model->runs[model->nr_runs++] = (struct buddy_run){
-		page, order, unmovable, ++model->last_id,
+		page, order, unmovable, false, ++model->last_id,
 	};
 	model->allocs++;
 	model->splits += (u32)found - order;
@@ -367,8 +396,9 @@ int buddy_do_alloc_unmovable(struct buddy_model *model, struct tm_buddy *buddy,
 	return do_alloc(model, buddy, order, true, page);
 }
 
+/* Free the @nth run; @to is where it was moved, if it was. */
 static bool do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth,
-		    bool moved)
+		    const struct tm_page_id *to)
 {
 	struct buddy_run run = model->runs[nth];
 	u32 pages = buddy_model_pages(model);
@@ -380,8 +410,9 @@ static bool do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth,
 	for (u32 p = first; p < first + (1u << run.order); p++)
 		model->used[v][p] = false;
 	empty = !buddy_model_empty(model, id);
-	CHECK_EQ(moved ? tm_buddy_drain_moved(buddy, run.page, run.order, &empty) :
-			 tm_buddy_free(buddy, run.page, run.order, &empty), 0);
+	CHECK_EQ(to ? tm_buddy_drain_moved(buddy, run.page, *to, run.order,
+					   &empty) :
+		      tm_buddy_free(buddy, run.page, run.order, &empty), 0);
 	CHECK_EQ(empty, buddy_model_empty(model, id));
 
 	model->run[v][first] = 0;
@@ -395,7 +426,7 @@ static bool do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth,
 
 bool buddy_do_free(struct buddy_model *model, struct tm_buddy *buddy, u32 nth)
 {
-	return do_free(model, buddy, nth, false);
+	return do_free(model, buddy, nth, NULL);
 }
 
 void buddy_do_bad_free(const struct buddy_model *model, struct tm_buddy *buddy,
@@ -422,7 +453,8 @@ int buddy_do_drain_begin(struct buddy_model *model, struct tm_buddy *buddy,
 	if (id.v >= model->nr_slots || !model->in_pool[id.v] ||
 	    buddy_model_empty(model, id))
 		want = -EINVAL;
-	else if (buddy_model_class(model, id.v) != TM_BUDDY_MOVABLE)
+	else if (buddy_model_class(model, id.v) != TM_BUDDY_MOVABLE ||
+		 buddy_model_arriving(model, id.v))
 		want = -EBUSY;
 	buddy_snapshot_take(&before, buddy);
 	err = tm_buddy_drain_begin(buddy, id, drain);
@@ -493,7 +525,12 @@ int buddy_do_drain_alloc(struct buddy_model *model, struct tm_buddy *buddy,
 	err = tm_buddy_drain_alloc(buddy, drain, order, page);
 	CHECK_EQ(err, want);
 	if (!err) {
+		struct buddy_run *run = &model->runs[model->nr_runs];
+		u32 pages = buddy_model_pages(model);
+
 		alloc_succeeded(model, &view, class, most, order, false, *page);
+		run->arriving = true;
+		model->run[page->v / pages][page->v % pages] |= 0x40;
 	} else if (err == -ENOMEM) {
 		model->starved++;
 		model->drain[drain->id.v] = 0;
@@ -505,11 +542,18 @@ int buddy_do_drain_alloc(struct buddy_model *model, struct tm_buddy *buddy,
 }
 
 bool buddy_do_drain_moved(struct buddy_model *model, struct tm_buddy *buddy,
-			  u32 nth)
+			  u32 from, u32 to)
 {
+	u32 pages = buddy_model_pages(model);
+	struct tm_page_id page = model->runs[to].page;
+
+	CHECK(model->runs[to].arriving);
+	CHECK_EQ(model->runs[to].order, model->runs[from].order);
+	model->runs[to].arriving = false;
+	model->run[page.v / pages][page.v % pages] &= 0x3f;
 	model->moved_runs++;
-	model->moved_pages += 1u << model->runs[nth].order;
-	return do_free(model, buddy, nth, true);
+	model->moved_pages += 1u << model->runs[from].order;
+	return do_free(model, buddy, from, &page);
 }
 
 void buddy_do_drain_cancel(struct buddy_model *model, struct tm_buddy *buddy,

@@ -18,6 +18,8 @@ struct buddy_run {
 	struct tm_page_id page;
 	unsigned int order;
 	bool unmovable;
+	/* A move to it is under way. */
+	bool arriving;
 	/* Of all runs there ever were; for whoever follows one on its moves. */
 	u32 id;
 };
@@ -64,6 +66,8 @@ u32 buddy_model_chunks(const struct buddy_model *model);
 u32 buddy_model_used(const struct buddy_model *model);
 bool buddy_model_empty(const struct buddy_model *model, struct tm_chunk_id id);
 enum tm_buddy_class buddy_model_class(const struct buddy_model *model, u32 v);
+/* A move to one of its runs is under way. */
+bool buddy_model_arriving(const struct buddy_model *model, u32 v);
 /* Index into the runs, or their number when no run starts at @page. */
 u32 buddy_model_find(const struct buddy_model *model, struct tm_page_id page);
 /* Order of the largest free run, -1 for none. */
@@ -103,9 +107,9 @@ int buddy_do_drain_next(struct buddy_model *model, struct tm_buddy *buddy,
 int buddy_do_drain_alloc(struct buddy_model *model, struct tm_buddy *buddy,
 			 const struct tm_buddy_drain *drain,
 			 unsigned int order, struct tm_page_id *page);
-/* Free the @nth allocated run, which was moved. Return: its chunk is empty. */
+/* The @from-th allocated run is at the @to-th now. Return: its chunk is empty. */
 bool buddy_do_drain_moved(struct buddy_model *model, struct tm_buddy *buddy,
-			  u32 nth);
+			  u32 from, u32 to);
 void buddy_do_drain_cancel(struct buddy_model *model, struct tm_buddy *buddy,
 			   const struct tm_buddy_drain *drain);
 

@@ -219,7 +219,7 @@ TEST_PAGE_SIZES(check_finds_buddy_damage)
 	EXPECT_BUDDY("an allocated run is as large as a chunk",
 		     c->run[0] = g.chunk_order + 1);
 	EXPECT_BUDDY("an allocated run is as large as a chunk",
-		     c->run[3] = 0xff);
+		     c->run[3] = 0x3f);
 	EXPECT_BUDDY("an allocated run is not aligned", c->run[1] = 2);
 	EXPECT_BUDDY("an allocated run overlaps another run", c->run[0] = 2);
 	EXPECT_BUDDY("an allocated run overlaps another run", c->run[0] = 4);
@@ -228,7 +228,8 @@ TEST_PAGE_SIZES(check_finds_buddy_damage)
 	EXPECT_BUDDY("a page is neither free nor allocated", c->run[4] = 2);
 	EXPECT_BUDDY("a page is neither free nor allocated",
 		     (flip(&buddy, c, 1, 1), c->nr[1]--, c->orders &= ~2u));
-	EXPECT_BUDDY("a page without a run may not move", c->run[3] = 0x80);
+	EXPECT_BUDDY("a page without a run has a mark", c->run[3] = 0x80);
+	EXPECT_BUDDY("a page without a run has a mark", c->run[3] = 0x40);
 	EXPECT_BUDDY("an order's count is not its allocated runs",
 		     c->used[0]++);
 	EXPECT_BUDDY("an order's count is not its allocated runs",
@@ -237,6 +238,10 @@ TEST_PAGE_SIZES(check_finds_buddy_damage)
 		     c->run[0] |= 0x80);
 	EXPECT_BUDDY("a count is not the runs that may not move",
 		     c->unmovable++);
+	EXPECT_BUDDY("a count is not the runs that are moved to",
+		     c->run[0] |= 0x40);
+	EXPECT_BUDDY("a count is not the runs that are moved to",
+		     c->arriving++);
 	EXPECT_BUDDY("a chunk is in the wrong class",
 		     (c->unmovable++, c->run[0] |= 0x80));
 	EXPECT_BUDDY("a chunk is in the wrong class",
@@ -247,6 +252,9 @@ TEST_PAGE_SIZES(check_finds_buddy_damage)
 	EXPECT_BUDDY("a chunk that drains has a run that may not move",
 		     (c->drain = 1, c->class = TM_BUDDY_DRAINING,
 		      c->unmovable++, c->run[0] |= 0x80));
+	EXPECT_BUDDY("a chunk that drains has a run that may not move",
+		     (c->drain = 1, c->class = TM_BUDDY_DRAINING,
+		      c->arriving++, c->run[0] |= 0x40));
 	EXPECT_BUDDY("a chunk drains that nobody began to drain",
 		     (c->drain = 1, c->class = TM_BUDDY_DRAINING));
 	EXPECT_BUDDY("a drain is lost or has ended twice", buddy.drains++);

@@ -88,4 +88,73 @@ void tensormem_free(const struct tensormem_run *run);
  */
 int __must_check tensormem_stats(int node, struct tensormem_stats *stats);
 
+/*
+ * Objects smaller than a page.
+ *
+ * All calls but create and destroy may run on several CPUs at once. All are for
+ * process context, where the caller may sleep, and not for under a spinlock. They
+ * never invoke the OOM killer.
+ */
+struct tensormem_slab;
+
+/**
+ * tensormem_slab_create - make a pool of objects of one size
+ * @size: bytes of an object, below a page
+ * @flags: 0 or TENSORMEM_ZEROED, which holds for every object
+ *
+ * An object of a cache line or more begins at one; a smaller one lies within one.
+ * No page is shared with another pool. The contents of an object are undefined
+ * unless TENSORMEM_ZEROED says otherwise.
+ *
+ * Return: the pool or an ERR_PTR: -EINVAL for a size of 0 or too near to a page
+ * (take a run instead) or for an unknown flag; -ENOMEM.
+ */
+struct tensormem_slab *tensormem_slab_create(size_t size, unsigned int flags);
+
+/**
+ * tensormem_slab_destroy - give all its memory back
+ * @slab: the pool, which nobody else uses any more
+ *
+ * Objects that are still allocated are warned of, and their pages are leaked.
+ */
+void tensormem_slab_destroy(struct tensormem_slab *slab);
+
+/**
+ * tensormem_slab_alloc - allocate an object
+ * @slab: the pool
+ *
+ * Return: the object, or NULL when there is no memory for another slab.
+ */
+void * __must_check tensormem_slab_alloc(struct tensormem_slab *slab);
+
+/**
+ * tensormem_slab_free - free an object
+ * @slab: the pool that it is of
+ * @object: what tensormem_slab_alloc() or tensormem_slab_alloc_bulk() returned
+ *
+ * Cannot fail. An object freed twice, or a pointer into the middle of one, is
+ * warned of when it gets back to its slab, not at once.
+ */
+void tensormem_slab_free(struct tensormem_slab *slab, void *object);
+
+/**
+ * tensormem_slab_alloc_bulk - allocate objects, all of them or none
+ * @slab: the pool
+ * @objects: filled in on success, undefined on failure; @nr long
+ * @nr: how many
+ *
+ * Return: 0, or what tensormem_alloc() returned for the slab that was missing.
+ */
+int __must_check tensormem_slab_alloc_bulk(struct tensormem_slab *slab,
+					   void **objects, u32 nr);
+
+/**
+ * tensormem_slab_free_bulk - free objects, as tensormem_slab_free()
+ * @slab: the pool that they are of
+ * @objects: the objects
+ * @nr: how many
+ */
+void tensormem_slab_free_bulk(struct tensormem_slab *slab,
+			      void *const *objects, u32 nr);
+
 #endif
