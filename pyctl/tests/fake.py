@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A tensormem device without a kernel: the ABI on a memfd.
 
-It implements the header's rules (handles, offsets, quota, capacity, batches all or
-none) on a sparse file, so mappings are real shared memory. Freed memory is filled
-with POISON: an array that outlives its tensor is seen at once.
+It implements the header's rules (handles, offsets, quota, capacity, nodes, reuse,
+slabs, batches all or none) on a sparse file, so mappings are real shared memory. Freed
+memory is filled with POISON: an array that outlives its tensor is seen at once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ PAGE = mmap.PAGESIZE
 CHUNK = 2 << 20
 WINDOW = 256 << 20
 POISON = 0xDB
+LINE = 64
 
 
 @dataclass
@@ -32,6 +33,24 @@ class Held:
     pool: int
     offset: int
     length: int
+    asked: abi.Alloc
+
+    def alike(self, a: abi.Alloc) -> bool:
+        """Say whether its memory would do for the request."""
+        b = self.asked
+        return (self.kind, self.length, b.pool, b.flags, b.numa, b.nodes) == (
+            a.kind, -(-a.size // PAGE) * PAGE, a.pool, a.flags, a.numa, a.nodes,
+        )  # fmt: skip
+
+
+@dataclass
+class Slab:
+    """Pages that small tensors of one class share."""
+
+    offset: int
+    length: int
+    size: int
+    free: set[int]
 
 
 class FakeDevice:
@@ -46,13 +65,21 @@ class FakeDevice:
         max_batch: int = 4,
         abi_version: int = abi.ABI_VERSION,
         window_mapping: bool = True,
+        nodes: int = 0b11,
+        memlock: int = WINDOW,
+        mapping: abi.Mapping = abi.Mapping.BLOCK,
     ) -> None:
         self.fd = os.memfd_create("tensormem-fake", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, window)
         self.window, self.quota, self.capacity = window, quota, capacity
         self.max_batch, self.abi_version = max_batch, abi_version
         self.window_mapping = window_mapping
+        self.nodes, self.memlock, self.mapping = nodes, memlock, mapping
+        self.numa: tuple[int, int] = (abi.Numa.LOCAL, 0)
         self.tensors: dict[int, Held] = {}
+        self.parked: list[Held] = []
+        self.slabs: list[Slab] = []
+        self.allocs: list[abi.Alloc] = []
         self.next_handle = 1
         self.calls: list[int] = []
         self.maps: list[tuple[int, int]] = []
@@ -77,8 +104,9 @@ class FakeDevice:
             if not self.window_mapping:
                 raise OSError(errno.ENOMEM, "no address space")
         else:
-            held = [t for t in self.tensors.values() if t.offset == offset]
-            if not held or length > held[0].length:
+            if offset % PAGE or length % PAGE:
+                raise OSError(errno.EINVAL, "not whole pages")
+            if not any(o <= offset and offset + length <= o + n for o, n in self._regions()):
                 raise OSError(errno.EINVAL, "not one tensor")
             if self.fail_map_after is not None and len(self.maps) >= self.fail_map_after:
                 raise OSError(errno.ENOMEM, "no address space")
@@ -95,23 +123,38 @@ class FakeDevice:
 
     # -- the kernel's part -------------------------------------------------------
 
+    def _regions(self) -> list[tuple[int, int]]:
+        """Return what is taken of the window, sorted."""
+        regions = [(t.offset, t.length) for t in self.tensors.values() if t.pool != abi.Pool.SLAB]
+        regions += [(t.offset, t.length) for t in self.parked]
+        return sorted(regions + [(s.offset, s.length) for s in self.slabs])
+
+    @property
+    def kept(self) -> int:
+        return sum(t.length for t in self.parked)
+
     @property
     def used(self) -> int:
-        return sum(t.length for t in self.tensors.values())
+        return sum(length for _, length in self._regions())
 
     def _dispatch(self, request: int, a: abi.Struct) -> None:
         if isinstance(a, abi.Info):
             a.abi_version, a.page_size, a.chunk_size = self.abi_version, PAGE, CHUNK
             a.window_size, a.quota, a.used = self.window, self.quota, self.used
-            a.nr_tensors, a.max_batch, a.cache_line = len(self.tensors), self.max_batch, 64
+            a.nr_tensors, a.max_batch, a.cache_line = len(self.tensors), self.max_batch, LINE
+            a.kept, a.nodes = self.kept, self.nodes
         elif isinstance(a, abi.Quota):
             if a.bytes < self.used:
                 raise OSError(errno.EBUSY, "")
             if a.bytes > self.window:
                 raise OSError(errno.EPERM, "")
             self.quota = a.bytes
+        elif isinstance(a, abi.SetNuma):
+            self._check_numa(a)
+            self.numa = (a.numa or abi.Numa.LOCAL, a.nodes)
         elif isinstance(a, abi.Alloc):
             self._alloc(a)
+            self.allocs.append(type(a).from_buffer_copy(a))
         elif isinstance(a, abi.Free):
             self._free(a)
         elif isinstance(a, abi.Query):
@@ -121,28 +164,101 @@ class FakeDevice:
         else:
             raise OSError(errno.ENOTTY, "")
 
-    def _alloc(self, a: abi.Alloc) -> None:
-        kinds, pools = [int(k) for k in abi.Kind], [int(p) for p in abi.Pool]
-        if not 0 < a.size <= self.window or a.kind not in kinds or a.pool not in pools or a.flags:
+    def _check_numa(self, a: abi.Alloc | abi.SetNuma) -> None:
+        masked = a.numa in (abi.Numa.BIND, abi.Numa.INTERLEAVE)
+        if a.numa not in list(abi.Numa) or a.nodes & ~self.nodes or (a.nodes and not masked):
             raise OSError(errno.EINVAL, "")
-        pool = a.pool or (abi.Pool.CHUNK if a.size >= CHUNK else abi.Pool.BUDDY)
-        unit = CHUNK if pool == abi.Pool.CHUNK else PAGE
-        length = -(-a.size // unit) * unit
-        if self.used + length > self.quota:
-            raise OSError(errno.EDQUOT, "")
-        if self.used + length > self.capacity:
-            raise OSError(errno.ENOSPC, "")
+        if a.numa == abi.Numa.BIND and not a.nodes:
+            raise OSError(errno.EINVAL, "")
+
+    def _pool(self, a: abi.Alloc) -> int:
+        """Check a request and say which pool serves it."""
+        flags, both = abi.AllocFlag(a.flags), abi.AllocFlag.HUGE | abi.AllocFlag.PAGED
+        known = both | abi.AllocFlag.NOZERO | abi.AllocFlag.PINNED
+        if not 0 < a.size <= self.window or a.pad or a.flags & ~known or both in flags:
+            raise OSError(errno.EINVAL, "")
+        if a.kind not in list(abi.Kind) or a.pool not in list(abi.Pool):
+            raise OSError(errno.EINVAL, "")
+        self._check_numa(a)
+        shared = not flags & abi.AllocFlag.PINNED and a.numa == abi.Numa.DEFAULT
+        if a.pool == abi.Pool.SLAB and (a.size >= PAGE or not shared):
+            raise OSError(errno.EINVAL, "")
+        if a.pool:
+            return int(a.pool)
+        if a.size <= PAGE // 2 and a.kind != abi.Kind.KV and shared:
+            return abi.Pool.SLAB
+        return abi.Pool.CHUNK if a.size > CHUNK - PAGE else abi.Pool.BUDDY
+
+    def _place(self, length: int, unit: int) -> int:
+        """Charge and find room, if need be at the cost of what is parked."""
+        for last in (False, True):
+            number = 0
+            if self.used + length > self.quota:
+                number = errno.EDQUOT
+            elif self.used + length > self.capacity:
+                number = errno.ENOSPC
+            if number and (last or not self.parked):
+                raise OSError(number, "")
+            if number:
+                for held in self.parked:
+                    self._poison(held.offset, held.length)
+                self.parked.clear()
         offset = 0
-        for held in sorted(self.tensors.values(), key=lambda t: t.offset):
-            if offset + length <= held.offset:
+        for begin, size in self._regions():
+            if offset + length <= begin:
                 break
-            offset = -(-(held.offset + held.length) // unit) * unit
+            offset = -(-(begin + size) // unit) * unit
         if offset + length > self.window:
             raise OSError(errno.ENOBUFS, "")
-        os.pwrite(self.fd, bytes(length), offset)
+        return offset
+
+    def _poison(self, offset: int, length: int) -> None:
+        os.pwrite(self.fd, bytes([POISON]) * length, offset)
+
+    def _small(self, size: int) -> int:
+        """Take an object: whole lines of odd numbers do not fill a page, so some straddle."""
+        size = 1 << max(3, (size - 1).bit_length()) if size <= LINE else -(-size // LINE) * LINE
+        slab = next((s for s in self.slabs if s.size == size and s.free), None)
+        if slab is None:
+            length = PAGE if PAGE % size == 0 else 8 * PAGE
+            begin = self._place(length, length)
+            slab = Slab(begin, length, size, set(range(begin, begin + length - size + 1, size)))
+            self.slabs.append(slab)
+        offset = min(slab.free)
+        slab.free.remove(offset)
+        return offset
+
+    def _slab(self, offset: int) -> Slab:
+        return next(s for s in self.slabs if s.offset <= offset < s.offset + s.length)
+
+    def _alloc(self, a: abi.Alloc) -> None:
+        pool = self._pool(a)
+        flags = abi.AllocFlag(a.flags)
+        asked = type(a).from_buffer_copy(a)
+        unit = CHUNK if pool == abi.Pool.CHUNK and a.pool else PAGE
+        length = -(-a.size // unit) * unit
+        pinned = sum(
+            t.length
+            for t in [*self.tensors.values(), *self.parked]
+            if t.asked.flags & abi.AllocFlag.PINNED
+        )
+        reused = next((t for t in self.parked if t.alike(a)), None)
+        if pool == abi.Pool.SLAB:
+            offset = self._small(a.size)
+            length = self._slab(offset).size
+        elif reused is not None and abi.AllocFlag.NOZERO in flags:
+            self.parked.remove(reused)
+            offset, length = reused.offset, reused.length
+        else:
+            if abi.AllocFlag.PINNED in flags and pinned + length > self.memlock:
+                raise OSError(errno.EPERM, "")
+            offset = self._place(length, CHUNK if length >= CHUNK else PAGE)
+            reused = None
+        if reused is None or abi.AllocFlag.NOZERO not in flags:
+            os.pwrite(self.fd, bytes(length), offset)
         a.handle, a.offset = self.next_handle, offset
         self.next_handle += 1
-        self.tensors[a.handle] = Held(a.size, a.kind, pool, offset, length)
+        self.tensors[a.handle] = Held(a.size, a.kind, pool, offset, length, asked)
 
     def _free(self, a: abi.Free) -> None:
         if a.flags:
@@ -150,16 +266,29 @@ class FakeDevice:
         if a.handle not in self.tensors:
             raise OSError(errno.ENOENT, "")
         held = self.tensors.pop(a.handle)
-        os.pwrite(self.fd, bytes([POISON]) * held.length, held.offset)
+        if held.pool != abi.Pool.SLAB and held.asked.flags & abi.AllocFlag.NOZERO:
+            self.parked.append(held)
+            return
+        self._poison(held.offset, held.length)
+        if held.pool == abi.Pool.SLAB:
+            slab = self._slab(held.offset)
+            slab.free.add(held.offset)
+            if len(slab.free) == slab.length // slab.size:
+                self.slabs.remove(slab)
 
     def _query(self, a: abi.Query) -> None:
         if a.handle not in self.tensors:
             raise OSError(errno.ENOENT, "")
         t = self.tensors[a.handle]
         a.kind, a.pool, a.size, a.length, a.offset = t.kind, t.pool, t.size, t.length, t.offset
-        a.held = t.length
-        whole = t.pool == abi.Pool.CHUNK
-        a.nr_chunks, a.nr_runs = (t.length // CHUNK, 0) if whole else (0, 1)
+        a.held, a.alloc_flags = t.length, t.asked.flags
+        if t.pool != abi.Pool.SLAB:
+            a.nr_chunks = t.length // CHUNK if t.asked.pool != abi.Pool.BUDDY else 0
+            a.nr_runs = (t.length - a.nr_chunks * CHUNK).bit_count()
+        a.mapping = abi.Mapping.PAGES
+        huge = t.kind == abi.Kind.WEIGHTS and not t.asked.flags & abi.AllocFlag.PAGED
+        if a.nr_chunks and (huge or t.asked.flags & abi.AllocFlag.HUGE):
+            a.mapping = self.mapping
 
     def _batch(self, request: int, a: abi.Batch) -> None:
         if not 0 < a.count <= self.max_batch or a.flags:

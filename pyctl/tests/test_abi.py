@@ -17,7 +17,9 @@ from tensormem.device import DEFAULT_PATH
 
 INCLUDE = Path(__file__).parents[2] / "kmod" / "include" / "uapi"
 HEADER = INCLUDE / "linux" / "tensormem.h"
-STRUCTS = [abi.Info, abi.Alloc, abi.Free, abi.Query, abi.Batch, abi.Quota]
+STRUCTS = [
+    abi.Info, abi.Alloc, abi.Free, abi.Query, abi.Batch, abi.Quota, abi.SetNuma,
+]  # fmt: skip
 
 
 def _structs_in_header() -> dict[str, list[str]]:
@@ -92,17 +94,20 @@ def test_every_constant_of_the_header(compiled: dict[str, int]) -> None:
     ours = {"TENSORMEM_ABI_VERSION": abi.ABI_VERSION, "TENSORMEM_IOC_MAGIC": abi.IOC_MAGIC}
     ours |= {f"TENSORMEM_KIND_{k.name}": int(k) for k in abi.Kind}
     ours |= {f"TENSORMEM_POOL_{p.name}": int(p) for p in abi.Pool}
+    ours |= {f"TENSORMEM_MAPPING_{m.name}": int(m) for m in abi.Mapping}
+    ours |= {f"TENSORMEM_NUMA_{n.name}": int(n) for n in abi.Numa}
+    ours |= {f"TENSORMEM_{f.name}": int(f) for f in abi.AllocFlag}
     ours |= {
         f"TENSORMEM_{name}": value
         for name, value in vars(abi).items()
         if name.startswith("IOC_") and name != "IOC_MAGIC"
     }
     names = _constants_in_header()
-    assert len(names) >= 17
+    assert len(names) >= 30
     assert ours == {name: compiled[name] for name in names}
 
 
 def test_iowr_of_another_size() -> None:
     assert abi.iowr(0x10, ctypes.sizeof(abi.Alloc)) == abi.IOC_ALLOC
-    assert abi.iowr(0x10, 64) != abi.IOC_ALLOC
-    assert abi.iowr(0x10, 64) & 0xFFFF == abi.IOC_ALLOC & 0xFFFF
+    assert abi.iowr(0x10, 32) != abi.IOC_ALLOC
+    assert abi.iowr(0x10, 32) & 0xFFFF == abi.IOC_ALLOC & 0xFFFF

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,212 @@ def test_kind_and_pool_reach_the_kernel(client: Client) -> None:
     b = client.zeros(10, kind=Kind.PROTOCOL, pool=Pool.BUDDY)
     c = client.empty(CHUNK + 1, np.int8, "kv")
     d = client.empty(1)
-    infos = [client.query(x) for x in (a, b, c, d)]
+    e = client.empty(3, kind="kv", pool="slab")
+    infos = [client.query(x) for x in (a, b, c, d, e)]
     assert [(i.kind, i.pool) for i in infos] == [
         ("weights", "chunk"),
         ("protocol", "buddy"),
         ("kv", "chunk"),
-        ("activations", "buddy"),
+        ("activations", "slab"),
+        ("kv", "slab"),
     ]
-    assert [i.size for i in infos] == [40, 40, CHUNK + 1, 4]
-    assert [i.length for i in infos] == [CHUNK, PAGE, 2 * CHUNK, PAGE]
-    assert [(i.chunks, i.runs) for i in infos] == [(1, 0), (0, 1), (2, 0), (0, 1)]
-    assert len({i.handle for i in infos}) == 4
+    assert [i.size for i in infos] == [40, 40, CHUNK + 1, 4, 12]
+    assert [i.length for i in infos] == [CHUNK, PAGE, CHUNK + PAGE, 8, 16]
+    assert [(i.chunks, i.runs) for i in infos] == [(1, 0), (0, 1), (1, 1), (0, 0), (0, 0)]
+    assert [i.mapping for i in infos] == ["block", "pages", "pages", "pages", "pages"]
+    assert len({i.handle for i in infos}) == 5
     assert client.tensors() == infos
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "flags", "numa", "nodes"),
+    [
+        ({}, 0, 0, 0),
+        ({"huge": True}, abi.AllocFlag.HUGE, 0, 0),
+        ({"huge": False}, abi.AllocFlag.PAGED, 0, 0),
+        ({"reuse": True}, abi.AllocFlag.NOZERO, 0, 0),
+        ({"pinned": True}, abi.AllocFlag.PINNED, 0, 0),
+        ({"numa": "local"}, 0, abi.Numa.LOCAL, 0),
+        ({"numa": "interleave"}, 0, abi.Numa.INTERLEAVE, 0),
+        ({"numa": [1]}, 0, abi.Numa.BIND, 0b10),
+        ({"numa": (0, np.int64(1))}, 0, abi.Numa.BIND, 0b11),
+        ({"numa": range(2)}, 0, abi.Numa.BIND, 0b11),
+        ({"numa": ("interleave", [0])}, 0, abi.Numa.INTERLEAVE, 0b01),
+        (
+            {"huge": True, "reuse": True, "pinned": True, "numa": [0]},
+            abi.AllocFlag.HUGE | abi.AllocFlag.NOZERO | abi.AllocFlag.PINNED,
+            abi.Numa.BIND,
+            0b01,
+        ),
+    ],
+)
+def test_choices_reach_the_kernel_by_every_way(
+    client: Client, device: FakeDevice, kwargs: dict[str, Any], flags: int, numa: int, nodes: int
+) -> None:
+    keep: list[Any] = [
+        client.empty(9, **kwargs),
+        client.zeros(9, **kwargs),
+        client.alloc(9, **kwargs),
+        *client.alloc_many([9, 9], **kwargs),
+        *client.empty_many([Spec(9, **kwargs), Spec(9)]),
+    ]
+    seen = [(a.flags, a.numa, a.nodes) for a in device.allocs]
+    assert seen == [(flags, numa, nodes)] * 6 + [(0, 0, 0)]
+    info = client.query(keep[0])
+    expected = (kwargs.get("huge"), "reuse" in kwargs, "pinned" in kwargs)
+    assert (info.huge, info.reuse, info.pinned) == expected
+
+
+@pytest.mark.parametrize("mapping", abi.Mapping)
+def test_mapping_is_what_the_kernel_says(mapping: abi.Mapping) -> None:
+    with Client(FakeDevice(mapping=mapping)) as client:
+        arrays = [
+            client.empty(CHUNK, np.uint8, "weights"),
+            client.empty(CHUNK, np.uint8, "weights", huge=False),
+            client.empty(CHUNK, np.uint8, "kv", huge=True),
+            client.empty(CHUNK, np.uint8, "kv"),
+        ]
+        name = mapping.name.lower()
+        assert [client.query(a).mapping for a in arrays] == [name, "pages", name, "pages"]
+
+
+def test_reuse(client: Client, device: FakeDevice) -> None:
+    a = client.empty(PAGE, np.uint8, reuse=True)
+    assert not a.any()
+    a[:] = 7
+    offset = client.query(a).offset
+    del a
+    stats = client.stats()
+    assert (stats.used, stats.kept, stats.tensors) == (PAGE, PAGE, 0)
+    other = [
+        client.empty(PAGE, np.uint8),
+        client.empty(2 * PAGE, np.uint8, reuse=True),
+        client.empty(PAGE, np.uint8, "kv", reuse=True),
+        client.empty(PAGE, np.uint8, pool="buddy", reuse=True),
+        client.empty(PAGE, np.uint8, reuse=True, numa="local"),
+    ]
+    assert not any(x.any() for x in other)
+    b = client.empty(PAGE, np.uint8, reuse=True)
+    assert client.query(b).offset == offset
+    assert (b == 7).all()
+    assert client.stats().kept == 0
+    del b
+    c = client.zeros((2, PAGE // 4), np.int16, reuse=True)
+    assert client.query(c).offset == offset
+    assert not c.any()
+    c[:] = 1
+    scalar = client.zeros((), np.float64, reuse=True)
+    assert scalar == 0
+    assert client.zeros((3, 0), reuse=True).shape == (3, 0)
+    del c
+    client.set_quota(client.stats().used)
+    assert client.stats().kept == PAGE
+    d = client.empty(PAGE, np.uint8)
+    assert client.stats().kept == 0, "what is kept gives way to the quota"
+    assert not d.any()
+
+
+def test_pinned_beyond_the_limit() -> None:
+    with Client(FakeDevice(memlock=2 * PAGE)) as client:
+        keep = client.empty(PAGE, np.uint8, pinned=True)
+        with pytest.raises(errors.NotPermitted, match="RLIMIT_MEMLOCK") as info:
+            client.empty(PAGE + 1, np.uint8, "kv", pinned=True)
+        assert "of kv" in info.value.cause
+        for words in ("limits.conf", "LimitMEMLOCK=infinity", "pinned=True"):
+            assert words in info.value.remedy
+        with pytest.raises(errors.NotPermitted, match=r"item 1, .*RLIMIT_MEMLOCK"):
+            client.empty_many([Spec(1), Spec(PAGE + 1, np.uint8, pinned=True)])
+        assert client.stats().tensors == 1
+        assert client.empty(PAGE + 1, np.uint8).size
+        assert keep.size
+
+
+def test_numa(client: Client, device: FakeDevice) -> None:
+    assert client.stats().nodes == (0, 1)
+    for value, expected in (
+        ("interleave", (abi.Numa.INTERLEAVE, 0)),
+        ([1], (abi.Numa.BIND, 2)),
+        (("interleave", [0, 1]), (abi.Numa.INTERLEAVE, 3)),
+        (None, (abi.Numa.LOCAL, 0)),
+        ("local", (abi.Numa.LOCAL, 0)),
+    ):
+        client.set_numa(value)
+        assert device.numa == expected
+
+    def on_one(numa: Any) -> None:
+        client.empty(1, numa=numa)
+
+    calls: tuple[Callable[[Any], None], ...] = (client.set_numa, on_one)
+    malformed: tuple[Any, ...] = ([], [64], [-1], ["a"], ("local", [0]), ("interleave", []), [1.0])
+    for call in calls:
+        with pytest.raises(errors.InvalidArgument, match="no pool on nodes 3, 5: use nodes 0, 1"):
+            call([1, 3, 5])
+        with pytest.raises(errors.InvalidArgument, match="no pool on node 2"):
+            call(("interleave", [2]))
+        for wrong in ("near", "bind", 1, 1.5, b"1", {0}):
+            with pytest.raises(errors.InvalidArgument, match="is not a policy"):
+                call(wrong)
+        for value in malformed:
+            with pytest.raises(errors.InvalidArgument, match="not a list of memory nodes"):
+                call(value)
+    assert device.numa == (abi.Numa.LOCAL, 0)
+    assert not device.tensors
+    device.fail[abi.IOC_SET_NUMA] = errno.EINVAL
+    with pytest.raises(errors.InvalidArgument, match="malformed"):
+        client.set_numa("local")
+    device.fail[abi.IOC_SET_NUMA] = errno.ENOTTY
+    with pytest.raises(errors.IncompatibleModule):
+        client.set_numa("local")
+    device.fail[abi.IOC_ALLOC] = errno.ENOSPC
+    with pytest.raises(errors.PoolExhausted, match="capacity on node 1: allow more nodes"):
+        client.empty(1, numa=[1])
+    client.close()
+    with pytest.raises(errors.Closed):
+        client.set_numa("local")
+
+
+@pytest.mark.parametrize("whole_window", [True, False])
+def test_small_tensors_share_pages(whole_window: bool) -> None:
+    device = FakeDevice()
+    with Client(device, whole_window=whole_window) as client:
+        sizes = [1, 5, 8, 60, 64, 65, 300, 320, 700, PAGE // 2] * 9
+        arrays = [client.empty(n, np.uint8) for n in sizes]
+        for mark, array in enumerate(arrays, 1):
+            assert not array.any()
+            array[:] = mark
+        infos = [client.query(a) for a in arrays]
+        assert {i.pool for i in infos} == {"slab"}
+        assert any(i.offset % PAGE for i in infos)
+        assert any(i.offset % PAGE + i.size > PAGE for i in infos), "none crosses a page's end"
+        assert len({i.offset // PAGE for i in infos}) < len(infos) // 2
+        assert client.stats().used < PAGE * len(infos) // 2
+        for mark, (array, info) in enumerate(zip(arrays, infos, strict=True), 1):
+            assert (array == mark).all(), "another tensor of the slab wrote here"
+            assert os.pread(device.fd, info.size, info.offset) == array.tobytes()
+        victim = arrays.pop(13)
+        client.free(victim)
+        assert (victim == 14).all(), "released under an array"
+        del victim
+        again = client.alloc(60)
+        assert again.offset == infos[13].offset
+        assert again.offset % PAGE
+        again.buffer()[:] = b"x" * 60
+        assert (arrays[3] == 4).all()
+        assert (arrays[23] == 25).all()
+        again.free()
+        arrays.clear()
+        del array
+        assert not device.tensors
+        assert client.stats().used == 0
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"shape": PAGE}, {"shape": 1, "pinned": True}, {"shape": 1, "numa": "local"}]
+)
+def test_the_slab_says_what_it_does_not_take(client: Client, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(errors.InvalidArgument, match="slab takes tensors below a page"):
+        client.empty(dtype=np.uint8, pool="slab", **kwargs)
+    assert client.query(client.empty(dtype=np.uint8, **kwargs)).pool == "buddy"
 
 
 def test_an_array_without_elements(client: Client) -> None:
@@ -96,7 +291,7 @@ def test_an_array_without_elements(client: Client) -> None:
         ({"shape": 1, "dtype": object}, "no fixed bytes"),
         ({"shape": 1, "dtype": "nonsense"}, "dtype"),
         ({"shape": 1, "kind": "weight"}, "weights, kv, activations, protocol"),
-        ({"shape": 1, "pool": "slab"}, "auto, chunk, buddy"),
+        ({"shape": 1, "pool": "kv"}, "auto, chunk, buddy, slab"),
         ({"shape": 1, "kind": 2}, "kind"),
     ],
 )
@@ -492,6 +687,7 @@ def test_any_errno_leaves_nothing(client: Client, device: FakeDevice, number: in
 def test_stats(client: Client) -> None:
     keep = [client.empty(1), client.empty(CHUNK, np.uint8)]
     stats = client.stats()
+    assert (stats.kept, stats.nodes) == (0, (0, 1))
     assert (stats.page_size, stats.chunk_size, stats.window_size) == (PAGE, CHUNK, WINDOW)
     assert (client.page_size, client.chunk_size, client.window_size) == (PAGE, CHUNK, WINDOW)
     assert (stats.used, stats.tensors, stats.cache_line) == (PAGE + CHUNK, len(keep), 64)
@@ -691,7 +887,9 @@ def test_random_operations_against_a_model(client: Client, device: FakeDevice) -
     for step in range(2000):
         action = rng.random()
         if action < 0.35:
-            array = client.empty(rng.randrange(1, 2 * PAGE), np.uint8)
+            reuse = rng.random() < 0.3
+            array = client.empty(rng.randrange(1, 2 * PAGE), np.uint8, reuse=reuse)
+            assert reuse or not array.any()
             mark = step % 255 + 1
             array[:] = mark
             live.append((array, mark))

@@ -34,6 +34,7 @@ import math
 import mmap
 import operator
 import os
+import resource
 import threading
 import weakref
 from collections import deque
@@ -47,15 +48,20 @@ import numpy as np
 import numpy.typing as npt
 
 from . import abi, errors
-from .abi import Kind, Pool
+from .abi import AllocFlag, Kind, Mapping, Numa, Pool
 from .device import DEFAULT_PATH, Device, KernelDevice
 from .units import format_size
 
-__all__ = ["Client", "Spec", "Stats", "Tensor", "TensorInfo", "open"]
+__all__ = ["Client", "Nodes", "Spec", "Stats", "Tensor", "TensorInfo", "open"]
 
 Shape = SupportsIndex | Sequence[SupportsIndex]
 
-_E = TypeVar("_E", Kind, Pool)
+#: Which memory nodes serve a tensor: None (what :meth:`Client.set_numa` said),
+#: ``"local"``, ``"interleave"``, ``[0, 1]`` (these and no other) or
+#: ``("interleave", [0, 1])``.
+Nodes = str | Sequence[SupportsIndex] | tuple[str, Sequence[SupportsIndex]] | None
+
+_E = TypeVar("_E", Kind, Pool, Mapping)
 _S = TypeVar("_S", bound=abi.Struct)
 _U64 = (1 << 64) - 1
 
@@ -68,6 +74,10 @@ class Spec:
     dtype: npt.DTypeLike = np.float32
     kind: str | Kind = "activations"
     pool: str | Pool = "auto"
+    huge: bool | None = None
+    reuse: bool = False
+    pinned: bool = False
+    numa: Nodes = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +91,12 @@ class Stats:
         window_size: bytes in the client's window.
         quota: bytes the client may hold.
         used: bytes the client holds, in whole pages or chunks.
+        kept: bytes of ``used`` that no tensor has: kept for ``reuse``, or freed and
+            still held by somebody else (O_DIRECT in flight).
         tensors: tensors the client holds.
         max_batch: most items in one batch call to the kernel.
         cache_line: bytes that two CPUs should not share.
+        nodes: the memory nodes that have a pool.
         lingering: tensors that were freed by :meth:`Client.free` and are held
             because arrays still show them.
         whole_window: True if one mapping shows the whole window, False if every
@@ -96,9 +109,11 @@ class Stats:
     window_size: int
     quota: int
     used: int
+    kept: int
     tensors: int
     max_batch: int
     cache_line: int
+    nodes: tuple[int, ...]
     lingering: int
     whole_window: bool
 
@@ -110,13 +125,19 @@ class TensorInfo:
     Attributes:
         handle: its name, never 0.
         kind: ``weights``, ``kv``, ``activations`` or ``protocol``.
-        pool: the pool that serves it: ``chunk`` or ``buddy``.
+        pool: the pool that serves it: ``chunk``, ``buddy`` or ``slab``.
         size: bytes asked for.
         length: bytes it takes in the window.
-        offset: where it lies in the window, in bytes.
-        held: bytes of memory it holds and is charged for.
+        offset: where it lies in the window, in bytes; a multiple of the page size
+            unless the pool is ``slab``.
+        held: bytes of memory it holds. A slab is charged as a whole, not by tensor.
         chunks: whole chunks it is made of.
         runs: runs of pages it is made of, beside the chunks.
+        mapping: how its chunks are mapped: ``block`` (2 MiB at a time), ``cont``
+            (by pages, which the CPU folds) or ``pages``. Runs always are ``pages``.
+        huge: what it was allocated with; likewise the two that follow.
+        reuse: see :meth:`Client.empty`.
+        pinned: see :meth:`Client.empty`.
     """
 
     handle: int
@@ -128,6 +149,10 @@ class TensorInfo:
     held: int
     chunks: int
     runs: int
+    mapping: str
+    huge: bool | None
+    reuse: bool
+    pinned: bool
 
 
 class _Block:
@@ -306,13 +331,23 @@ class _Session:
         what = f"{format_size(item.size)} of {_name(Kind, item.kind)}"
         if index is not None:
             what = f"item {index}, {what}"
+        remedy = None
         short = {
-            errno.ENOMEM: "the system has no memory left",
+            errno.ENOMEM: "the system has no memory left, or the memory cgroup is at its limit",
             errno.ENOSPC: "the chunk pool is at its capacity",
             errno.ENOBUFS: "the client's window has no gap of this size left",
             errno.EINVAL: "the kernel refuses it as malformed",
             errno.EINTR: "a fatal signal ended the call",
         }.get(number)
+        if number == errno.EPERM:
+            limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+            short = f"this user's pinned memory would exceed RLIMIT_MEMLOCK, {format_size(limit)}"
+            remedy = errors.RAISE_MEMLOCK
+        if number == errno.ENOSPC and item.numa == Numa.BIND:
+            short = f"the chunk pool is at its capacity on {_node_list(item.nodes)}"
+            remedy = "allow more nodes, free tensors, or see 'tensormem numa'"
+        if number == errno.EINVAL:
+            short, remedy = self.malformed(item) or (short, None)
         if number == errno.EDQUOT:
             short = "the client's quota is used up"
             with contextlib.suppress(errors.TensormemError):
@@ -322,8 +357,20 @@ class _Session:
                     f" {format_size(info.quota)}"
                 )
         return errors.from_errno(
-            number, f"cannot allocate {what}" + (f", {short}" if short else "")
+            number, f"cannot allocate {what}" + (f", {short}" if short else ""), remedy
         )
+
+    def malformed(self, item: abi.Alloc | abi.SetNuma) -> tuple[str, str] | None:
+        """Return cause and remedy where the kernel's EINVAL has a reason we can name."""
+        absent = item.nodes & ~self.info.nodes
+        if absent:
+            return f"there is no pool on {_node_list(absent)}", f"use {_node_list(self.info.nodes)}"
+        if isinstance(item, abi.Alloc) and item.pool == Pool.SLAB:
+            return (
+                "the slab takes tensors below a page, not pinned, without numa of their own",
+                "leave the pool to 'auto'",
+            )
+        return None
 
     def _map(self, block: _Block) -> None:
         if self.window is not None:
@@ -331,15 +378,17 @@ class _Session:
             block.address = self.base + block.offset
             return
         page = self.info.page_size
-        length = -(-block.size // page) * page
+        # a tensor of the slab begins anywhere in a page, and may end in the next
+        before = block.offset % page
+        length = -(-(before + block.size) // page) * page
         try:
-            block.mapping = self.device.map(block.offset, length)
+            block.mapping = self.device.map(block.offset - before, length)
         except (OSError, OverflowError) as error:
             raise errors.OutOfMemory(
                 f"cannot map {format_size(length)} ({error})",
                 "free arrays, or raise the limit on address space (ulimit -v)",
             ) from None
-        block.address = _address(block.mapping)
+        block.address = _address(block.mapping) + before
 
     def export(self, block: _Block) -> npt.NDArray[np.uint8]:
         """Return the bytes of a block as an array whose base keeps it."""
@@ -496,6 +545,77 @@ def _value(enum: type[_E], value: str | _E, what: str) -> _E:
         raise errors.InvalidArgument(f"{value!r} is not a {what}", f"use one of {known}") from None
 
 
+def _node_numbers(mask: int) -> tuple[int, ...]:
+    return tuple(n for n in range(64) if mask >> n & 1)
+
+
+def _node_list(mask: int) -> str:
+    numbers = _node_numbers(mask)
+    return f"node{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+def _node_mask(nodes: Sequence[SupportsIndex]) -> int:
+    mask = 0
+    try:
+        for node in nodes:
+            mask |= 1 << operator.index(node)
+    except (TypeError, ValueError):
+        mask = 0
+    if not 0 < mask <= _U64:
+        raise errors.InvalidArgument(
+            f"{nodes!r} is not a list of memory nodes", "pass numbers from 0 to 63"
+        )
+    return mask
+
+
+def _numa(value: Nodes) -> tuple[Numa, int]:
+    """Return policy and mask."""
+    if value is None:
+        return Numa.DEFAULT, 0
+    if isinstance(value, str):
+        if value in ("local", "interleave"):
+            return Numa[value.upper()], 0
+    elif isinstance(value, Sequence) and not isinstance(value, bytes):
+        if len(value) == 2 and value[0] == "interleave" and isinstance(value[1], Sequence):
+            return Numa.INTERLEAVE, _node_mask(cast(Sequence[SupportsIndex], value[1]))
+        return Numa.BIND, _node_mask(cast(Sequence[SupportsIndex], value))
+    raise errors.InvalidArgument(
+        f"numa {value!r} is not a policy",
+        "use 'local', 'interleave', a list of nodes or ('interleave', [nodes])",
+    )
+
+
+def _flags(huge: bool | None, reuse: bool, pinned: bool) -> AllocFlag:
+    flags = AllocFlag(0)
+    if huge is not None:
+        flags |= AllocFlag.HUGE if huge else AllocFlag.PAGED
+    if reuse:
+        flags |= AllocFlag.NOZERO
+    if pinned:
+        flags |= AllocFlag.PINNED
+    return flags
+
+
+def _item(
+    size: int,
+    kind: str | Kind,
+    pool: str | Pool,
+    huge: bool | None,
+    reuse: bool,
+    pinned: bool,
+    numa: Nodes,
+) -> abi.Alloc:
+    policy, nodes = _numa(numa)
+    return abi.Alloc(
+        size=size,
+        kind=_value(Kind, kind, "kind"),
+        pool=_value(Pool, pool, "pool"),
+        flags=_flags(huge, reuse, pinned),
+        numa=policy,
+        nodes=nodes,
+    )
+
+
 def _size(value: SupportsIndex) -> int:
     try:
         size = operator.index(value)
@@ -535,8 +655,8 @@ def _request(spec: Spec) -> tuple[abi.Alloc, tuple[int, ...], np.dtype[Any]]:
         )
     # an array without elements still is an array: it gets the smallest tensor
     size = _size(max(1, math.prod(shape) * dtype.itemsize))
-    kind, pool = _value(Kind, spec.kind, "kind"), _value(Pool, spec.pool, "pool")
-    return abi.Alloc(size=size, kind=kind, pool=pool), shape, dtype
+    item = _item(size, spec.kind, spec.pool, spec.huge, spec.reuse, spec.pinned, spec.numa)
+    return item, shape, dtype
 
 
 def _form(
@@ -547,6 +667,8 @@ def _form(
 
 
 def _info(item: abi.Query) -> TensorInfo:
+    flags = AllocFlag(item.alloc_flags)
+    huge = True if AllocFlag.HUGE in flags else False if AllocFlag.PAGED in flags else None
     return TensorInfo(
         handle=item.handle,
         kind=_name(Kind, item.kind),
@@ -557,6 +679,10 @@ def _info(item: abi.Query) -> TensorInfo:
         held=item.held,
         chunks=item.nr_chunks,
         runs=item.nr_runs,
+        mapping=_name(Mapping, item.mapping),
+        huge=huge,
+        reuse=AllocFlag.NOZERO in flags,
+        pinned=AllocFlag.PINNED in flags,
     )
 
 
@@ -599,8 +725,9 @@ class Tensor:
     def buffer(self) -> memoryview:
         """Return the memory, writable, format ``B``, ``size`` bytes long.
 
-        Good for ``file.readinto(...)``, also with O_DIRECT: it begins on a page.
-        It keeps the memory alive.
+        Good for ``file.readinto(...)``. O_DIRECT wants it aligned: a tensor of a
+        page or more begins on a page, a smaller one does with ``pool="buddy"``. It
+        keeps the memory alive.
 
         Raises:
             NoSuchTensor: the tensor was freed.
@@ -761,27 +888,45 @@ class Client:
         dtype: npt.DTypeLike = np.float32,
         kind: str | Kind = "activations",
         pool: str | Pool = "auto",
+        *,
+        huge: bool | None = None,
+        reuse: bool = False,
+        pinned: bool = False,
+        numa: Nodes = None,
     ) -> npt.NDArray[Any]:
-        """Return a new array on tensor memory, in C order. It is zero.
+        """Return a new array on tensor memory, in C order, zero unless ``reuse`` is set.
 
-        The kernel zeroes memory before it changes hands, so ``empty`` and
-        ``zeros`` are the same. The array and its views keep the memory; when
-        the last is gone it is released.
+        The array and its views keep the memory; when the last is gone it is released.
+        docs/pools.md says when which choice pays.
 
         Args:
             shape: a size or a sequence of sizes.
             dtype: any numpy dtype without objects.
             kind: ``weights``, ``kv``, ``activations`` or ``protocol``.
-            pool: ``auto`` (by kind and size), ``chunk`` or ``buddy``.
+            pool: ``auto`` (by kind and size), ``chunk``, ``buddy``, or ``slab`` for
+                what is smaller than a page.
+            huge: map whole chunks as blocks of 2 MiB (True), page by page (False), or
+                as the kind has it (None: weights as blocks). ``query(array).mapping``
+                says what came of it.
+            reuse: the array may have the contents of an earlier ``reuse`` array of
+                this client in place of zeros: undefined, but never anybody else's.
+                When it is released its memory is kept for the next one of the same
+                kind and size and the same choices, which then costs no zeroing, no
+                unmapping and no page fault; ``stats().kept`` counts it.
+            pinned: the memory never moves. It counts against RLIMIT_MEMLOCK.
+            numa: which memory nodes serve it: ``"local"`` (this CPU's, else the
+                nearest), ``"interleave"`` (all in turn), ``[0, 1]`` (these and no
+                other), ``("interleave", [0, 1])``; None is what :meth:`set_numa` said.
 
         Raises:
-            InvalidArgument: shape, dtype, kind or pool is not one, or the array
+            InvalidArgument: an argument is not one of those above, or the array
                 is larger than the window.
             QuotaExceeded, PoolExhausted, OutOfMemory, WindowFull: there is no
                 room; all are MemoryErrors. Nothing has changed.
+            NotPermitted: ``pinned`` beyond RLIMIT_MEMLOCK.
             Closed: the client was closed.
         """
-        return self.empty_many([Spec(shape, dtype, kind, pool)])[0]
+        return self.empty_many([Spec(shape, dtype, kind, pool, huge, reuse, pinned, numa)])[0]
 
     def zeros(
         self,
@@ -789,9 +934,22 @@ class Client:
         dtype: npt.DTypeLike = np.float32,
         kind: str | Kind = "activations",
         pool: str | Pool = "auto",
+        *,
+        huge: bool | None = None,
+        reuse: bool = False,
+        pinned: bool = False,
+        numa: Nodes = None,
     ) -> npt.NDArray[Any]:
-        """Return a new array of zeros; the same as :meth:`empty`."""
-        return self.empty(shape, dtype, kind, pool)
+        """Return a new array of zeros.
+
+        The same as :meth:`empty`, except that with ``reuse`` it is cleared here.
+        """
+        array = self.empty(
+            shape, dtype, kind, pool, huge=huge, reuse=reuse, pinned=pinned, numa=numa
+        )
+        if reuse:
+            array.reshape(-1).view(np.uint8)[...] = 0
+        return array
 
     def empty_many(self, specs: Sequence[Spec]) -> list[npt.NDArray[Any]]:
         """Return new arrays, all or none, with one call to the kernel.
@@ -848,29 +1006,47 @@ class Client:
     # -- tensors -------------------------------------------------------------
 
     def alloc(
-        self, size: SupportsIndex, kind: str | Kind = "activations", pool: str | Pool = "auto"
+        self,
+        size: SupportsIndex,
+        kind: str | Kind = "activations",
+        pool: str | Pool = "auto",
+        *,
+        huge: bool | None = None,
+        reuse: bool = False,
+        pinned: bool = False,
+        numa: Nodes = None,
     ) -> Tensor:
-        """Allocate ``size`` bytes, zeroed.
+        """Allocate ``size`` bytes, zeroed unless ``reuse`` is set.
 
         Args:
             size: bytes, from 1 to the window size.
-            kind: as for :meth:`empty`.
-            pool: as for :meth:`empty`.
+            kind: as for :meth:`empty`, and so are the others.
+            pool: see there.
+            huge: see there.
+            reuse: see there.
+            pinned: see there.
+            numa: see there.
 
         Raises:
             The errors of :meth:`empty`.
         """
-        return self.alloc_many([size], kind, pool)[0]
+        return self.alloc_many(
+            [size], kind, pool, huge=huge, reuse=reuse, pinned=pinned, numa=numa
+        )[0]
 
     def alloc_many(
         self,
         sizes: Sequence[SupportsIndex],
         kind: str | Kind = "activations",
         pool: str | Pool = "auto",
+        *,
+        huge: bool | None = None,
+        reuse: bool = False,
+        pinned: bool = False,
+        numa: Nodes = None,
     ) -> list[Tensor]:
-        """Allocate tensors of these sizes in bytes, all or none."""
-        use, source = _value(Kind, kind, "kind"), _value(Pool, pool, "pool")
-        items = [abi.Alloc(size=_size(size), kind=use, pool=source) for size in sizes]
+        """Allocate tensors of these sizes in bytes, all or none; see :meth:`alloc`."""
+        items = [_item(_size(size), kind, pool, huge, reuse, pinned, numa) for size in sizes]
         return [Tensor(block) for block in self._session.allocate(items)]
 
     # -- questions -----------------------------------------------------------
@@ -918,9 +1094,11 @@ class Client:
             window_size=info.window_size,
             quota=info.quota,
             used=info.used,
+            kept=info.kept,
             tensors=info.nr_tensors,
             max_batch=info.max_batch,
             cache_line=info.cache_line,
+            nodes=_node_numbers(info.nodes),
             lingering=lingering,
             whole_window=session.window is not None,
         )
@@ -937,6 +1115,25 @@ class Client:
         number = _size(size)
         with self._session.calling():
             self._session.call(abi.IOC_SET_QUOTA, abi.Quota(bytes=number))
+
+    def set_numa(self, numa: Nodes) -> None:
+        """Choose the memory nodes for later allocations that do not choose themselves.
+
+        Args:
+            numa: as for :meth:`empty`; None is ``"local"``, with which a client begins.
+
+        Raises:
+            InvalidArgument: not a policy, or a node without a pool.
+            Closed: the client was closed.
+        """
+        policy, nodes = _numa(numa)
+        argument = abi.SetNuma(numa=policy, nodes=nodes)
+        session = self._session
+        with session.calling():
+            try:
+                session.call(abi.IOC_SET_NUMA, argument)
+            except errors.InvalidArgument as error:
+                raise errors.InvalidArgument(*session.malformed(argument) or error.args) from None
 
     # -- the end -------------------------------------------------------------
 

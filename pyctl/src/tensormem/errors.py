@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno as _errno
 
 __all__ = [
+    "RAISE_MEMLOCK",
     "AccessDenied",
     "BadAddress",
     "Busy",
@@ -29,6 +30,12 @@ __all__ = [
     "WindowFull",
     "from_errno",
 ]
+
+#: What to do when pinned memory meets its limit.
+RAISE_MEMLOCK = (
+    "free pinned tensors or do without pinned=True, or as root raise the limit: '* - memlock"
+    " unlimited' in /etc/security/limits.conf, LimitMEMLOCK=infinity for a service"
+)
 
 
 class TensormemError(Exception):
@@ -87,10 +94,13 @@ class NoSuchTensor(TensormemError, LookupError):
 
 
 class OutOfMemory(TensormemError, MemoryError):
-    """The system has no memory left (ENOMEM)."""
+    """The system has no memory left, or the caller's memory cgroup (ENOMEM)."""
 
-    default_cause = "the system has no memory left for this"
-    default_remedy = "free tensors, or stop something else that runs on this board"
+    default_cause = "the system or the caller's memory cgroup has no memory left for this"
+    default_remedy = (
+        "free tensors or stop something else that runs here; 'tensormem doctor' says whether"
+        " a memory cgroup is the limit and how to raise it"
+    )
     default_errno = _errno.ENOMEM
 
 

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from .errors import TensormemError
 
 if TYPE_CHECKING:
-    from .client import Client
+    from .client import Client, Nodes
 
 __all__ = [
     "DTYPES",
@@ -376,6 +376,10 @@ def load_into(
     path: str | os.PathLike[str],
     kind: str = "weights",
     pool: str = "auto",
+    *,
+    huge: bool | None = None,
+    pinned: bool = False,
+    numa: Nodes = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """Read a file straight into tensor memory, without a copy in between.
 
@@ -387,7 +391,10 @@ def load_into(
         client: the client that will own the memory.
         path: the file.
         kind: ``weights``, ``kv``, ``activations`` or ``protocol``.
-        pool: ``auto``, ``chunk`` or ``buddy``.
+        pool: as for :meth:`Client.empty`, and so are the others.
+        huge: see there.
+        pinned: see there.
+        numa: see there.
 
     Returns:
         Name -> array of the file's shape and dtype (``uint16`` for BF16), in
@@ -403,7 +410,7 @@ def load_into(
         header = _read_header(os.fspath(path), file)
         align = max(64, client.cache_line)
         size = _layout(header, align)[1]
-        memory = client.empty((size,), np.uint8, kind=kind, pool=pool)
+        memory = client.empty((size,), np.uint8, kind, pool, huge=huge, pinned=pinned, numa=numa)
         return _fill(os.fspath(path), file, header, memory, align)
 
 

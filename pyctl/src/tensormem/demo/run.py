@@ -28,7 +28,7 @@ class Holding:
 
     Attributes:
         kind: ``weights``, ``kv`` or ``activations``.
-        pool: ``chunk`` or ``buddy``.
+        pool: ``chunk``, ``buddy`` or ``slab``.
         tensors: number of tensors.
         size: bytes asked for.
         held: bytes of memory they took.
