@@ -9,6 +9,7 @@
 #include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/mount.h>
+#include <linux/mutex.h>
 #include <linux/pseudo_fs.h>
 #include <linux/slab.h>
 
@@ -31,6 +32,9 @@
 static struct vfsmount *tm_mount;
 static u64 tm_window_pages;
 static u64 tm_default_quota = U64_MAX;
+/* Every open client; outside of all locks of theirs. */
+static DEFINE_MUTEX(tm_clients_mutex);
+static LIST_HEAD(tm_clients);
 static atomic_t tm_client_ids = ATOMIC_INIT(0);
 static atomic64_t tm_nr_clients = ATOMIC64_INIT(0);
 static atomic64_t tm_nr_tensors = ATOMIC64_INIT(0);
@@ -92,6 +96,9 @@ struct tm_client *tm_client_create(void)
 	client->quota = tm_client_default_quota();
 	client->id = atomic_inc_return(&tm_client_ids);
 	atomic64_inc(&tm_nr_clients);
+	mutex_lock(&tm_clients_mutex);
+	list_add_tail(&client->all, &tm_clients);
+	mutex_unlock(&tm_clients_mutex);
 	return client;
 }
 
@@ -127,10 +134,41 @@ void tm_client_put(struct tm_client *client)
  */
 void tm_client_destroy(struct tm_client *client)
 {
+	mutex_lock(&tm_clients_mutex);
+	list_del(&client->all);
+	mutex_unlock(&tm_clients_mutex);
 	tm_tensor_free_all(client);
 	tm_park_close(client);
 	atomic64_dec(&tm_nr_clients);
 	tm_client_put(client);
+}
+
+/**
+ * tm_clients_visit - call a function for every open client
+ * @visit: the function; anything but 0 ends the visit
+ * @data: for @visit
+ *
+ * Clients are neither opened nor closed meanwhile.
+ *
+ * Context: may sleep; under no lock of a client's.
+ * Return: 0 or what @visit returned, -EINTR on a fatal signal.
+ */
+int tm_clients_visit(int (*visit)(struct tm_client *client, void *data),
+		     void *data)
+{
+	struct tm_client *client;
+	int err;
+
+	err = mutex_lock_killable(&tm_clients_mutex);
+	if (err)
+		return err;
+	list_for_each_entry(client, &tm_clients, all) {
+		err = visit(client, data);
+		if (err)
+			break;
+	}
+	mutex_unlock(&tm_clients_mutex);
+	return err;
 }
 
 /**

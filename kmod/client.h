@@ -34,6 +34,7 @@ struct tm_smalls;
  * @smalls: slabs for small tensors, or NULL (small.c)
  * @closing: nothing may be parked any more; under tm_park_lock
  * @turn: whose turn it is when its memory is interleaved over nodes
+ * @all: on the list of all clients
  * @id: names the client in traces
  * @lock: guards what follows
  * @numa: where its memory comes from unless a call says otherwise
@@ -52,6 +53,7 @@ struct tm_client {
 	struct tm_smalls *smalls;
 	bool closing;
 	atomic_t turn;
+	struct list_head all;
 	u32 id;
 	spinlock_t lock;
 	struct tm_numa numa;
@@ -82,6 +84,9 @@ struct tm_client *tm_client_create(void);
 void tm_client_destroy(struct tm_client *client);
 struct tm_client *tm_client_get(struct tm_client *client);
 void tm_client_put(struct tm_client *client);
+
+int tm_clients_visit(int (*visit)(struct tm_client *client, void *data),
+		     void *data);
 
 int __must_check tm_client_charge(struct tm_client *client, u64 bytes);
 void tm_client_uncharge(struct tm_client *client, u64 bytes);

@@ -158,14 +158,19 @@ static void tm_memory_destroy(struct tm_memory *memory)
 	kfree(memory);
 }
 
-/* Whether anyone beside the pool has a reference on a page of the extent. */
-static bool tm_extent_held(const struct tm_extent *extent)
+/**
+ * tm_memory_held - whether anyone beside the pool has a reference on a page
+ * @run: the run; nobody has it mapped
+ *
+ * Context: any; the caller owns the run.
+ */
+bool tm_memory_held(const struct tm_run *run)
 {
-	const struct page *page = tm_pages_page(&extent->run);
-	u32 counts = 1u << extent->run.order;
+	const struct page *page = tm_pages_page(run);
+	u32 counts = 1u << run->order;
 
 	/* A whole chunk has one count, that of its first page. */
-	if (extent->run.order == tm_pages_geometry().chunk_order)
+	if (run->order == tm_pages_geometry().chunk_order)
 		counts = 1;
 	for (u32 i = 0; i < counts; i++)
 		if (page_count(page + i) != 1)
@@ -191,7 +196,7 @@ bool tm_memory_free(struct tm_memory *memory)
 		struct tm_extent extent = memory->extent[i];
 
 		cond_resched();
-		if (tm_extent_held(&extent)) {
+		if (tm_memory_held(&extent.run)) {
 			memory->extent[kept++] = extent;
 			memory->nr_pages += 1u << extent.run.order;
 		} else {

@@ -83,6 +83,8 @@ bool __must_check tm_memory_free(struct tm_memory *memory);
 void tm_memory_discard(struct tm_memory *memory);
 void tm_memory_abandon(struct tm_memory *memory);
 
+bool tm_memory_held(const struct tm_run *run);
+
 const struct tm_extent *tm_memory_find(const struct tm_memory *memory,
 				       u32 index);
 

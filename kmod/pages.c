@@ -51,6 +51,7 @@ MODULE_PARM_DESC(reserve, "zeroed chunks kept ready (-1: 4, less on small boards
  * @buddy: level 2
  * @page: first page of a chunk, by chunk id
  * @charged: owned chunks that are on a memory cgroup's bill
+ * @pass: the compaction that is going on, or NULL
  * @nid: the kernel's number of the node
  * @slots_below: slots of the nodes before this one: what shares are made from
  * @reserve_work: brings the reserve to its size
@@ -61,6 +62,7 @@ struct tm_node {
 	struct tm_buddy buddy;
 	struct page **page;
 	u32 charged;
+	struct tm_pages_pass *pass;
 	int nid;
 	u32 slots_below;
 	struct work_struct reserve_work;
@@ -107,8 +109,17 @@ static void tm_node_add_stats(struct tm_node *n, struct tm_pages_stats *stats)
 {
 	const struct tm_chunk_pool *chunk = &n->chunk;
 	const struct tm_buddy *buddy = &n->buddy;
+	u32 free_chunks, free;
 
 	spin_lock(&n->lock);
+	free_chunks = tm_chunk_free_count(chunk);
+	free = buddy->free_pages +
+	       (free_chunks << tm_pools.geometry.chunk_order);
+	stats->buddy.fragmentation +=
+		(u64)tm_fragmentation(buddy, free_chunks) * free;
+	stats->buddy.moved_pages += buddy->moved_pages;
+	stats->buddy.emptied += buddy->emptied;
+	stats->buddy.given_up += buddy->given_up + buddy->starved;
 	stats->capacity += chunk->capacity;
 	stats->reserve += chunk->reserve;
 	stats->total += tm_chunk_total(chunk);
@@ -140,11 +151,17 @@ static void tm_node_add_stats(struct tm_node *n, struct tm_pages_stats *stats)
 void tm_pages_stats(u64 nodes, struct tm_pages_stats *stats)
 {
 	struct tm_node *n;
+	u64 free;
 
 	*stats = (struct tm_pages_stats){ 0 };
 	tm_for_each_node(n)
 		if (nodes & BIT_ULL(n->nid))
 			tm_node_add_stats(n, stats);
+	free = stats->buddy.free_pages +
+	       (stats->free << tm_pools.geometry.chunk_order);
+	if (free)
+		stats->buddy.fragmentation =
+			div64_u64(stats->buddy.fragmentation, free);
 }
 
 static struct page *tm_pages_from_system(struct tm_node *n, bool zeroed,
@@ -520,6 +537,14 @@ int tm_pages_alloc(unsigned int node, unsigned int order, unsigned int flags,
 	return tm_node_alloc_run(n, order, flags, run);
 }
 
+/* Take an empty chunk out of the buddy pool. Return: whether it is the caller's. */
+static bool tm_node_emptied(struct tm_node *n, struct tm_page_id page)
+{
+	lockdep_assert_held(&n->lock);
+	return !tm_buddy_remove_chunk(&n->buddy,
+				      tm_page_chunk(tm_pools.geometry, page));
+}
+
 /**
  * tm_pages_free - free what tm_pages_alloc() gave
  * @run: the run
@@ -542,10 +567,143 @@ void tm_pages_free(const struct tm_run *run, bool zeroed)
 	spin_lock(&n->lock);
 	WARN_ON_ONCE(tm_buddy_free(&n->buddy, run->page, run->order, &empty));
 	if (empty)
-		empty = !tm_buddy_remove_chunk(&n->buddy, id);
+		empty = tm_node_emptied(n, run->page);
 	spin_unlock(&n->lock);
 	if (empty)
 		tm_node_put(n, id, false);
+}
+
+/**
+ * tm_pages_pass_begin - begin to compact the buddy pool of a node
+ * @node: one of tm_pages_nodes()
+ * @pass: what the calls below want
+ *
+ * Context: never sleeps; the caller excludes other passes.
+ */
+void tm_pages_pass_begin(unsigned int node, struct tm_pages_pass *pass)
+{
+	struct tm_node *n = tm_pools.node[node];
+
+	*pass = (struct tm_pages_pass){ .node = n };
+	spin_lock(&n->lock);
+	tm_compact_begin(&n->buddy, &pass->compact);
+	spin_unlock(&n->lock);
+}
+
+/**
+ * tm_pages_drain_begin - choose the next chunks to empty
+ * @pass: the pass
+ *
+ * Context: may sleep. Return: false when there are no more: the pass is over.
+ */
+bool tm_pages_drain_begin(struct tm_pages_pass *pass)
+{
+	struct tm_node *n = pass->node;
+	int err = 0;
+
+	pass->nr_drains = 0;
+	spin_lock(&n->lock);
+	pass->emptied = n->buddy.emptied;
+	spin_unlock(&n->lock);
+	while (err != -ENOENT && pass->nr_drains < TM_PAGES_DRAINS) {
+		cond_resched();
+		spin_lock(&n->lock);
+		err = tm_compact_choose(&n->buddy, &pass->compact,
+					&pass->drain[pass->nr_drains]);
+		if (!err)
+			pass->nr_drains++;
+		n->pass = pass;
+		spin_unlock(&n->lock);
+	}
+	return pass->nr_drains;
+}
+
+/**
+ * tm_pages_drain_end - put back into service what could not be emptied
+ * @pass: the pass
+ *
+ * Context: never sleeps. Return: how many chunks fell empty.
+ */
+u32 tm_pages_drain_end(struct tm_pages_pass *pass)
+{
+	struct tm_node *n = pass->node;
+	u32 emptied;
+
+	spin_lock(&n->lock);
+	n->pass = NULL;
+	for (u32 i = 0; i < pass->nr_drains; i++)
+		tm_buddy_drain_cancel(&n->buddy, &pass->drain[i]);
+	emptied = n->buddy.emptied - pass->emptied;
+	spin_unlock(&n->lock);
+	return emptied;
+}
+
+/* The drain of the chunk that @run is in, or NULL. */
+static const struct tm_buddy_drain *tm_node_drain(struct tm_node *n,
+						  const struct tm_run *run)
+{
+	struct tm_chunk_id id = tm_page_chunk(tm_pools.geometry, run->page);
+
+	lockdep_assert_held(&n->lock);
+	for (u32 i = 0; n->pass && i < n->pass->nr_drains; i++)
+		if (n->pass->drain[i].id.v == id.v)
+			return &n->pass->drain[i];
+	return NULL;
+}
+
+/**
+ * tm_pages_move_begin - find a new place for a run whose chunk is being emptied
+ * @from: the run
+ * @to: its new place; contents undefined
+ *
+ * Context: never sleeps; the caller owns @from.
+ * Return: 0, -ENOENT when the run may stay, -ENOMEM when there is no room.
+ */
+int tm_pages_move_begin(const struct tm_run *from, struct tm_run *to)
+{
+	struct tm_node *n = tm_pools.node[from->node];
+	const struct tm_buddy_drain *drain;
+	int err = -ENOENT;
+
+	*to = *from;
+	spin_lock(&n->lock);
+	drain = tm_node_drain(n, from);
+	if (drain)
+		err = tm_buddy_drain_alloc(&n->buddy, drain, from->order,
+					   &to->page);
+	spin_unlock(&n->lock);
+	return err;
+}
+
+/* Free the old place of a run that was moved. Context: as tm_pages_free(). */
+void tm_pages_move_end(const struct tm_run *from, const struct tm_run *to)
+{
+	struct tm_node *n = tm_pools.node[from->node];
+	bool empty = false;
+
+	spin_lock(&n->lock);
+	WARN_ON_ONCE(tm_buddy_drain_moved(&n->buddy, from->page, to->page,
+					  from->order, &empty));
+	if (empty)
+		empty = tm_node_emptied(n, from->page);
+	spin_unlock(&n->lock);
+	if (empty)
+		tm_node_put(n, tm_page_chunk(tm_pools.geometry, from->page),
+			    false);
+}
+
+/* The run stays: free the place it was to have. Context: as tm_pages_free(). */
+void tm_pages_move_fail(const struct tm_run *from, const struct tm_run *to)
+{
+	struct tm_node *n = tm_pools.node[from->node];
+	const struct tm_buddy_drain *drain;
+
+	spin_lock(&n->lock);
+	drain = tm_node_drain(n, from);
+	if (drain)
+		tm_buddy_drain_cancel(&n->buddy, drain);
+	spin_unlock(&n->lock);
+	tm_pages_free(to, false);
 }
 
 /* Whether @nodes could ever hold @nr_pages. Context: never sleeps. */

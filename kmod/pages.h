@@ -6,9 +6,10 @@
 #include <linux/minmax.h>
 #include <linux/nodemask.h>
 
-#include "core/geometry.h"
+#include "core/compact.h"
 
 struct page;
+struct tm_node;
 
 /* A node is a bit of a user's mask: no more than fit there. */
 #define TM_MAX_NODES	(MAX_NUMNODES < 64 ? MAX_NUMNODES : 64)
@@ -57,7 +58,29 @@ struct tm_pages_stats {
 		u64 frees;
 		u64 splits;
 		u64 merges;
+		u64 moved_pages;
+		u64 emptied;
+		u64 given_up;
+		u64 fragmentation;	/* millionths, weighted by free memory */
 	} buddy;
+};
+
+/* Chunks drained at a time: what one sweep over all clients is worth. */
+#define TM_PAGES_DRAINS		16
+
+/**
+ * struct tm_pages_pass - one compaction of a node's buddy pool
+ * @node: the node
+ * @compact: which chunks have been looked at
+ * @drain: chunks being emptied, @nr_drains long
+ * @emptied: the pool's count when they were chosen
+ */
+struct tm_pages_pass {
+	struct tm_node *node;
+	struct tm_compact compact;
+	struct tm_buddy_drain drain[TM_PAGES_DRAINS];
+	u32 nr_drains;
+	u64 emptied;
 };
 
 int __must_check tm_pages_init(void);
@@ -73,6 +96,14 @@ int __must_check tm_pages_alloc(unsigned int node, unsigned int order,
 				bool *zeroed);
 void tm_pages_free(const struct tm_run *run, bool zeroed);
 void tm_pages_zero(const struct tm_run *run);
+
+void tm_pages_pass_begin(unsigned int node, struct tm_pages_pass *pass);
+bool __must_check tm_pages_drain_begin(struct tm_pages_pass *pass);
+u32 tm_pages_drain_end(struct tm_pages_pass *pass);
+int __must_check tm_pages_move_begin(const struct tm_run *from,
+				     struct tm_run *to);
+void tm_pages_move_end(const struct tm_run *from, const struct tm_run *to);
+void tm_pages_move_fail(const struct tm_run *from, const struct tm_run *to);
 
 bool tm_pages_could_hold(u64 nodes, u64 nr_pages);
 int __must_check tm_pages_set_capacity(u32 chunks);

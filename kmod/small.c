@@ -84,11 +84,15 @@ u64 tm_small_offset(const struct tm_slab_object *object)
 	       tm_small_begin(object);
 }
 
-static void tm_small_zero(const struct tm_slab_object *object)
+static void tm_small_zero(struct tm_client *client,
+			  const struct tm_slab_object *object)
 {
+	struct address_space *mapping = client->inode->i_mapping;
 	const struct tm_memory *memory = tm_small_slab(object)->region.memory;
 	u32 at = tm_small_begin(object), left = tm_small_size(object);
 
+	/* Compaction may be about to move the slab. */
+	filemap_invalidate_lock_shared(mapping);
 	while (left) {
 		const struct tm_extent *extent =
 			tm_memory_find(memory, at >> PAGE_SHIFT);
@@ -100,6 +104,7 @@ static void tm_small_zero(const struct tm_slab_object *object)
 		at += n;
 		left -= n;
 	}
+	filemap_invalidate_unlock_shared(mapping);
 }
 
 /* The client's slabs, made when it first needs them. */
@@ -222,7 +227,7 @@ int tm_small_alloc(struct tm_client *client, u32 size, bool zero,
 	}
 	atomic64_add(pool->layout.size, &tm_small_nr_bytes);
 	if (zero)
-		tm_small_zero(object);
+		tm_small_zero(client, object);
 	return 0;
 }
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Memory for a client: on its bill, and, when there is none, at the cost of what is
- * parked. The way back is tm_quarantine_free().
+ * parked, or after compaction. The way back is tm_quarantine_free().
  */
 #include <linux/err.h>
 #include <linux/math.h>
 #include <linux/mm.h>
 
 #include "client.h"
+#include "compact.h"
 #include "limits.h"
 #include "memory.h"
 #include "park.h"
@@ -30,6 +31,24 @@ tm_supply_try(struct tm_client *client, const struct tm_memory_request *request)
 	return memory;
 }
 
+/* Make room for what failed with @err. Return: whether to try again. */
+static bool tm_supply_relieve(struct tm_client *client, u64 bytes, int err)
+{
+	u32 emptied;
+
+	switch (err) {
+	case -EDQUOT:
+		return tm_park_relieve_client(client);
+	case -ENOSPC:
+	case -ENOMEM:
+		if (tm_park_relieve(bytes))
+			return true;
+		return !tm_compact(&emptied) && emptied;
+	default:
+		return false;
+	}
+}
+
 /**
  * tm_supply - allocate and charge memory for a client
  * @client: who is charged
@@ -43,7 +62,6 @@ struct tm_memory *tm_supply(struct tm_client *client,
 			    struct tm_memory_request *request)
 {
 	struct tm_memory *memory;
-	bool again = false;
 
 	if (request->policy == TM_MEMORY_CHUNKS)
 		request->nr_pages = round_up(request->nr_pages,
@@ -52,10 +70,12 @@ struct tm_memory *tm_supply(struct tm_client *client,
 		request->flags |= TM_PAGES_CHARGED;
 	request->turn = &client->turn;
 
-	memory = tm_supply_try(client, request);
-	if (memory == ERR_PTR(-EDQUOT))
-		again = tm_park_relieve_client(client);
-	else if (memory == ERR_PTR(-ENOSPC) || memory == ERR_PTR(-ENOMEM))
-		again = tm_park_relieve((u64)request->nr_pages << PAGE_SHIFT);
-	return again ? tm_supply_try(client, request) : memory;
+	/* Each round gives up something that there was: the loop ends. */
+	do {
+		memory = tm_supply_try(client, request);
+	} while (IS_ERR(memory) &&
+		 tm_supply_relieve(client,
+				   (u64)request->nr_pages << PAGE_SHIFT,
+				   PTR_ERR(memory)));
+	return memory;
 }

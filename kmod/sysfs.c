@@ -11,11 +11,13 @@
 #include <uapi/linux/tensormem.h>
 
 #include "client.h"
+#include "compact.h"
 #include "dispatch.h"
 #include "memory.h"
 #include "numa.h"
 #include "pages.h"
 #include "quarantine.h"
+#include "small.h"
 #include "sysfs.h"
 
 #define TM_SHOW(function, setup, value)					\
@@ -101,8 +103,23 @@ TM_POOL_RO(buddy, allocs, s.buddy.allocs);
 TM_POOL_RO(buddy, frees, s.buddy.frees);
 TM_POOL_RO(buddy, splits, s.buddy.splits);
 TM_POOL_RO(buddy, merges, s.buddy.merges);
+TM_POOL_RO(buddy, moved_pages, s.buddy.moved_pages);
+TM_POOL_RO(buddy, emptied, s.buddy.emptied);
+TM_POOL_RO(buddy, given_up, s.buddy.given_up);
+TM_POOL_RO(buddy, fragmentation, s.buddy.fragmentation);
 TM_SHOW(tm_buddy_fallbacks_show, (void)0, tm_memory_fallbacks())
 TM_RO(buddy, fallbacks);
+
+static int tm_sysfs_compact(u32 value)
+{
+	u32 emptied;
+
+	return value == 1 ? tm_compact(&emptied) : -EINVAL;
+}
+
+TM_STORE(tm_buddy_compact_store, u32, kstrtou32, tm_sysfs_compact)
+static struct device_attribute tm_attr_buddy_compact =
+	__ATTR(compact, 0200, NULL, tm_buddy_compact_store);
 
 static struct attribute *tm_buddy_attrs[] = {
 	&tm_attr_buddy_chunks.attr,
@@ -113,6 +130,22 @@ static struct attribute *tm_buddy_attrs[] = {
 	&tm_attr_buddy_splits.attr,
 	&tm_attr_buddy_merges.attr,
 	&tm_attr_buddy_fallbacks.attr,
+	&tm_attr_buddy_moved_pages.attr,
+	&tm_attr_buddy_emptied.attr,
+	&tm_attr_buddy_given_up.attr,
+	&tm_attr_buddy_fragmentation.attr,
+	&tm_attr_buddy_compact.attr,
+	NULL
+};
+
+TM_SHOW(tm_slab_pages_show, (void)0, tm_small_slab_pages())
+TM_RO(slab, pages);
+TM_SHOW(tm_slab_bytes_show, (void)0, tm_small_object_bytes())
+TM_RO(slab, bytes);
+
+static struct attribute *tm_slab_attrs[] = {
+	&tm_attr_slab_pages.attr,
+	&tm_attr_slab_bytes.attr,
 	NULL
 };
 
@@ -153,6 +186,11 @@ static const struct attribute_group tm_chunk_group = {
 static const struct attribute_group tm_buddy_group = {
 	.name = "buddy",
 	.attrs = tm_buddy_attrs,
+};
+
+static const struct attribute_group tm_slab_group = {
+	.name = "slab",
+	.attrs = tm_slab_attrs,
 };
 
 static const struct attribute_group tm_clients_group = {
@@ -242,6 +280,7 @@ struct tm_node_group {
 static const struct attribute_group *const tm_fixed_groups[] = {
 	&tm_chunk_group,
 	&tm_buddy_group,
+	&tm_slab_group,
 	&tm_clients_group,
 	&tm_dispatch_group,
 };

@@ -98,6 +98,19 @@ TRACE_EVENT(tensormem_chunk_shrink,
 	TP_printk("node=%u chunk=%u", __entry->node, __entry->chunk)
 );
 
+/* emptied: chunks that went back to level 1. */
+TRACE_EVENT(tensormem_compact,
+	TP_PROTO(u32 emptied),
+	TP_ARGS(emptied),
+	TP_STRUCT__entry(
+		__field(u32, emptied)
+	),
+	TP_fast_assign(
+		__entry->emptied = emptied;
+	),
+	TP_printk("emptied=%u", __entry->emptied)
+);
+
 /* mapped: pages this fault saw to; 0 when there is no tensor (SIGBUS). */
 TRACE_EVENT(tensormem_fault,
 	TP_PROTO(u32 client, u64 page, u32 mapped, u64 latency_ns),

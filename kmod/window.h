@@ -31,6 +31,12 @@ struct tm_window {
 	u64 size;
 };
 
+/* All ranges from the bottom up. None may be inserted or removed meanwhile. */
+#define tm_window_for_each(range, window)				\
+	for (struct rb_node *rb_ = rb_first(&(window)->ranges);		\
+	     rb_ && ((range) = rb_entry(rb_, struct tm_range, node));	\
+	     rb_ = rb_next(rb_))
+
 void tm_window_init(struct tm_window *window, u64 size);
 int __must_check tm_window_insert(struct tm_window *window,
 				  struct tm_range *range, u64 length,

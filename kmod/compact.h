@@ -1,0 +1,9 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef TM_COMPACT_H
+#define TM_COMPACT_H
+
+#include <linux/types.h>
+
+int tm_compact(u32 *emptied);
+
+#endif
