@@ -245,6 +245,11 @@ TEST(kv_geometry_refuses)
 	CHECK_EQ(geometry(full(16, 1u << 28), 1), 0);
 	CHECK_EQ(geometry(full(16, 1u << 28), ~0u), -EINVAL);
 	CHECK_EQ(geometry(full(4096, 1), ~0u), -EINVAL);
+	CHECK_EQ(geometry(full(1u << 14, 1u << 31), 1u << 31), -EINVAL);
+	/* Bytes beyond 32 bits: 9 tokens lose 7 bytes in 10 pages of 64K. */
+	groups[0] = full(1u << 16, 72817);
+	CHECK_EQ(tm_kv_geometry_init(&geo, tm_geometry(16), groups, 1, 0), 0);
+	CHECK_EQ(geo.block_tokens, 9);
 	/* A state has no tokens: it is as large with any number of them. */
 	CHECK_EQ(geometry(state(1, ~0u), ~0u), 0);
 	CHECK_EQ(geometry(state(1, 1), 0), 0);
@@ -528,8 +533,8 @@ TEST_PAGE_SIZES(kv_moves_that_fail)
 	CHECK_EQ(kv_do_move_end(&model, &pool, true), -EINVAL);
 	for (u32 i = 0; i < 4 * SLOTS; i++)
 		CHECK_EQ(alloc_one(0), 0);
-	/* Two blocks of four stay in each chunk. */
-	for (u32 i = 0; i < 2 * SLOTS; i++)
+	/* Two blocks of four stay in each chunk but the last, which is full. */
+	for (u32 i = 0; i < 2 * (SLOTS - 1); i++)
 		kv_do_free(&model, &pool, i);
 	kv_model_compare(&model, &pool);
 	while (!kv_do_move_begin(&model, &pool)) {
