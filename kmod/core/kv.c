@@ -36,7 +36,7 @@ static u64 tm_kv_cost(struct tm_geometry g, const struct tm_kv_group *groups,
 		return tokens;
 	/*
 	 * By rounding, and half of the last block, both in units of half a token.
-	 * No product overflows: planes and bytes are within TM_KV_MAX_BLOCK_PAGES.
+	 * Where a product overflows, some block has too many pages whatever @tokens.
 	 */
 	return (held - used) * 2 * TM_KV_USUAL_TOKENS / held + tokens;
 }
@@ -58,14 +58,10 @@ static u32 tm_kv_choose_tokens(struct tm_geometry g,
 	return best;
 }
 
-static bool tm_kv_group_valid(struct tm_geometry g,
-			      const struct tm_kv_group *group)
+static bool tm_kv_group_valid(const struct tm_kv_group *group)
 {
-	u64 bytes = (u64)group->planes * group->token_bytes;
-
-	return group->rule < TM_KV_RULES && bytes &&
-	       group->planes <= TM_KV_MAX_BLOCK_PAGES &&
-	       bytes <= (u64)TM_KV_MAX_BLOCK_PAGES << g.page_shift &&
+	return group->rule < TM_KV_RULES &&
+	       group->planes && group->token_bytes &&
 	       !group->window == (group->rule != TM_KV_WINDOW);
 }
 
@@ -77,7 +73,7 @@ int tm_kv_geometry_init(struct tm_kv_geometry *geo, struct tm_geometry pages,
 	if (!nr_groups || nr_groups > TM_KV_GROUPS)
 		return -EINVAL;
 	for (u32 i = 0; i < nr_groups; i++)
-		if (!tm_kv_group_valid(pages, &groups[i]))
+		if (!tm_kv_group_valid(&groups[i]))
 			return -EINVAL;
 	if (!block_tokens)
 		block_tokens = tm_kv_choose_tokens(pages, groups, nr_groups);
@@ -151,16 +147,17 @@ static void tm_kv_relist(struct tm_kv_pool *pool, u32 v, u32 nr_free)
 	tm_kv_list_add(pool, v);
 }
 
-/* The first bit from @from to @end that is set (@flip 0) or clear (~0); or @end. */
+/*
+ * The first bit from @from on that is set (@flip 0) or clear (~0), or @end. No bit
+ * is set from @end on.
+ */
 static u32 tm_kv_find(const u64 *bits, u32 from, u32 end, u64 flip)
 {
 	while (from < end) {
 		u64 word = (bits[from / 64] ^ flip) >> (from % 64);
 
-		if (word) {
-			from += tm_ctz64(word);
-			return from < end ? from : end;
-		}
+		if (word)
+			return from + tm_ctz64(word);
 		from = (from | 63) + 1;
 	}
 	return end;
@@ -169,11 +166,8 @@ static u32 tm_kv_find(const u64 *bits, u32 from, u32 end, u64 flip)
 /* The chunk with the fewest free pages, but at least @nr; TM_NONE for none. */
 static u32 tm_kv_fullest(const struct tm_kv_pool *pool, u32 nr)
 {
-	u32 list;
+	u32 list = tm_kv_find(pool->lists, nr, TM_KV_LISTS, 0);
 
-	if (nr >= TM_KV_LISTS)
-		return TM_NONE;
-	list = tm_kv_find(pool->lists, nr, TM_KV_LISTS, 0);
 	return list < TM_KV_LISTS ? pool->head[list] : TM_NONE;
 }
 
@@ -248,15 +242,15 @@ int tm_kv_pool_init(struct tm_kv_pool *pool, const struct tm_kv_geometry *geo,
 	memset(pool, 0, sizeof(*pool));
 	pool->geo = *geo;
 	pool->lock = lock;
-	if (!nr_slots || nr_slots >= TM_KV_END >> geo->pages.chunk_order)
+	if (nr_slots >= TM_KV_END >> geo->pages.chunk_order)
 		return -EINVAL;
 	nr_pages = nr_slots << geo->pages.chunk_order;
 	for (u32 i = 0; i < geo->nr_groups; i++)
 		if (geo->block_pages[i] < smallest)
 			smallest = geo->block_pages[i];
-
 	if (nr_pages < smallest)
 		return -EINVAL;
+
 	pool->nr_slots = nr_slots;
 	pool->nr_blocks = nr_pages / smallest;
 	pool->chunks = tm_table_alloc(nr_slots, sizeof(*pool->chunks));

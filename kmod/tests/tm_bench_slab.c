@@ -33,8 +33,8 @@
 #include <linux/vmalloc.h>
 
 #define TM_BENCH_SIZE		256
-#define TM_BENCH_ROUNDS		100
 #define TM_BENCH_LIVE		64	/* objects held at a time */
+#define TM_BENCH_OBJECTS	400000	/* of a row: over many ticks of the clock */
 #define TM_BENCH_BULK		16
 #define TM_BENCH_MOST		2048
 #define TM_BENCH_SINGLES	1000000
@@ -289,11 +289,12 @@ static int tm_bench_row(struct seq_file *m, struct tm_bench *b, const char *name
 {
 	/* Few objects many times, so that reading the clock does not count. */
 	u32 times = max(TM_BENCH_LIVE / live, 1u);
-	u32 per = TM_BENCH_ROUNDS * times * live / bulk;
+	u32 rounds = TM_BENCH_OBJECTS / (times * live);
+	u32 per = rounds * times * live / bulk;
 	u64 ours = 0, peer = 0;
 
 	/* Round 0 warms both up: their caches fill and they get their slabs. */
-	for (int round = 0; round <= TM_BENCH_ROUNDS; round++) {
+	for (u32 round = 0; round <= rounds; round++) {
 		u64 start = ktime_get_ns(), middle;
 		int err = 0;
 

@@ -81,7 +81,10 @@ def test_status(run: Run) -> None:
     assert "chunks in the buddy pool 3 6 MiB" in lines
     page = os.sysconf("SC_PAGE_SIZE")
     assert f"its pages used 1036 {format_size(1036 * page)}" in lines
+    assert f"its pages in slabs 9 {format_size(9 * page)}" in lines
+    assert "small tensors in them 20 KiB" in lines
     assert "clients 2 30 MiB" in lines
+    assert "kept for reuse, or held 512 KiB" in lines
     assert "their tensors 28" in lines
     assert "quota of a new client 1 TiB" in lines
     # 20 - 5 of 256 on 40 columns are 2.3, 20 are 3.1: both rounded up
@@ -92,7 +95,12 @@ def test_status_json(run: Run) -> None:
     result = run("status", "--json")
     assert result.exit_code == 0
     document = json.loads(result.stdout)
-    assert set(document) == {"chunk_size", "chunk", "buddy", "clients"}
+    assert set(document) == {
+        "chunk_size", "chunk", "buddy", "slab", "clients", "dispatch", "node0", "node2", "node10",
+    }  # fmt: skip
+    assert document["dispatch"]["kv"][0] == {
+        "smallest": 1, "largest": 2093056, "pool": "buddy", "huge": False,
+    }  # fmt: skip
     assert document["chunk_size"] == 2 << 20
     assert document["chunk"]["grow_failed"] == 1
     assert document["clients"]["default_quota"] == 1 << 40
@@ -113,10 +121,26 @@ def test_status_with_files_missing(run: Run) -> None:
     assert "'clients'" in result.stderr
 
 
-def test_quarantine_shows_when_there_is_any(run: Run) -> None:
-    assert "quarantined" not in run("status").stdout
-    (Path(os.environ["TENSORMEM_SYSFS"]) / "chunk" / "quarantined").write_text("2\n")
-    assert "chunks quarantined" in run("status").stdout
+def test_what_is_rare_shows_when_there_is_any(run: Run) -> None:
+    folder = Path(os.environ["TENSORMEM_SYSFS"]) / "chunk"
+    for name, what, unit in (
+        ("quarantined", "pages freed but held", os.sysconf("SC_PAGE_SIZE")),
+        ("charged", "chunks charged to cgroups", 2 << 20),
+    ):
+        assert what not in run("status").stdout
+        (folder / name).write_text("3\n")
+        lines = [" ".join(line.split()) for line in run("status").stdout.splitlines()]
+        assert f"{what} 3 {format_size(3 * unit)}" in lines
+    assert narrow(run("status").stdout)
+
+
+def test_status_of_a_module_without_slabs(run: Run) -> None:
+    root = Path(os.environ["TENSORMEM_SYSFS"])
+    for file in (*(root / "slab").iterdir(), root / "clients" / "kept"):
+        file.unlink()
+    result = run("status")
+    assert result.exit_code == 0
+    assert "slabs" not in result.stdout
 
 
 def test_pool_show(run: Run) -> None:
@@ -125,18 +149,71 @@ def test_pool_show(run: Run) -> None:
     result = run("pool", "show")
     assert result.exit_code == 0
     assert narrow(result.stdout)
-    for word in ("chunk pool", "buddy pool", "novelty", "fallbacks", "grow_failed", "512 MiB"):
+    for word in ("novelty", "fallbacks", "grow_failed", "512 MiB"):
         assert word in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row[0] for row in rows if row[1:2] == ["pool"]] == ["chunk", "buddy", "slab"]
     assert "default_quota" not in result.stdout
+    assert "node0" not in result.stdout
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert f"pages 9 {format_size(9 * page)} pages that small tensors share" in lines
+    assert "fragmentation 16.3 % free memory that is in no free chunk" in lines
+    assert "quarantined 0 0 B pages freed and still held by others" in lines
+    table = lines[lines.index("dispatch from to pool mapped") + 1 :]
+    assert table == [
+        "kv 1 B 2093056 B buddy pages",
+        "2093057 B any chunk pages",
+        "weights 1 B 2048 B slab pages",
+        "2049 B 2093056 B buddy pages",
+        "2093057 B any chunk blocks",
+    ]
+    document = json.loads(run("pool", "show", "--json").stdout)
+    assert set(document) == {"chunk_size", "chunk", "buddy", "slab", "dispatch"}
+    assert document["dispatch"]["weights"][2]["huge"] is True
+    assert document["dispatch"]["weights"][2]["largest"] is None
     one = run("pool", "show", "buddy")
     assert "buddy pool" in one.stdout
     assert "chunk pool" not in one.stdout
+    assert "dispatch" not in one.stdout
     document = json.loads(run("pool", "show", "buddy", "--json").stdout)
     assert document["buddy"]["merges"] == 22
-    assert "chunk" not in document
-    wrong = run("pool", "show", "slab")
+    assert document["buddy"]["fragmentation"] == 163424
+    assert set(document) == {"chunk_size", "buddy"}
+    wrong = run("pool", "show", "rt")
     assert wrong.exit_code == 1
-    assert "'slab'" in wrong.stderr
+    assert "'rt'" in wrong.stderr
+
+
+def test_pool_compact(run: Run) -> None:
+    result = run("pool", "compact")
+    assert (result.exit_code, result.stdout) == (0, "buddy pool: 0 chunks emptied (0 B)\n")
+    assert json.loads(run("pool", "compact", "--json").stdout)["emptied"] == 0
+    folder = Path(os.environ["TENSORMEM_SYSFS"]) / "buddy"
+    assert (folder / "compact").read_text() == "1"
+
+
+def test_numa(run: Run) -> None:
+    result = run("numa")
+    assert result.exit_code == 0
+    assert narrow(result.stdout)
+    rows = [line.split() for line in result.stdout.splitlines()]
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert [row[0] for row in rows[:4]] == ["node", "0", "2", "10"]
+    assert " ".join(rows[1]) == (
+        f"0 384 MiB 24 MiB 6 MiB 16 MiB {format_size(1000 * page)} 123456789 12"
+    )
+    assert " ".join(rows[2]) == "2 0 B 0 B 0 B 0 B - 0 0"
+    document = json.loads(run("numa", "--json").stdout)
+    assert [node["node"] for node in document["nodes"]] == [0, 2, 10]
+    assert document["nodes"][0]["hits"] == 123456789
+    assert document["nodes"][2]["used_pages"] == 36
+    root = Path(os.environ["TENSORMEM_SYSFS"])
+    for file in root.glob("node*/*"):
+        file.unlink()
+    result = run("numa")
+    assert result.exit_code == 1
+    assert "node0" in result.stderr
 
 
 def test_pool_set(run: Run) -> None:
@@ -149,7 +226,7 @@ def test_pool_set(run: Run) -> None:
     folder = Path(os.environ["TENSORMEM_SYSFS"]) / "chunk"
     assert (folder / "capacity").read_text() == "512"
     assert (folder / "reserve").read_text() == "32"
-    result = run("pool", "set", "chunk", "--reserve", "1", "--json")
+    result = run("pool", "set", "--reserve", "1", "--json")
     assert json.loads(result.stdout) == {
         "pool": "chunk", "chunk_size": 2 << 20, "capacity": 512, "reserve": 1,
     }  # fmt: skip
@@ -190,7 +267,14 @@ def test_pool_set_refused(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["status"], ["pool", "show"], ["pool", "set", "chunk", "--reserve", "1"], ["demo"]],
+    [
+        ["status"],
+        ["pool", "show"],
+        ["pool", "set", "chunk", "--reserve", "1"],
+        ["pool", "compact"],
+        ["numa"],
+        ["demo"],
+    ],
 )
 def test_without_the_module(bare: Run, arguments: list[str]) -> None:
     result = bare(*arguments)
@@ -342,11 +426,11 @@ def test_completion_completes() -> None:
 def test_help_and_version(run: Run) -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for word in ("status", "pool", "demo", "doctor", "completion", "Exit codes: 0 fine, 1"):
+    for word in ("status", "pool", "numa", "demo", "doctor", "completion", "Exit codes: 0 fine, 1"):
         assert word in result.stdout
     assert run("--version").stdout == f"tensormem, version {__version__}\n"
-    for command in (["status"], ["pool", "show"], ["pool", "set"], ["demo"], ["doctor"],
-                    ["completion"]):  # fmt: skip
+    for command in (["status"], ["pool", "show"], ["pool", "set"], ["pool", "compact"], ["numa"],
+                    ["demo"], ["doctor"], ["completion"]):  # fmt: skip
         text = run(*command, "-h")
         assert text.exit_code == 0
         assert "--json" in text.stdout

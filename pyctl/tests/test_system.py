@@ -19,13 +19,32 @@ def make_sysfs(top: Path) -> Path:
     values: dict[str, dict[str, Any]] = {
         "chunk": {
             "capacity": 256, "reserve": 4, "total": 20, "free": 5, "zeroed": 4, "used": 12,
-            "quarantined": 0, "grown": 30, "shrunk": 10, "grow_failed": 1,
+            "quarantined": 0, "grown": 30, "shrunk": 10, "grow_failed": 1, "charged": 0,
+            "recast": 2,
         },
         "buddy": {
             "chunks": 3, "free_pages": 500, "used_pages": 1036, "allocs": 70, "frees": 40,
-            "splits": 33, "merges": 22, "fallbacks": 0,
+            "splits": 33, "merges": 22, "fallbacks": 0, "moved_pages": 64, "emptied": 5,
+            "given_up": 1, "fragmentation": 163424,
         },
-        "clients": {"count": 2, "tensors": 28, "bytes": 31457280, "default_quota": 1 << 40},
+        "slab": {"pages": 9, "bytes": 20480},
+        "clients": {
+            "count": 2, "tensors": 28, "bytes": 31457280, "kept": 524288,
+            "default_quota": 1 << 40,
+        },
+        "dispatch": {
+            "weights": "1 2048 slab\n2049 2093056 buddy\n2093057 - chunk huge",
+            "kv": "1 2093056 buddy\n2093057 - chunk",
+        },
+        "node0": {
+            "capacity": 192, "total": 12, "free": 3, "used": 8, "used_pages": 1000,
+            "hits": 123456789, "fallbacks": 12,
+        },
+        "node10": {
+            "capacity": 64, "total": 8, "free": 2, "used": 4, "used_pages": 36, "hits": 7,
+            "fallbacks": 0,
+        },
+        "node2": {"capacity": 0, "total": 0, "free": 0, "used": 0, "hits": 0, "fallbacks": 0},
     }  # fmt: skip
     root = top / "tensormem"
     for group, files in values.items():
@@ -41,7 +60,12 @@ def make_sysfs(top: Path) -> Path:
 
 def test_read(root: Path) -> None:
     status = system.read(root)
-    assert set(status.groups) == {"chunk", "buddy", "clients"}
+    assert set(status.groups) == {
+        "chunk", "buddy", "slab", "clients", "dispatch", "node0", "node2", "node10",
+    }  # fmt: skip
+    assert [g.name for g in status.pools()] == ["chunk", "buddy", "slab"]
+    assert list(status.nodes()) == [0, 2, 10]
+    assert status.nodes()[10].get("hits") == 7
     assert status.group("chunk").get("capacity") == 256
     assert status.group("buddy").get("fallbacks") == 0
     assert status.group("clients").get("default_quota") == 1 << 40
@@ -58,9 +82,43 @@ def test_names_come_and_go(root: Path) -> None:
     assert chunk.get("novelty") == 12
     assert chunk.get("policy") is None
     assert chunk.values["policy"] == "local bind"
-    assert system.read(root).group("kv").get("blocks") == 7
-    with pytest.raises(errors.IncompatibleModule, match="'slab'"):
-        system.read(root).group("slab")
+    (root / "nodes").mkdir()
+    (root / "nodes" / "x").write_text("1\n")
+    status = system.read(root)
+    assert status.group("kv").get("blocks") == 7
+    assert [g.name for g in status.pools()] == ["chunk", "buddy", "slab", "kv", "nodes"]
+    with pytest.raises(errors.IncompatibleModule, match="'rt'"):
+        status.group("rt")
+
+
+def test_dispatch(root: Path) -> None:
+    table = system.read(root).dispatch()
+    assert list(table) == ["kv", "weights"]
+    assert table["weights"] == [
+        system.Rule(1, 2048, "slab", False),
+        system.Rule(2049, 2093056, "buddy", False),
+        system.Rule(2093057, None, "chunk", True),
+    ]
+    assert table["kv"][-1] == system.Rule(2093057, None, "chunk", False)
+    for file in (root / "dispatch").iterdir():
+        file.unlink()
+    assert system.read(root).dispatch() == {}
+
+
+def test_compact(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = system._write
+
+    def write(path: Path, value: int) -> None:
+        real(path, value)
+        if path.name == "compact":
+            real(path.parent / "emptied", 8)
+
+    monkeypatch.setattr(system, "_write", write)
+    assert system.compact(root) == 3
+    assert (root / "buddy" / "compact").read_text() == "1"
+    (root / "buddy" / "emptied").unlink()
+    with pytest.raises(errors.IncompatibleModule, match="buddy/compact"):
+        system.compact(root)
 
 
 def test_no_module(tmp_path: Path) -> None:

@@ -245,6 +245,11 @@ TEST(kv_geometry_refuses)
 	CHECK_EQ(geometry(full(16, 1u << 28), 1), 0);
 	CHECK_EQ(geometry(full(16, 1u << 28), ~0u), -EINVAL);
 	CHECK_EQ(geometry(full(4096, 1), ~0u), -EINVAL);
+	CHECK_EQ(geometry(full(1u << 14, 1u << 31), 1u << 31), -EINVAL);
+	/* Bytes beyond 32 bits: 9 tokens lose 7 bytes in 10 pages of 64K. */
+	groups[0] = full(1u << 16, 72817);
+	CHECK_EQ(tm_kv_geometry_init(&geo, tm_geometry(16), groups, 1, 0), 0);
+	CHECK_EQ(geo.block_tokens, 9);
 	/* A state has no tokens: it is as large with any number of them. */
 	CHECK_EQ(geometry(state(1, ~0u), ~0u), 0);
 	CHECK_EQ(geometry(state(1, 1), 0), 0);
@@ -528,8 +533,8 @@ TEST_PAGE_SIZES(kv_moves_that_fail)
 	CHECK_EQ(kv_do_move_end(&model, &pool, true), -EINVAL);
 	for (u32 i = 0; i < 4 * SLOTS; i++)
 		CHECK_EQ(alloc_one(0), 0);
-	/* Two blocks of four stay in each chunk. */
-	for (u32 i = 0; i < 2 * SLOTS; i++)
+	/* Two blocks of four stay in each chunk but the last, which is full. */
+	for (u32 i = 0; i < 2 * (SLOTS - 1); i++)
 		kv_do_free(&model, &pool, i);
 	kv_model_compare(&model, &pool);
 	while (!kv_do_move_begin(&model, &pool)) {
@@ -840,5 +845,97 @@ TEST(kv_calls_need_the_lock)
 	setup(&geo, 2, 1);
 	for (int i = 0; i < 9; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
+	teardown();
+}
+
+/* Do @damage to a copy of the pool, check, and undo it. */
+#define EXPECT(want, damage)						\
+	do {								\
+		const char *found;					\
+									\
+		damage;							\
+		found = kv_check(&pool);				\
+		if (!found || strcmp(found, want))			\
+			tm_test_fail(__FILE__, __LINE__,		\
+				     "found \"%s\", not \"%s\"",	\
+				     found ? found : "nothing", want);	\
+		kv_snapshot_restore(&good, &pool);			\
+		CHECK_OK(kv_check(&pool));				\
+	} while (0)
+
+/* All other tests rest on the checker: each damage must be found, and named. */
+TEST_PAGE_SIZES(kv_check_finds_damage)
+{
+	static struct kv_snapshot good;
+	u32 pages = TM_CHUNK_SIZE >> page_shift;
+	u32 size[2] = { 3, pages - 4 };
+	struct tm_kv_geometry geo = sized(page_shift, size, 2);
+	struct tm_kv_chunk *c;
+	u32 *links;
+
+	/* Blocks 0 and 1 and a free page, then block 2, then an empty chunk. */
+	setup(&geo, 4, 3);
+	CHECK_EQ(kv_do_alloc(&model, &pool, (u32[]){ 0, 1 }), 0);
+	CHECK_EQ(kv_do_alloc(&model, &pool, (u32[]){ 2, 0 }), 0);
+	kv_model_compare(&model, &pool);
+	kv_snapshot_take(&good, &pool);
+	c = &pool.chunks[(pool.blocks[0].link - 1) / pages];
+	links = &pool.links[(c - pool.chunks) * pages];
+
+	EXPECT("a slot without a chunk has free pages",
+	       pool.chunks[pool.free_slot].bits[0] = 1);
+	EXPECT("a slot without a chunk is stuck",
+	       pool.chunks[pool.free_slot].stuck = true);
+	if (pages < 64 * TM_KV_WORDS)
+		EXPECT("a page beyond the chunk is free",
+		       c->bits[pages / 64] |= 1ull << (pages % 64));
+	EXPECT("a free page has a link", links[pages - 1] = 1);
+	EXPECT("a chunk's count is not its free pages", c->nr_free++);
+	EXPECT("a chunk's count is not its free pages",
+	       c->bits[(pages - 1) / 64] ^= 1ull << ((pages - 1) % 64));
+	EXPECT("a chunk is there twice", pool.chunks[1].id =
+	       pool.chunks[0].id);
+	EXPECT("the pool's chunk count is wrong", pool.nr_chunks++);
+	EXPECT("the pool's free page count is wrong", pool.free_pages--);
+	EXPECT("a block has no valid group", pool.blocks[0].group = 2);
+	EXPECT("a block has a page that is not in the pool",
+	       pool.blocks[0].link = 0);
+	EXPECT("a block has a page that is not in the pool",
+	       pool.blocks[0].link = pool.free_slot * pages + 1);
+	EXPECT("a block has a page that is free",
+	       pool.blocks[0].link = (c - pool.chunks) * pages + pages);
+	EXPECT("a page is in two blocks",
+	       pool.blocks[1].link = pool.blocks[0].link);
+	EXPECT("a page is in two blocks", links[1] = pool.blocks[0].link);
+	EXPECT("a block ends as another one", links[pages - 5] ^= 1);
+	EXPECT("a block has not as many pages as its group says",
+	       pool.blocks[0].link++);
+	EXPECT("a page set aside for a move is in a block",
+	       (pool.moving.active = true,
+		pool.moving.to = pool.blocks[0].link - 1));
+	EXPECT("a page is neither free nor in a block",
+	       (c->bits[(pages - 1) / 64] ^= 1ull << ((pages - 1) % 64),
+		c->nr_free--, pool.free_pages--));
+	EXPECT("a group's count is not its blocks", pool.used[1]++);
+	EXPECT("the mask of lists is wrong", pool.lists[0] ^= 1u << 31);
+	EXPECT("the mask of lists is wrong", pool.head[pages] = TM_NONE);
+	EXPECT("a chunk is on the list of another count",
+	       (pool.head[2] = c - pool.chunks, pool.lists[0] |= 4));
+	EXPECT("a chunk's back link is wrong", c->prev = 3);
+	/* A ring shows as a back link that cannot be right. */
+	EXPECT("a chunk's back link is wrong",
+	       pool.chunks[pool.head[pages]].next = pool.head[pages]);
+	EXPECT("a chunk is on no list",
+	       (pool.head[1] = TM_NONE, pool.lists[0] &= ~2ull));
+	EXPECT("a slot with a chunk is on the list of those without",
+	       pool.free_slot = 0);
+	EXPECT("the list of slots is a ring",
+	       pool.chunks[pool.free_slot].next = pool.free_slot);
+	EXPECT("a slot is lost", pool.free_slot = TM_NONE);
+	EXPECT("a block is on the list of free records", pool.free_block = 0);
+	EXPECT("the list of records is a ring",
+	       pool.blocks[pool.free_block].link = pool.free_block);
+	EXPECT("a record is lost",
+	       pool.free_block = pool.blocks[pool.free_block].link);
 	teardown();
 }

@@ -132,8 +132,9 @@ void * __must_check tensormem_slab_alloc(struct tensormem_slab *slab);
  * @slab: the pool that it is of
  * @object: what tensormem_slab_alloc() or tensormem_slab_alloc_bulk() returned
  *
- * Cannot fail. An object freed twice, or a pointer into the middle of one, is
- * warned of when it gets back to its slab, not at once.
+ * Cannot fail. What is no object of the pool, or was freed before, is not noticed
+ * at once: it may be handed out (again) first. When a CPU passes it on to its slab
+ * it is warned of and left alone.
  */
 void tensormem_slab_free(struct tensormem_slab *slab, void *object);
 

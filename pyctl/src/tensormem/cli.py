@@ -117,8 +117,15 @@ def cli() -> None:
 # -- status and pool ---------------------------------------------------------------
 
 
+def _dispatch(status: system.Status) -> dict[str, Any]:
+    table = status.dispatch()
+    return {kind: [asdict(rule) for rule in rules] for kind, rules in table.items()}
+
+
 def _document(status: system.Status) -> dict[str, Any]:
     groups = {name: dict(group.values) for name, group in status.groups.items()}
+    if "dispatch" in groups:
+        groups["dispatch"] = _dispatch(status)
     return {"chunk_size": system.CHUNK_SIZE, **groups}
 
 
@@ -167,9 +174,12 @@ def status(as_json: bool) -> None:
     ):
         value = chunk.get(name)
         rows.append((what, _number(value), _size(value, system.CHUNK_SIZE)))
-    held = chunk.get("quarantined")
+    charged, held = chunk.get("charged"), chunk.get("quarantined")
+    if charged:
+        what = "chunks charged to cgroups"
+        rows.append((what, _number(charged), _size(charged, system.CHUNK_SIZE)))
     if held:
-        rows.append(("chunks quarantined", _number(held), _size(held, system.CHUNK_SIZE)))
+        rows.append(("pages freed but held", _number(held), _size(held, page)))
     rows.append(
         (
             "chunks in the buddy pool",
@@ -180,8 +190,14 @@ def status(as_json: bool) -> None:
     for name, what in (("used_pages", "  its pages used"), ("free_pages", "  its pages free")):
         value = buddy.get(name)
         rows.append((what, _number(value), _size(value, page)))
+    slab = now.groups.get("slab")
+    if slab is not None:
+        value = slab.get("pages")
+        rows.append(("  its pages in slabs", _number(value), _size(value, page)))
+        rows.append(("    small tensors in them", "", _size(slab.get("bytes"))))
     rows.append(("clients", _number(clients.get("count")), _size(clients.get("bytes"))))
     rows.append(("  their tensors", _number(clients.get("tensors")), ""))
+    rows.append(("  kept for reuse, or held", "", _size(clients.get("kept"))))
     quota = clients.get("default_quota")
     rows.append(("  quota of a new client", "", "-" if quota is None else format_quota(quota)))
     for line in table(rows):
@@ -190,7 +206,7 @@ def status(as_json: bool) -> None:
 
 @cli.group(cls=Group)
 def pool() -> None:
-    """Show pools, or set the chunk pool's limits."""
+    """Show pools, set the chunk pool's limits, or compact the buddy pool."""
 
 
 _MEANING = {
@@ -201,51 +217,92 @@ _MEANING = {
         "free": "of these, ready to hand out",
         "zeroed": "of the ready ones, zeroed already",
         "used": "whole in large tensors",
-        "quarantined": "freed, but pages are still held",
+        "charged": "of all in use, charged to cgroups",
+        "quarantined": "pages freed and still held by others",
         "grown": "taken from the system since load",
         "shrunk": "given back to the system since load",
         "grow_failed": "times the system had none",
+        "recast": "times a free one was exchanged",
     },
     "buddy": {
         "chunks": "chunks it carves into runs of pages",
         "free_pages": "pages free",
         "used_pages": "pages used",
+        "fragmentation": "free memory that is in no free chunk",
         "allocs": "runs allocated since load",
         "frees": "runs freed since load",
         "splits": "runs split in two",
         "merges": "runs joined with their buddy",
         "fallbacks": "tensors made of smaller runs than asked",
+        "moved_pages": "pages moved by compaction",
+        "emptied": "chunks emptied by compaction",
+        "given_up": "chunks it could not empty",
+    },
+    "slab": {
+        "pages": "pages that small tensors share",
+        "bytes": "small tensors in them",
     },
 }
 
 
-_IN_CHUNKS = {"capacity", "reserve", "total", "free", "used", "chunks"}
+_IN_CHUNKS = {"capacity", "reserve", "total", "free", "zeroed", "used", "charged", "chunks"}
+
+
+def _unit(name: str) -> int:
+    """Return the bytes that one of a value stands for; 0 for events."""
+    if name in _IN_CHUNKS:
+        return system.CHUNK_SIZE
+    if name in ("pages", "quarantined", "free_pages", "used_pages", "moved_pages"):
+        return os.sysconf("SC_PAGE_SIZE")
+    return int(name == "bytes")
+
+
+def _value(name: str, value: int | str) -> str:
+    # in sysfs it is in millionths
+    return (
+        f"{value / 10000:.1f} %"
+        if name == "fragmentation" and isinstance(value, int)
+        else str(value)
+    )
+
+
+def _dispatch_table(status: system.Status) -> Iterable[str]:
+    """Yield which pool serves what."""
+    rows = [("dispatch", "from", "to", "pool", "mapped")]
+    for kind, rules in status.dispatch().items():
+        for number, rule in enumerate(rules):
+            largest = "any" if rule.largest is None else f"{rule.largest} B"
+            mapped = "blocks" if rule.huge else "pages"
+            rows.append(("" if number else kind, f"{rule.smallest} B", largest, rule.pool, mapped))
+    yield from table(rows)
 
 
 @pool.command("show")
 @click.argument("name", required=False, metavar="[POOL]")
 @json_option
 def pool_show(name: str | None, as_json: bool) -> None:
-    """Show every figure of the pools, or of one POOL."""
+    """Show every figure of the pools (chunk, buddy, slab), or of one POOL.
+
+    Without POOL also the dispatch table: which pool serves which kind and size.
+    """
     now = system.read()
-    names = [name] if name else [n for n in now.groups if n != "clients"]
-    groups = [now.group(n) for n in names]
+    groups = [now.group(name)] if name else now.pools()
+    dispatch = not name and "dispatch" in now.groups
     if as_json:
-        emit({"chunk_size": system.CHUNK_SIZE, **{g.name: dict(g.values) for g in groups}})
+        document: dict[str, Any] = {g.name: dict(g.values) for g in groups}
+        if dispatch:
+            document["dispatch"] = _dispatch(now)
+        emit({"chunk_size": system.CHUNK_SIZE, **document})
         return
-    page = os.sysconf("SC_PAGE_SIZE")
     for number, group in enumerate(groups):
         meaning = _MEANING.get(group.name, {})
         ordered = [n for n in meaning if n in group.values]
         ordered += [n for n in group.values if n not in meaning]
         rows = [(f"{group.name} pool", "value", "memory", "")]
         for key in ordered:
-            value = group.values[key]
-            unit = page if key.endswith("_pages") else 0
-            if key in _IN_CHUNKS:
-                unit = system.CHUNK_SIZE
+            value, unit = group.values[key], _unit(key)
             memory = format_size(value * unit) if unit and isinstance(value, int) else ""
-            rows.append((key, str(value), memory, meaning.get(key, "")))
+            rows.append((key, _value(key, value), memory, meaning.get(key, "")))
         if number:
             click.echo()
         plain = [row[:3] for row in rows]
@@ -253,10 +310,14 @@ def pool_show(name: str | None, as_json: bool) -> None:
             # the styled head has no fourth column
             pad = sum(max(len(r[i]) for r in plain) for i in range(3)) + 6
             click.echo(f"{line.ljust(pad)}  {row[3]}".rstrip() if row[3] else line)
+    if dispatch:
+        click.echo()
+        for line in _dispatch_table(now):
+            click.echo(line)
 
 
 @pool.command("set")
-@click.argument("name", type=click.Choice(["chunk"]), metavar="POOL")
+@click.argument("name", type=click.Choice(["chunk"]), metavar="[POOL]", default="chunk")
 @click.option(
     "--capacity",
     metavar="SIZE",
@@ -268,7 +329,7 @@ def pool_show(name: str | None, as_json: bool) -> None:
 )
 @json_option
 def pool_set(name: str, capacity: int | None, reserve: int | None, as_json: bool) -> None:
-    """Set the limits of a POOL (chunk); takes root.
+    """Set the limits of a POOL (chunk, the only one that has any); takes root.
 
     Sizes are bytes or have a unit (K, M, G, T); they are rounded up to chunks of
     2 MiB.
@@ -287,6 +348,49 @@ def pool_set(name: str, capacity: int | None, reserve: int | None, as_json: bool
         click.echo(
             f"{name} pool: {what} {count} {plural} ({format_size(count * system.CHUNK_SIZE)})"
         )
+
+
+@pool.command("compact")
+@json_option
+def pool_compact(as_json: bool) -> None:
+    """Move pages together so that chunks fall empty; takes root.
+
+    Tensors stay where they are in their windows. What is pinned is not moved.
+    """
+    emptied = system.compact()
+    if as_json:
+        emit({"emptied": emptied, "chunk_size": system.CHUNK_SIZE})
+        return
+    plural = "chunk" if emptied == 1 else "chunks"
+    click.echo(f"buddy pool: {emptied} {plural} emptied ({_size(emptied, system.CHUNK_SIZE)})")
+
+
+@cli.command()
+@json_option
+def numa(as_json: bool) -> None:
+    """Show what each memory node holds and serves."""
+    nodes = system.read().nodes()
+    if not nodes:
+        raise errors.IncompatibleModule(
+            "the loaded module has no node0 in sysfs",
+            "load a tensormem module that matches this package",
+        )
+    if as_json:
+        listing = [{"node": number, **group.values} for number, group in nodes.items()]
+        emit({"chunk_size": system.CHUNK_SIZE, "nodes": listing})
+        return
+    sizes = ("capacity", "total", "free", "used", "used_pages")
+    counts = ("hits", "fallbacks")
+    rows: list[Sequence[str]] = [
+        ("node", "capacity", "held", "ready", "chunks used", "runs used", *counts)
+    ]
+    for number, group in nodes.items():
+        memory = [_size(group.get(name), _unit(name)) for name in sizes]
+        rows.append((str(number), *memory, *(_number(group.get(name)) for name in counts)))
+    for line in table(rows):
+        click.echo(line)
+    click.echo("\n  hits: chunks and runs from the node that was tried first")
+    click.echo("  fallbacks: those it gave because the first had none")
 
 
 # -- doctor --------------------------------------------------------------------------

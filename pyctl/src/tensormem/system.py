@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ __all__ = [
     "DEFAULT_ROOT",
     "Group",
     "PoolLimits",
+    "Rule",
     "Status",
     "chunks",
+    "compact",
     "read",
     "root_path",
     "set_chunk_pool",
@@ -36,6 +39,8 @@ CHUNK_SIZE = 2 << 20
 #: The environment variable that names another directory, for tests.
 ROOT_VARIABLE = "TENSORMEM_SYSFS"
 
+_NODE = re.compile(r"node(\d+)\Z")
+
 _PRESENT = "load the module with 'sudo modprobe tensormem'; 'tensormem doctor' says more"
 
 
@@ -44,7 +49,8 @@ class Group:
     """One directory of values.
 
     Attributes:
-        name: ``chunk``, ``buddy``, ``clients`` or whatever else the module has.
+        name: ``chunk``, ``buddy``, ``slab``, ``clients``, ``dispatch``, ``node0`` or
+            whatever else the module has.
         values: file name -> value: an int where the file holds one, else text.
     """
 
@@ -55,6 +61,23 @@ class Group:
         """Return a number, or None where the module has no such file."""
         value = self.values.get(name)
         return value if isinstance(value, int) else None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the dispatch table: the pool for tensors of some sizes.
+
+    Attributes:
+        smallest: bytes, from here
+        largest: to here; None for any size above.
+        pool: ``slab``, ``buddy`` or ``chunk``.
+        huge: whole chunks are mapped as blocks where the kernel can.
+    """
+
+    smallest: int
+    largest: int | None
+    pool: str
+    huge: bool
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,33 @@ class Status:
                 "load a tensormem module that matches this package",
             )
         return self.groups[name]
+
+    def pools(self) -> list[Group]:
+        """Return the groups that are pools, level 1 first."""
+        order = ["chunk", "buddy", "slab"]
+        names = [n for n in self.groups if n not in ("clients", "dispatch") and not _NODE.match(n)]
+        names.sort(key=lambda n: order.index(n) if n in order else len(order))
+        return [self.groups[n] for n in names]
+
+    def nodes(self) -> dict[int, Group]:
+        """Return the groups of the memory nodes, by number."""
+        found = {int(m[1]): g for n, g in self.groups.items() if (m := _NODE.match(n))}
+        return dict(sorted(found.items()))
+
+    def dispatch(self) -> dict[str, list[Rule]]:
+        """Return the dispatch table by kind; empty where the module shows none."""
+        group = self.groups.get("dispatch")
+        values = group.values if group else {}
+        return {kind: _rules(str(values[kind])) for kind in sorted(values)}
+
+
+def _rules(text: str) -> list[Rule]:
+    rules = []
+    for line in text.splitlines():
+        smallest, largest, pool, *rest = line.split()
+        last = None if largest == "-" else int(largest)
+        rules.append(Rule(int(smallest), last, pool, "huge" in rest))
+    return rules
 
 
 @dataclass(frozen=True)
@@ -173,6 +223,30 @@ def set_chunk_pool(
         raise
     after = read(root).group("chunk")
     return PoolLimits(after.get("capacity") or 0, after.get("reserve") or 0)
+
+
+def compact(root: str | os.PathLike[str] | None = None) -> int:
+    """Move runs together so that chunks of the buddy pool fall empty; needs root.
+
+    Args:
+        root: another directory than the default, for tests.
+
+    Returns:
+        The chunks that went back to the chunk pool meanwhile.
+
+    Raises:
+        NotAvailable: the module is not loaded.
+        IncompatibleModule: the module cannot do it.
+        NotPermitted: the caller is not root.
+    """
+    before = read(root).group("buddy").get("emptied")
+    if before is None:
+        raise errors.IncompatibleModule(
+            "the loaded module has no buddy/compact",
+            "load a tensormem module that matches this package",
+        )
+    _write(root_path(root) / "buddy" / "compact", 1)
+    return (read(root).group("buddy").get("emptied") or 0) - before
 
 
 def _write(path: Path, value: int) -> None:
