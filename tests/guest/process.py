@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: MIT
+"""What a test does to its own and to other processes: system calls, children, smaps."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+libc.mremap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
+                      ctypes.c_long)  # fmt: skip
+libc.mmap.restype = ctypes.c_void_p
+libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+FAILED = ctypes.c_void_p(-1).value
+
+
+class Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def status_of(action: Callable[[], object]) -> int:
+    """The wait status of a child which does it: 99 << 8 if it raises."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        try:
+            action()
+        except BaseException:
+            os._exit(99)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def dies(action: Callable[[], object]) -> int:
+    """The signal that ends a child which does it; 0 if it lives."""
+    status = status_of(action)
+    if os.WIFEXITED(status):
+        assert os.WEXITSTATUS(status) == 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def smaps(address: int) -> dict[str, int]:
+    """The kB figures of the area that starts at @address."""
+    text = Path("/proc/self/smaps").read_text()
+    area = re.search(rf"^0*{address:x}-.*?(?=^[0-9a-f]+-|\Z)", text, re.M | re.S)
+    assert area
+    return {k: int(v) for k, v in re.findall(r"^(\w+):\s+(\d+) kB", area.group(0), re.M)}
+
+
+def minor_faults() -> int:
+    return int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[7])
+
+
+def hold(address: int, length: int) -> tuple[int, int]:
+    """A pipe that refers to the pages themselves (vmsplice); read end, write end."""
+    reader, writer = os.pipe()
+    vector = Iovec(address, length)
+    assert libc.vmsplice(writer, ctypes.byref(vector), 1, 0) == length, ctypes.get_errno()
+    return reader, writer
+
+
+def let_go(pipe: tuple[int, int]) -> None:
+    for fd in pipe:
+        os.close(fd)
