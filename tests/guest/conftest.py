@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from device import Raw, read, write
+from device import TRACING, Raw, read, write
 
 KMEMLEAK = Path("/sys/kernel/debug/kmemleak")
 COMPLAINTS = (
@@ -27,8 +27,8 @@ COMPLAINTS = (
 )  # fmt: skip
 
 USAGE = (
-    "clients/count", "clients/tensors", "clients/bytes",
-    "buddy/used_pages", "chunk/used", "chunk/quarantined",
+    "clients/count", "clients/tensors", "clients/bytes", "clients/kept",
+    "buddy/used_pages", "chunk/used", "chunk/quarantined", "chunk/charged",
 )  # fmt: skip
 
 
@@ -93,6 +93,18 @@ def no_leak() -> Iterator[None]:
 def raw() -> Iterator[Raw]:
     with Raw() as client:
         yield client
+
+
+@pytest.fixture
+def trace() -> Iterator[None]:
+    """The kernel's trace, with the module's events from here on and nothing else."""
+    if not (TRACING / "events/tensormem").exists():
+        pytest.fail("the module's tracepoints are not in tracefs")
+    (TRACING / "trace").write_text("")
+    (TRACING / "events/tensormem/enable").write_text("1")
+    yield
+    (TRACING / "events/tensormem/enable").write_text("0")
+    (TRACING / "trace").write_text("")
 
 
 @pytest.fixture

@@ -12,12 +12,16 @@ import errno
 import fcntl
 import mmap
 import os
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tensormem import abi
 
 DEVICE = "/dev/tensormem"
 SYSFS = Path("/sys/class/misc/tensormem")
+TRACING = Path("/sys/kernel/tracing")
 PAGE = mmap.PAGESIZE
 CHUNK = 2 << 20
 
@@ -54,13 +58,15 @@ class Raw:
         return info
 
     def try_alloc(
-        self, size: int, kind: int = abi.Kind.ACTIVATIONS, pool: int = 0, flags: int = 0
+        self, size: int, kind: int = abi.Kind.ACTIVATIONS, pool: int = 0, **fields: int
     ) -> tuple[int, abi.Alloc]:
-        item = abi.Alloc(size=size, kind=kind, pool=pool, flags=flags)
+        item = abi.Alloc(size=size, kind=kind, pool=pool, **fields)
         return self.ioctl(abi.IOC_ALLOC, item), item
 
-    def alloc(self, size: int, kind: int = abi.Kind.ACTIVATIONS, pool: int = 0) -> abi.Alloc:
-        result, item = self.try_alloc(size, kind, pool)
+    def alloc(
+        self, size: int, kind: int = abi.Kind.ACTIVATIONS, pool: int = 0, **fields: int
+    ) -> abi.Alloc:
+        result, item = self.try_alloc(size, kind, pool, **fields)
         assert result == 0, errno.errorcode.get(result, result)
         return item
 
@@ -81,8 +87,11 @@ class Raw:
         batch = abi.Batch(**values)
         return self.ioctl(request, batch), batch
 
-    def alloc_batch(self, sizes: list[int], kind: int = abi.Kind.KV) -> tuple[int, abi.Batch, list]:
-        items = (abi.Alloc * len(sizes))(*(abi.Alloc(size=s, kind=kind) for s in sizes))
+    def alloc_batch(
+        self, sizes: list[int], kind: int = abi.Kind.KV, **fields: int
+    ) -> tuple[int, abi.Batch, list]:
+        requests = (abi.Alloc(size=s, kind=kind, **fields) for s in sizes)
+        items = (abi.Alloc * len(sizes))(*requests)
         result, batch = self.batch(abi.IOC_ALLOC_BATCH, items)
         return result, batch, list(items)
 
@@ -92,6 +101,9 @@ class Raw:
 
     def set_quota(self, value: int) -> int:
         return self.ioctl(abi.IOC_SET_QUOTA, abi.Quota(bytes=value))
+
+    def set_numa(self, numa: int, nodes: int = 0, flags: int = 0) -> int:
+        return self.ioctl(abi.IOC_SET_NUMA, abi.SetNuma(numa=numa, nodes=nodes, flags=flags))
 
     def map(
         self,
@@ -131,6 +143,27 @@ def write(name: str, value: object) -> int:
     except OSError as error:
         return error.errno or -1
     return 0
+
+
+def nodes_with_memory() -> list[int]:
+    """The kernel's own list, such as 0-1; without NUMA there is one node, 0."""
+    file = Path("/sys/devices/system/node/has_memory")
+    ranges = file.read_text().strip().split(",") if file.exists() else ["0"]
+    bounds = [(r.split("-")[0], r.split("-")[-1]) for r in ranges]
+    return [node for first, last in bounds for node in range(int(first), int(last) + 1)]
+
+
+def events(name: str) -> list[dict[str, str]]:
+    """What the trace has of one of the module's events; see the fixture of that name."""
+    lines = re.findall(rf": tensormem_{name}: (.*)$", (TRACING / "trace").read_text(), re.M)
+    return [dict(field.split("=", 1) for field in line.split()) for line in lines]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not come about"
+        time.sleep(0.02)
 
 
 def address_of(mapping: mmap.mmap) -> int:

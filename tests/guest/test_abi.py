@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from device import CHUNK, PAGE, Raw, read, round_up
+from device import CHUNK, PAGE, Raw, nodes_with_memory, read, round_up
 from tensormem import abi
 
 
@@ -22,11 +22,12 @@ def test_info_tells_what_the_machine_has(raw: Raw) -> None:
     assert ram <= info.window_size <= 16 * ram
     assert info.window_size & (info.window_size - 1) == 0
     assert info.cache_line in (32, 64, 128, 256)
-    assert (info.used, info.nr_tensors, info.pad) == (0, 0, 0)
+    assert (info.used, info.kept, info.nr_tensors, info.pad) == (0, 0, 0, 0)
+    assert info.nodes == sum(1 << node for node in nodes_with_memory())
     assert info.quota == read("clients/default_quota")
 
 
-@pytest.mark.parametrize("number", [0x02, 0x0F, 0x13, 0x1F, 0x23, 0xFF])
+@pytest.mark.parametrize("number", [0x03, 0x0F, 0x13, 0x1F, 0x23, 0xFF])
 def test_unknown_numbers(raw: Raw, number: int) -> None:
     assert raw.ioctl(abi.iowr(number, 8), abi.Free()) == errno.ENOTTY
 
@@ -42,6 +43,7 @@ def test_foreign_magic_and_direction(raw: Raw) -> None:
 CALLS = [
     (0x00, abi.Info, 0),
     (0x01, abi.Quota, 8),
+    (0x02, abi.SetNuma, 4),
     (0x10, abi.Alloc, 24),
     (0x11, abi.Free, 4),
     (0x12, abi.Query, 4),
@@ -54,7 +56,7 @@ def good_request(struct: type[abi.Struct], raw: Raw, handle: int) -> abi.Struct:
         return abi.Alloc(size=1, kind=abi.Kind.KV)
     if struct is abi.Quota:
         return abi.Quota(bytes=raw.info().quota)
-    return struct() if struct is abi.Info else struct(handle=handle)
+    return struct() if struct in (abi.Info, abi.SetNuma) else struct(handle=handle)
 
 
 @pytest.mark.parametrize(("number", "struct", "least"), CALLS)
@@ -95,7 +97,7 @@ def test_newer_callers(raw: Raw, number: int, struct: type[abi.Struct], least: i
         assert raw.free(handle) == (errno.ENOENT if struct is abi.Free else 0)
 
 
-@pytest.mark.parametrize("extra", [-16, -4, 4, 24, 4000])
+@pytest.mark.parametrize("extra", [-32, -24, -16, -4, 4, 24, 4000])
 def test_items_of_another_age(raw: Raw, extra: int) -> None:
     """A batch takes its items' size from item_size, shorter or longer than ours."""
     size = ctypes.sizeof(abi.Alloc) + extra
@@ -128,7 +130,8 @@ def test_items_of_another_age(raw: Raw, extra: int) -> None:
 
 def test_bad_addresses(raw: Raw) -> None:
     for request in (
-        abi.IOC_INFO, abi.IOC_SET_QUOTA, abi.IOC_ALLOC, abi.IOC_FREE, abi.IOC_QUERY,
+        abi.IOC_INFO, abi.IOC_SET_QUOTA, abi.IOC_SET_NUMA, abi.IOC_ALLOC, abi.IOC_FREE,
+        abi.IOC_QUERY,
         abi.IOC_ALLOC_BATCH, abi.IOC_FREE_BATCH, abi.IOC_QUERY_BATCH,
     ):  # fmt: skip
         for address in (0, 1, 4096, 1 << 47, (1 << 64) - 4096):
@@ -154,8 +157,9 @@ def test_results_that_cannot_be_written_are_undone(raw: Raw) -> None:
     import mmap
 
     page = mmap.mmap(-1, PAGE)
-    page[:32] = bytes(abi.Alloc(size=PAGE, kind=abi.Kind.KV))
-    page[64:96] = page[:32]
+    size = ctypes.sizeof(abi.Alloc)
+    page[:size] = bytes(abi.Alloc(size=PAGE, kind=abi.Kind.KV))
+    page[64 : 64 + size] = page[:size]
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -168,10 +172,10 @@ def test_results_that_cannot_be_written_are_undone(raw: Raw) -> None:
     # half of the batch can be written
     double = mmap.mmap(-1, 2 * PAGE)
     at = ctypes.addressof(ctypes.c_char.from_buffer(double))
-    double[PAGE - 32 : PAGE] = page[:32]
-    double[PAGE : PAGE + 32] = page[:32]
+    double[PAGE - size : PAGE] = page[:size]
+    double[PAGE : PAGE + size] = page[:size]
     assert libc.mprotect(at + PAGE, PAGE, mmap.PROT_READ) == 0
-    batch = abi.Batch(items=at + PAGE - 32, count=2, item_size=32)
+    batch = abi.Batch(items=at + PAGE - size, count=2, item_size=size)
     assert raw.ioctl(abi.IOC_ALLOC_BATCH, batch) == errno.EFAULT
     assert batch.failed == 1
     assert raw.info().nr_tensors == 0
@@ -191,8 +195,15 @@ def test_flags_and_counts_of_a_batch(raw: Raw) -> None:
 
 
 def test_unknown_flags(raw: Raw) -> None:
+    known = sum(abi.AllocFlag)
     for bit in range(32):
-        assert raw.try_alloc(PAGE, flags=1 << bit)[0] == errno.EINVAL
+        result, item = raw.try_alloc(PAGE, flags=1 << bit)
+        assert result == (0 if known >> bit & 1 else errno.EINVAL), bit
+        if result == 0:
+            assert raw.query(item.handle)[1].alloc_flags == 1 << bit
+            assert raw.free(item.handle) == 0
+        assert raw.set_numa(abi.Numa.LOCAL, flags=1 << bit) == errno.EINVAL
+        assert raw.try_alloc(PAGE, pad=1 << bit)[0] == errno.EINVAL
     item = raw.alloc(PAGE)
     for bit in range(32):
         assert raw.free(item.handle, flags=1 << bit) == errno.EINVAL
@@ -213,5 +224,7 @@ def test_query_tells_all(raw: Raw) -> None:
     assert query.offset == item.offset
     assert query.nr_chunks == 3
     assert query.nr_runs == 2  # 6 pages: 4 + 2
+    assert query.mapping in (*abi.Mapping,)
+    assert query.alloc_flags == 0
     assert raw.free(item.handle) == 0
     assert raw.query(item.handle)[0] == errno.ENOENT

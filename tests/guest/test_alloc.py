@@ -7,22 +7,26 @@ import errno
 import itertools
 import os
 import random
-import time
 
 import pytest
 
-from device import CHUNK, KINDS, PAGE, Raw, read, round_up, write
+from device import CHUNK, KINDS, PAGE, Raw, read, round_up, wait_for, write
 from tensormem import abi
 
+HUGE, PAGED = abi.AllocFlag.HUGE, abi.AllocFlag.PAGED
 EVERY_LIMIT = (1 << 64) - 1
 
 
+SIZES = [1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, CHUNK // 2, CHUNK - PAGE, CHUNK - PAGE + 1,
+         CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 7]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "size",
-    [1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, CHUNK // 2, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 7],
+    ("kind", "size"),
+    # small ones of the other kinds are the slab's: test_small.py
+    [(k, s) for k in KINDS for s in SIZES if k == abi.Kind.KV or s > PAGE // 2],
 )
-@pytest.mark.parametrize("kind", KINDS)
-def test_sizes_and_kinds(raw: Raw, size: int, kind: abi.Kind) -> None:
+def test_sizes_and_kinds(raw: Raw, kind: abi.Kind, size: int) -> None:
     item = raw.alloc(size, kind)
     assert item.handle != 0
     assert item.offset % PAGE == 0
@@ -122,7 +126,10 @@ def test_batches(raw: Raw) -> None:
     [
         ({"size": 0, "kind": 1}, errno.EINVAL),
         ({"size": PAGE, "kind": 9}, errno.EINVAL),
-        ({"size": PAGE, "kind": 1, "flags": 8}, errno.EINVAL),
+        ({"size": PAGE, "kind": 1, "flags": 16}, errno.EINVAL),
+        ({"size": PAGE, "kind": 1, "flags": HUGE | PAGED}, errno.EINVAL),
+        ({"size": PAGE, "kind": 1, "numa": 4}, errno.EINVAL),
+        ({"size": PAGE, "kind": 1, "pad": 1}, errno.EINVAL),
         ({"size": PAGE, "kind": 1, "pool": 77}, errno.EINVAL),
         ({"size": 1 << 40, "kind": 1}, errno.EINVAL),
         ({"size": 1 << 30, "kind": 1}, errno.EDQUOT),
@@ -297,13 +304,6 @@ def test_the_shrinker_returns_free_chunks(raw: Raw, settings: None) -> None:
             break
     assert read("chunk/free") <= 1
     assert read("chunk/shrunk") >= shrunk + 11
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not come about"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("seed", range(4))

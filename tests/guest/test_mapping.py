@@ -9,59 +9,18 @@ import errno
 import fcntl
 import mmap
 import os
-import re
 import signal
 import struct
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from device import CHUNK, PAGE, Raw, address_of, round_up
+from process import FAILED, dies, libc, minor_faults, smaps
 from tensormem import abi
 
 READ, WRITE, EXEC = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
-libc.mremap.restype = ctypes.c_void_p
-libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
-                      ctypes.c_long)  # fmt: skip
-libc.mmap.restype = ctypes.c_void_p
-libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-FAILED = ctypes.c_void_p(-1).value
-
-
-def dies(action: Callable[[], object]) -> int:
-    """The signal that ends a child which does it; 0 if it lives."""
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGBUS, signal.SIG_DFL)
-        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-        try:
-            action()
-        except BaseException:
-            os._exit(99)
-        os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    if os.WIFEXITED(status):
-        assert os.WEXITSTATUS(status) == 0
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-
-
-def smaps(address: int) -> dict[str, int]:
-    """The kB figures of the area that starts at @address."""
-    text = Path("/proc/self/smaps").read_text()
-    area = re.search(rf"^0*{address:x}-.*?(?=^[0-9a-f]+-|\Z)", text, re.M | re.S)
-    assert area
-    return {k: int(v) for k, v in re.findall(r"^(\w+):\s+(\d+) kB", area.group(0), re.M)}
-
-
-def minor_faults() -> int:
-    return int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[7])
 
 
 def test_the_window_shows_later_tensors(raw: Raw) -> None:

@@ -3,38 +3,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
-from device import CHUNK, PAGE, Raw, read, write
-
-TRACING = Path("/sys/kernel/tracing")
+from device import CHUNK, PAGE, TRACING, Raw, events, read, write
 
 
-@pytest.fixture
-def trace() -> Iterator[Path]:
-    if not (TRACING / "events/tensormem").exists():
-        pytest.fail("the module's tracepoints are not in tracefs")
-    (TRACING / "trace").write_text("")
-    (TRACING / "events/tensormem/enable").write_text("1")
-    yield TRACING / "trace"
-    (TRACING / "events/tensormem/enable").write_text("0")
-    (TRACING / "trace").write_text("")
-
-
-def events(trace: Path, name: str) -> list[dict[str, str]]:
-    lines = re.findall(rf": tensormem_{name}: (.*)$", trace.read_text(), re.M)
-    return [dict(field.split("=", 1) for field in line.split()) for line in lines]
-
-
-def test_alloc_and_free(raw: Raw, trace: Path) -> None:
+def test_alloc_and_free(raw: Raw, trace: None) -> None:
     sizes = [PAGE * (i + 1) for i in range(23)]
     _, _, items = raw.alloc_batch(sizes)
     assert raw.free_batch([item.handle for item in items])[0] == 0
-    allocs, frees = events(trace, "alloc"), events(trace, "free")
+    allocs, frees = events("alloc"), events("free")
     assert len(allocs) == len(frees) == 23
     assert [int(e["size"]) for e in allocs] == sizes
     assert [int(e["handle"]) for e in allocs] == [i.handle for i in items]
@@ -44,18 +20,18 @@ def test_alloc_and_free(raw: Raw, trace: Path) -> None:
     assert len({e["client"] for e in allocs + frees}) == 1
 
 
-def test_faults(raw: Raw, trace: Path) -> None:
+def test_faults(raw: Raw, trace: None) -> None:
     item = raw.alloc(64 * PAGE)
     mapping = raw.map_tensor(item)
     mapping[5 * PAGE] = 1
-    faults = events(trace, "fault")
+    faults = events("fault")
     assert int(faults[0]["page"]) == item.offset // PAGE + 5
     assert sum(int(e["mapped"]) for e in faults) == 64
     assert all(int(e["latency_ns"]) > 0 for e in faults)
     mapping.close()
 
 
-def test_chunks_come_and_go(raw: Raw, trace: Path, settings: None) -> None:
+def test_chunks_come_and_go(raw: Raw, trace: None, settings: None) -> None:
     assert write("chunk/reserve", 0) == 0
     assert write("chunk/capacity", 0) == 0
     total = read("chunk/total")
@@ -64,7 +40,7 @@ def test_chunks_come_and_go(raw: Raw, trace: Path, settings: None) -> None:
     item = raw.alloc(5 * CHUNK)
     assert raw.free(item.handle) == 0
     assert write("chunk/capacity", 1) == 0
-    grow, shrink = events(trace, "chunk_grow"), events(trace, "chunk_shrink")
+    grow, shrink = events("chunk_grow"), events("chunk_shrink")
     assert total == 0
     assert len(grow) == 5
     assert all(e["ok"] == "1" and int(e["latency_ns"]) > 0 for e in grow)
