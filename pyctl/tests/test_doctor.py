@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fake import FakeDevice
+from tensormem import abi
 from tensormem import client as client_module
 from tensormem.doctor import UDEV_RULE, Check, Machine, examine
 
@@ -25,6 +26,14 @@ def put(m: Machine, name: str, content: str | bytes = "") -> None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def limits(value: object) -> str:
+    return (
+        "Limit                     Soft Limit           Hard Limit           Units\n"
+        f"Max processes             1                    2                    processes\n"
+        f"Max locked memory         {value!s:<20} {value!s:<20} bytes\n"
+    )
+
+
 @pytest.fixture
 def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Return a machine where every check is fine."""
@@ -36,6 +45,9 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     put(m, "/sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n")
     put(m, "/proc/pressure/memory", "some avg10=0.00\n")
     put(m, "/sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory pids\n")
+    put(m, "/proc/self/cgroup", "0::/\n")
+    put(m, "/proc/self/status", "Name:\tx\nCapEff:\t0000000000000000\n")
+    put(m, "/proc/self/limits", limits("unlimited"))
     put(m, "/sys/kernel/btf/vmlinux", b"\0")
     put(m, "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "0\n")
     put(m, "/proc/meminfo", "MemTotal: 4000000 kB\nCmaTotal:         65536 kB\n")
@@ -68,7 +80,7 @@ def test_good_machine(good: Machine) -> None:
     checks = examine(good)
     assert [c.name for c in checks] == [
         "architecture", "kernel", "headers", "signatures", "module", "device", "client",
-        "page size", "huge pages", "PSI", "memory cgroup", "BTF", "hugetlb", "CMA",
+        "page size", "mapping", "PSI", "memory cgroup", "memlock", "BTF", "hugetlb", "CMA",
     ]  # fmt: skip
     assert all(c.state == "ok" for c in checks), checks
     assert not any(c.fix for c in checks)
@@ -204,17 +216,60 @@ def test_page_size_of_a_pi_5(good: Machine) -> None:
     assert "kernel=kernel8.img" in fix(find(replace(good, page_size=16384), "page size"))
 
 
-def test_thp(good: Machine) -> None:
+VALUES = {
+    "block": "weights in blocks of 2 MiB",
+    "cont": "weights in contiguous pages",
+    "pages": "weights page by page",
+}
+
+
+@pytest.mark.parametrize("mapping", abi.Mapping)
+def test_mapping_is_what_the_module_does(
+    good: Machine, monkeypatch: pytest.MonkeyPatch, mapping: abi.Mapping
+) -> None:
+    device = FakeDevice(mapping=mapping)
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: device)
+    check = find(good, "mapping")
+    assert check.value == VALUES[mapping.name.lower()]
+    assert check.state == ("warn" if mapping == abi.Mapping.PAGES else "ok")
+    assert "not tried" not in check.note
+    assert not device.tensors
+    assert device.fd == -1
+
+
+@pytest.mark.parametrize(
+    ("thp", "page_size", "release", "mapping", "words"),
+    [
+        (True, 4096, "6.1.0-40-arm64", "block", ""),
+        (True, 16384, "6.12.1-16k", "cont", ""),
+        (True, 65536, "6.9.0", "cont", ""),
+        (True, 16384, "6.6.51-rpi", "pages", "from 6.9 on"),
+        (False, 4096, "6.12.1", "pages", "CONFIG_TRANSPARENT_HUGEPAGE=y"),
+        (False, 16384, "6.12.1", "pages", "CONFIG_TRANSPARENT_HUGEPAGE=y"),
+    ],
+)
+def test_mapping_is_what_the_kernel_suggests(
+    good: Machine, thp: bool, page_size: int, release: str, mapping: str, words: str
+) -> None:
     name = "/sys/kernel/mm/transparent_hugepage/enabled"
-    assert find(good, "huge pages").value == "THP madvise"
+    # what it is set to is for anonymous memory
     put(good, name, "always madvise [never]\n")
-    check = find(good, "huge pages")
-    assert check.state == "warn"
-    assert "echo madvise | sudo tee" in fix(check)
-    remove(good, name)
-    check = find(good, "huge pages")
-    assert (check.value, check.state) == ("no THP", "warn")
-    assert "CONFIG_TRANSPARENT_HUGEPAGE" in fix(check)
+    if not thp:
+        remove(good, name)
+    m = replace(good, page_size=page_size, release=release, allowed=lambda _: False)
+    check = find(m, "mapping")
+    assert check.value == VALUES[mapping]
+    assert check.state == ("warn" if mapping == "pages" else "ok")
+    assert "not tried" in check.note
+    assert words in fix(check)
+    put(m, "/proc/device-tree/model", "Raspberry Pi 5 Model B Rev 1.0\0")
+    assert ("kernel8.img" in fix(find(m, "mapping"))) == (mapping == "pages" and page_size > 4096)
+
+
+def test_mapping_where_there_is_no_room(good: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: FakeDevice(capacity=1 << 20))
+    assert find(good, "client").state == "ok"
+    assert "not tried" in find(good, "mapping").note
 
 
 @pytest.mark.parametrize(
@@ -243,8 +298,67 @@ def test_cgroup_v1(good: Machine) -> None:
     remove(good, "/sys/fs/cgroup/cgroup.controllers")
     put(good, "/proc/cgroups", "#name h n e\ncpu\t1\t1\t1\nmemory\t2\t5\t1\n")
     assert find(good, "memory cgroup").value == "on (v1)"
+    put(good, "/proc/self/cgroup", "4:cpu,cpuacct:/no\n3:memory:/jobs/a\n0::/x\n")
+    folder = "/sys/fs/cgroup/memory"
+    put(good, f"{folder}/memory.limit_in_bytes", "9223372036854771712\n")
+    put(good, f"{folder}/jobs/a/memory.limit_in_bytes", "9223372036854771712\n")
+    assert "charged to /jobs/a" in find(good, "memory cgroup").note
+    put(good, f"{folder}/jobs/memory.limit_in_bytes", "67108864\n")
+    check = find(good, "memory cgroup")
+    assert (check.value, check.state) == ("on (v1), 64 MiB", "warn")
+    assert fix(check) == f"echo -1 | sudo tee \\\n  {folder}/jobs/memory.limit_in_bytes"
     put(good, "/proc/cgroups", "#name h n e\ncpu\t1\t1\t1\nmemory\t2\t5\t0\n")
     assert find(good, "memory cgroup").state == "warn"
+
+
+def test_cgroup_limits(good: Machine) -> None:
+    group = "/user.slice/app.scope"
+    put(good, "/proc/self/cgroup", f"0::{group}\n")
+    folder = f"/sys/fs/cgroup{group}"
+    put(good, f"{folder}/memory.max", "max\n")
+    check = find(good, "memory cgroup")
+    assert (check.value, check.state) == ("on (v2)", "ok")
+    assert f"charged to {group}" in check.note
+    put(good, f"{folder}/memory.max", f"{512 << 20}\n")
+    put(good, f"{folder}/memory.current", f"{100 << 20}\n")
+    check = find(good, "memory cgroup")
+    assert (check.value, check.state) == ("on (v2), 512 MiB", "warn")
+    assert "100 MiB are used" in check.note
+    assert "ENOMEM" in check.note
+    assert fix(check) == f"echo max | sudo tee \\\n  {folder}/memory.max"
+    # the one that has least left counts, though it is not the smallest
+    put(good, "/sys/fs/cgroup/user.slice/memory.max", f"{900 << 20}\n")
+    put(good, "/sys/fs/cgroup/user.slice/memory.current", f"{800 << 20}\n")
+    check = find(good, "memory cgroup")
+    assert check.value == "on (v2), 900 MiB"
+    assert fix(check).endswith("/user.slice/memory.max")
+    # in a container the limit is at what it sees as the root
+    put(good, "/proc/self/cgroup", "0::/\n")
+    put(good, "/sys/fs/cgroup/memory.max", f"{64 << 20}\n")
+    assert find(good, "memory cgroup").value == "on (v2), 64 MiB"
+    assert others_are_fine(good, "memory cgroup")
+
+
+@pytest.mark.parametrize(
+    ("value", "capabilities", "shown", "state"),
+    [
+        ("unlimited", "0", "no limit", "ok"),
+        (8 << 20, "0", "8 MiB", "warn"),
+        (8 << 20, "ffffbfff", "8 MiB", "warn"),
+        (8 << 20, "4000", "no limit (CAP_IPC_LOCK)", "ok"),
+        (64 << 20, "0", "64 MiB", "ok"),
+    ],
+)
+def test_memlock(good: Machine, value: object, capabilities: str, shown: str, state: str) -> None:
+    put(good, "/proc/self/limits", limits(value))
+    put(good, "/proc/self/status", f"CapPrm:\t0\nCapEff:\t{capabilities}\n")
+    check = find(good, "memlock")
+    assert (check.value, check.state) == (shown, state)
+    assert ("limits.d/tensormem.conf" in fix(check)) == (state == "warn")
+    assert ("LimitMEMLOCK=infinity" in fix(check)) == (state == "warn")
+    remove(good, "/proc/self/limits")
+    if capabilities != "4000":
+        assert find(good, "memlock").value == "unknown"
 
 
 def test_small_cma(good: Machine) -> None:
@@ -334,7 +448,11 @@ def test_a_machine_without_any_file(tmp_path: Path) -> None:
 def test_everything_fits_into_80_columns(good: Machine) -> None:
     unload(good)
     put(good, "/sys/module/module/parameters/sig_enforce", "Y\n")
-    m = replace(good, allowed=lambda _: False)
+    put(good, "/proc/self/limits", limits(8 << 20))
+    put(good, "/proc/self/cgroup", "0::/user.slice/user-1000.slice/session-3.scope\n")
+    put(good, "/sys/fs/cgroup/user.slice/user-1000.slice/session-3.scope/memory.max", "67108864\n")
+    put(good, "/proc/device-tree/model", "Raspberry Pi 5 Model B Rev 1.0\0")
+    m = replace(good, allowed=lambda _: False, page_size=16384, release="6.6.51")
     lines = [line for check in examine(m) for line in check.fix]
     put(good, "/dev/tensormem")
     lines += [line for check in examine(m) for line in check.fix]

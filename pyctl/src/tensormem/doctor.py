@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What tensormem finds on this machine, and the exact fix for what it misses.
 
-Nothing here changes anything. Every check reads files below one root directory, so
-that tests can put another machine in its place.
+Nothing here changes anything; one chunk is allocated for a moment, to see how it is
+mapped. Every check reads files below one root directory, so that tests can put another
+machine in its place.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from . import errors
 from .units import format_quota, format_size
+
+if TYPE_CHECKING:
+    from .client import Client
 
 __all__ = ["MAX_KERNEL", "MIN_KERNEL", "UDEV_RULE", "Check", "Machine", "examine"]
 
@@ -30,6 +34,12 @@ UDEV_RULE = 'KERNEL=="tensormem", GROUP="tensormem", MODE="0660"'
 State = Literal["ok", "warn", "fail"]
 
 _SECURE_BOOT = "SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+#: The bit of CAP_IPC_LOCK in a set of capabilities.
+_IPC_LOCK = 14
+#: Since then arm64 folds page table entries that are contiguous.
+_CONTPTE = (6, 9)
+#: Less than this to pin is worth a word.
+_FEW_LOCKED = 64 << 20
 _BUILD = ["make -C kmod", "sudo insmod kmod/tensormem.ko"]
 
 
@@ -88,6 +98,12 @@ class Machine:
     def exists(self, name: str) -> bool:
         """Say whether a path exists (also as a link that leads nowhere here)."""
         return os.path.lexists(self.path(name))
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """The kernel's version; (0, 0) for what is none."""
+        match = re.match(r"(\d+)\.(\d+)", self.release)
+        return (int(match[1]), int(match[2])) if match else (0, 0)
 
     @property
     def is_pi(self) -> bool:
@@ -176,12 +192,10 @@ def _architecture(m: Machine) -> Check:
 
 def _kernel(m: Machine) -> Check:
     span = f"supported are {MIN_KERNEL[0]}.{MIN_KERNEL[1]} to {MAX_KERNEL[0]}.x"
-    match = re.match(r"(\d+)\.(\d+)", m.release)
-    version = (int(match[1]), int(match[2])) if match else (0, 0)
-    if version < MIN_KERNEL:
+    if m.version < MIN_KERNEL:
         fix = ["sudo apt full-upgrade && sudo reboot   # Debian 12 and later have 6.1 or newer"]
         return Check("kernel", m.release, "fail", span, fix)
-    if version > MAX_KERNEL:
+    if m.version > MAX_KERNEL:
         fix = ["look for a newer tensormem; this one was never tried on such a kernel"]
         return Check("kernel", m.release, "warn", span, fix)
     return Check("kernel", m.release)
@@ -196,24 +210,38 @@ def _page_size(m: Machine) -> Check:
         if m.is_pi:
             fix = ["for 4 KiB: add 'kernel=kernel8.img' to /boot/firmware/config.txt, reboot"]
         note = (
-            f"a chunk is {(2 << 20) // m.page_size} pages, mapped as contiguous runs;"
-            f" the smallest tensor takes {value}"
+            f"a chunk is {(2 << 20) // m.page_size} pages and cannot be mapped as one block;"
+            f" a client with any tensor takes {value} at least"
         )
         return Check("page size", value, "ok", note, fix)
     return Check("page size", value, "warn", "never tried with this page size")
 
 
-def _thp(m: Machine) -> Check:
-    text = m.text("/sys/kernel/mm/transparent_hugepage/enabled")
-    match = re.search(r"\[(\w+)\]", text or "")
-    if match is None:
-        note = "this kernel has none: tensors are mapped page by page, which costs TLB entries"
-        fix = ["a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y, such as Debian's, has them"]
-        return Check("huge pages", "no THP", "warn", note, fix)
-    if match[1] == "never":
-        fix = ["echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"]
-        return Check("huge pages", "THP never", "warn", "switched off", fix)
-    return Check("huge pages", f"THP {match[1]}")
+def _mapping(m: Machine, seen: str | None) -> Check:
+    """Say how weights are mapped: what the module did, or what the kernel suggests."""
+    huge = m.exists("/sys/kernel/mm/transparent_hugepage/enabled")
+    if seen is None:
+        blocks = huge and m.page_size == 4096
+        folded = huge and m.version >= _CONTPTE
+        found = "block" if blocks else "cont" if folded else "pages"
+    else:
+        found = seen
+    unseen = "; not tried, the device could not be used" if seen is None else ""
+    if found == "block":
+        note = "one fault and one TLB entry for 2 MiB; huge=False gives pages, which count as RSS"
+        return Check("mapping", "weights in blocks of 2 MiB", note=note + unseen)
+    if found == "cont":
+        span = format_size(64 << 10 if m.page_size == 4096 else 2 << 20)
+        note = f"the CPU may fold {span} of contiguous pages into one TLB entry"
+        return Check("mapping", "weights in contiguous pages", note=note + unseen)
+    note = "every page takes a TLB entry, which costs speed and nothing else"
+    if huge and m.page_size != 4096:
+        fix = ["a kernel from 6.9 on folds contiguous pages; with 4 KiB pages: blocks"]
+    else:
+        fix = ["a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y, such as Debian's, has blocks"]
+    if m.is_pi and m.page_size != 4096:
+        fix.append("for 4 KiB: add 'kernel=kernel8.img' to /boot/firmware/config.txt, reboot")
+    return Check("mapping", "weights page by page", "warn", note + unseen, fix)
 
 
 def _psi(m: Machine) -> Check:
@@ -223,15 +251,81 @@ def _psi(m: Machine) -> Check:
     return Check("PSI", "off", "warn", note, m.command_line("psi=1"))
 
 
+@dataclass(frozen=True)
+class _Limit:
+    """The bound of a memory cgroup: the file it is in, and bytes."""
+
+    file: str
+    bound: int
+    used: int
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdigit() else None
+
+
+def _tightest(m: Machine, top: str, group: str, bound: str, used: str) -> _Limit | None:
+    """Return the smallest limit on the way from a cgroup up to the top."""
+    found: list[_Limit] = []
+    names = [name for name in group.split("/") if name]
+    for depth in range(len(names) + 1):
+        folder = "/".join([top, *names[:depth]])
+        limit = _number(m.text(f"{folder}/{bound}"))
+        # version 1 has a huge number for none
+        if limit is not None and limit < 1 << 62:
+            holds = _number(m.text(f"{folder}/{used}")) or 0
+            found.append(_Limit(f"{folder}/{bound}", limit, holds))
+    return min(found, key=lambda limit: limit.bound - limit.used, default=None)
+
+
 def _cgroup(m: Machine) -> Check:
+    mine = m.text("/proc/self/cgroup") or ""
     if "memory" in (m.text("/sys/fs/cgroup/cgroup.controllers") or "").split():
-        return Check("memory cgroup", "on (v2)")
-    line = re.search(r"^memory\s+\d+\s+\d+\s+1$", m.text("/proc/cgroups") or "", re.M)
-    if line:
-        return Check("memory cgroup", "on (v1)")
-    note = "memory of tensors is not charged to containers"
-    fix = m.command_line("cgroup_enable=memory cgroup_memory=1")
-    return Check("memory cgroup", "off", "warn", note, fix)
+        value, top = "on (v2)", "/sys/fs/cgroup"
+        match = re.search(r"^0::(/.*)$", mine, re.M)
+        names, none = ("memory.max", "memory.current"), "max"
+    elif re.search(r"^memory\s+\d+\s+\d+\s+1$", m.text("/proc/cgroups") or "", re.M):
+        value, top = "on (v1)", "/sys/fs/cgroup/memory"
+        match = re.search(r"^\d+:(?:[\w=,]+,)?memory(?:,[\w=,]+)?:(/.*)$", mine, re.M)
+        names, none = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "-1"
+    else:
+        note = "memory of tensors is not charged to containers"
+        fix = m.command_line("cgroup_enable=memory cgroup_memory=1")
+        return Check("memory cgroup", "off", "warn", note, fix)
+    group = match[1] if match else "/"
+    limit = _tightest(m, top, group, *names)
+    if limit is not None:
+        note = (
+            f"tensors of this process get ENOMEM beyond it; nothing is killed for them."
+            f" {format_size(limit.used)} are used"
+        )
+        fix = [f"echo {none} | sudo tee \\", f"  {limit.file}"]
+        return Check("memory cgroup", f"{value}, {format_size(limit.bound)}", "warn", note, fix)
+    note = ""
+    if group != "/":
+        note = f"tensors of this process are charged to {group}, new from the system each time"
+    return Check("memory cgroup", value, note=note)
+
+
+def _memlock(m: Machine) -> Check:
+    capable = re.search(r"^CapEff:\s*([0-9a-f]+)$", m.text("/proc/self/status") or "", re.M)
+    if capable and int(capable[1], 16) >> _IPC_LOCK & 1:
+        return Check("memlock", "no limit (CAP_IPC_LOCK)")
+    match = re.search(r"^Max locked memory\s+(\w+)", m.text("/proc/self/limits") or "", re.M)
+    if match is None:
+        return Check("memlock", "unknown")
+    if not match[1].isdigit():
+        return Check("memlock", "no limit")
+    limit = int(match[1])
+    note = "all that this user's tensors with pinned=True may hold; others have no such limit"
+    if limit >= _FEW_LOCKED:
+        return Check("memlock", format_size(limit), note=note)
+    fix = [
+        "echo '@tensormem - memlock unlimited' |",
+        "  sudo tee /etc/security/limits.d/tensormem.conf   # then log in again",
+        "# in a systemd unit: LimitMEMLOCK=infinity",
+    ]
+    return Check("memlock", format_size(limit), "warn", note, fix)
 
 
 def _btf(m: Machine) -> Check:
@@ -308,25 +402,33 @@ def _signatures(m: Machine) -> Check:
     return Check("signatures", value, "fail", "an unsigned module is refused: sign it", fix)
 
 
-def _client(m: Machine) -> Check | None:
-    """Open the device: the proof that everything above adds up."""
+def _weights(client: Client) -> str | None:
+    """Allocate a chunk and say how it is mapped; None where there is no room."""
+    try:
+        with client.alloc(client.chunk_size, "weights") as tensor:
+            return tensor.info().mapping
+    except errors.TensormemError:
+        return None
+
+
+def _client(m: Machine) -> tuple[Check | None, str | None]:
+    """Open the device, the proof that everything above adds up; also see a mapping."""
     path = m.path("/dev/tensormem")
     if not path.exists() or not m.allowed(path):
-        return None
+        return None, None
     from .client import open as open_client
 
     try:
         with open_client(path) as client:
-            stats = client.stats()
+            stats, mapping = client.stats(), _weights(client)
     except errors.TensormemError as error:
-        return Check("client", error.cause, "fail", "", [error.remedy])
-    mapped = "one mapping" if stats.whole_window else "one mapping for each tensor"
+        return Check("client", error.cause, "fail", "", [error.remedy]), None
     return Check(
         "client",
         f"ABI {stats.abi_version}, quota {format_quota(stats.quota)},"
         f" window {format_size(stats.window_size)}",
-        note=mapped if not stats.whole_window else "",
-    )
+        note="" if stats.whole_window else "one mapping for each tensor",
+    ), mapping
 
 
 def examine(machine: Machine | None = None) -> list[Check]:
@@ -339,6 +441,7 @@ def examine(machine: Machine | None = None) -> list[Check]:
         One finding for each check; ``client`` only where the device can be opened.
     """
     m = machine or Machine()
+    client, mapping = _client(m)
     checks = [
         _architecture(m),
         _kernel(m),
@@ -346,11 +449,12 @@ def examine(machine: Machine | None = None) -> list[Check]:
         _signatures(m),
         _module(m),
         _device(m),
-        _client(m),
+        client,
         _page_size(m),
-        _thp(m),
+        _mapping(m, mapping),
         _psi(m),
         _cgroup(m),
+        _memlock(m),
         _btf(m),
         _hugetlb(m),
         _cma(m),
