@@ -4,40 +4,53 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from device import CHUNK, PAGE, SYSFS, Raw, read, write
+from device import CHUNK, KINDS, PAGE, SYSFS, Raw, read, write
+from tensormem import abi
 
 ABI = Path(__file__).parents[2] / "docs/ABI/sysfs-class-misc-tensormem"
 WRITABLE = ("chunk/capacity", "chunk/reserve", "clients/default_quota")
 
 
+FOLDERS = ("chunk", "buddy", "slab", "clients", "dispatch")
+WRITE_ONLY = ("buddy/compact",)
+
+
 def files() -> list[str]:
-    return sorted(
-        str(path.relative_to(SYSFS))
-        for folder in ("chunk", "buddy", "clients")
-        for path in (SYSFS / folder).iterdir()
-    )
+    folders = [SYSFS / folder for folder in FOLDERS] + list(SYSFS.glob("node*"))
+    return sorted(str(path.relative_to(SYSFS)) for folder in folders for path in folder.iterdir())
+
+
+def numbers() -> list[str]:
+    return [f for f in files() if not f.startswith("dispatch/") and f not in WRITE_ONLY]
 
 
 def test_each_file_is_documented_and_each_documented_file_exists() -> None:
     documented = re.findall(r"^What:\s+/sys/class/misc/tensormem/(\S+)", ABI.read_text(), re.M)
-    assert sorted(documented) == files()
+    # a name of the manual's may stand for several: node<N>, dispatch/<kind>
+    patterns = [re.sub(r"<\w+>", "[a-z0-9]+", name) for name in documented]
+    for name in files():
+        assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, name) for name in files()), pattern
 
 
 def test_each_holds_one_number() -> None:
-    for name in files():
+    for name in numbers():
         assert re.fullmatch(r"\d+\n", (SYSFS / name).read_text()), name
 
 
 def test_modes() -> None:
     for name in files():
         mode = (SYSFS / name).stat().st_mode & 0o777
-        assert mode == (0o644 if name in WRITABLE else 0o444), name
+        expected = 0o644 if name in WRITABLE else 0o200 if name in WRITE_ONLY else 0o444
+        assert mode == expected, name
 
 
 @pytest.mark.parametrize("name", WRITABLE)
@@ -63,8 +76,8 @@ def test_ordinary_users_read_and_do_not_write() -> None:
     pid = os.fork()
     if pid == 0:
         os.setuid(65534)
-        good = all(read(name) >= 0 for name in files())
-        refused = all(write(name, 1) == errno.EACCES for name in WRITABLE)
+        good = all(read(name) >= 0 for name in numbers())
+        refused = all(write(name, 1) == errno.EACCES for name in WRITABLE + WRITE_ONLY)
         os._exit(0 if good and refused else 1)
     assert os.waitpid(pid, 0)[1] == 0
 
@@ -99,3 +112,65 @@ def test_counters_of_the_buddy_pool(raw: Raw) -> None:
         "allocs": 1, "frees": 1, "splits": order, "merges": order,
     }  # fmt: skip
     assert read("buddy/chunks") == 0
+
+
+# The dispatch table
+
+
+def table(kind: abi.Kind) -> list[tuple[int, int, abi.Pool, bool]]:
+    """Rows of smallest size, largest size (0: none), pool and whether chunks become blocks."""
+    rows = []
+    for line in (SYSFS / "dispatch" / kind.name.lower()).read_text().splitlines():
+        match = re.fullmatch(r"(\d+) (\d+|-) (slab|buddy|chunk)( huge)?", line)
+        assert match, line
+        low, high, pool, huge = match.groups()
+        rows.append((int(low), 0 if high == "-" else int(high), abi.Pool[pool.upper()], bool(huge)))
+    return rows
+
+
+def test_there_is_a_table_for_each_kind() -> None:
+    names = sorted(path.name for path in (SYSFS / "dispatch").iterdir())
+    assert names == sorted(kind.name.lower() for kind in KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_covers_every_size_once(kind: abi.Kind) -> None:
+    rows = table(kind)
+    assert rows[0][0] == 1
+    assert rows[-1][1] == 0
+    for (_, high, pool, _), (low, _, above, _) in itertools.pairwise(rows):
+        assert high + 1 == low
+        assert pool != above
+    assert [row[2] for row in rows][-2:] == [abi.Pool.BUDDY, abi.Pool.CHUNK]
+    # what has a chunk's worth of pages takes a chunk
+    assert rows[-1][0] == CHUNK - PAGE + 1
+    assert [row[3] for row in rows] == [False] * (len(rows) - 1) + [kind == abi.Kind.WEIGHTS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_is_what_happens(raw: Raw, kind: abi.Kind) -> None:
+    for low, high, pool, _ in table(kind):
+        for size in {low, low + 1, (low + high) // 2, high - 1, high, low + 5 * CHUNK}:
+            if size < low or (high and size > high):
+                continue
+            item = raw.alloc(size, kind)
+            query = raw.query(item.handle)[1]
+            assert query.pool == pool, size
+            assert bool(query.nr_chunks) == (pool == abi.Pool.CHUNK), size
+            assert bool(query.nr_runs) <= (pool != abi.Pool.SLAB), size
+            assert raw.free(item.handle) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_overrides_the_table(raw: Raw, kind: abi.Kind) -> None:
+    for pool, sizes in ((abi.Pool.SLAB, (1, PAGE // 2)),
+                        (abi.Pool.BUDDY, (1, PAGE, CHUNK - 1, CHUNK, 3 * CHUNK + 1)),
+                        (abi.Pool.CHUNK, (1, PAGE, CHUNK - 1, CHUNK, 3 * CHUNK + 1))):  # fmt: skip
+        for size in sizes:
+            item = raw.alloc(size, kind, pool)
+            query = raw.query(item.handle)[1]
+            assert query.pool == pool, size
+            chunks = -(-size // CHUNK) if pool == abi.Pool.CHUNK else 0
+            assert query.nr_chunks == chunks, size
+            assert bool(query.nr_runs) == (pool == abi.Pool.BUDDY), size
+            assert raw.free(item.handle) == 0
