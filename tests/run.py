@@ -60,12 +60,16 @@ def pytest(name: str, *where: str) -> Stage:
     return Stage(name, command, junit=True)
 
 
-def guest(kernel: str, select: str) -> Stage:
-    """The guest suite on one kernel; its report comes back through a shared folder."""
-    name = f"guest-{kernel}"
+def guest(kernel: str, select: str, nodes: int = 1) -> Stage:
+    """The guest suite on one kernel, or with more memory nodes the tests that want them.
+
+    Its report comes back through a shared folder.
+    """
+    name = f"guest-{kernel}" if nodes == 1 else f"numa-{kernel}"
+    where = "tests/guest" if nodes == 1 else "tests/guest/test_numa.py"
     inside = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-              f"--junitxml=/share/{name}/junit.xml", "tests/guest")  # fmt: skip
-    options = ("--kernel", kernel, "--cpus", "2", "--memory", "1G",
+              f"--junitxml=/share/{name}/junit.xml", where)  # fmt: skip
+    options = ("--kernel", kernel, "--cpus", "2", "--memory", "1G", "--numa", str(nodes),
                "--timeout", str(GUEST_TIMEOUT.get(kernel, 900)),
                "--share", str(RESULTS / name))  # fmt: skip
     chosen = ("-k", select) if select else ()
@@ -87,6 +91,7 @@ def stages(select: str) -> list[Stage]:
         pytest("qemu", "qemu/tests"),
         pytest("runner", "tests/runner"),
         guest("6.12", select),
+        guest("6.12", select, nodes=2),
         guest("debug", select),
         *(smoke(kernel) for kernel in SMOKE),
         smoke("6.12", "raspi3b"),
