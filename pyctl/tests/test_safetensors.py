@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from fake import PAGE, FakeDevice
-from tensormem import Client, errors
+from tensormem import Client, abi, errors
 from tensormem.safetensors import (
     DTYPES,
     MAX_HEADER,
@@ -126,6 +126,17 @@ def test_load_into_beyond_the_quota(path: Path) -> None:
     save(path, {"x": np.ones(5 * PAGE, np.uint8)})
     with Client(FakeDevice(quota=4 * PAGE)) as client, pytest.raises(errors.QuotaExceeded):
         load_into(client, path)
+
+
+def test_load_into_takes_choices(path: Path) -> None:
+    save(path, {"x": np.ones((3 << 20), np.uint8)})
+    device = FakeDevice()
+    with Client(device) as client:
+        array = load_into(client, path, huge=False, pinned=True, numa=[1])["x"]
+        assert array.all()
+        info = client.query(array)
+        assert (info.mapping, info.huge, info.pinned, info.reuse) == ("pages", False, True, False)
+        assert (device.allocs[-1].numa, device.allocs[-1].nodes) == (abi.Numa.BIND, 0b10)
 
 
 def test_bf16(path: Path) -> None:
