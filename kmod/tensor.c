@@ -146,6 +146,31 @@ static int tm_tensor_supply(struct tm_client *client, struct tm_tensor *tensor)
 	return PTR_ERR_OR_ZERO(tensor->region.memory);
 }
 
+/* Pages that count as pinned: all that the tensor is to hold. */
+static u64 tm_tensor_pinned_pages(const struct tm_tensor *tensor)
+{
+	u64 pages = tensor->region.range.length;
+
+	return tensor->asked == TENSORMEM_POOL_CHUNK ?
+	       round_up(pages, TM_CHUNK_SIZE >> PAGE_SHIFT) : pages;
+}
+
+static int tm_tensor_pin(struct tm_client *client, struct tm_tensor *tensor)
+{
+	u64 pages = tm_tensor_pinned_pages(tensor);
+	int err = tm_limits_pin(pages, &tensor->pinned_by);
+
+	/* What is parked may be what uses up the limit. */
+	if (err && tm_park_relieve_client(client))
+		err = tm_limits_pin(pages, &tensor->pinned_by);
+	return err;
+}
+
+static void tm_tensor_unpin(struct tm_tensor *tensor)
+{
+	tm_limits_unpin(tm_tensor_pinned_pages(tensor), tensor->pinned_by);
+}
+
 /**
  * tm_tensor_create - allocate the memory of a tensor
  * @client: who it is for and who is charged
@@ -187,8 +212,7 @@ struct tm_tensor *tm_tensor_create(struct tm_client *client,
 	INIT_LIST_HEAD(&tensor->doomed);
 	tensor->born_ns = born_ns;
 	if (tensor->flags & TENSORMEM_PINNED) {
-		err = tm_limits_pin(tensor->region.range.length,
-				    &tensor->pinned_by);
+		err = tm_tensor_pin(client, tensor);
 		if (err)
 			goto err_free;
 	}
@@ -199,7 +223,7 @@ struct tm_tensor *tm_tensor_create(struct tm_client *client,
 	return tensor;
 
 err_unpin:
-	tm_limits_unpin(tensor->region.range.length, tensor->pinned_by);
+	tm_tensor_unpin(tensor);
 err_free:
 	kfree(tensor);
 	return ERR_PTR(err);
@@ -207,7 +231,7 @@ err_free:
 
 static void tm_tensor_destroy(struct tm_tensor *tensor)
 {
-	tm_limits_unpin(tensor->region.range.length, tensor->pinned_by);
+	tm_tensor_unpin(tensor);
 	kfree(tensor);
 }
 
