@@ -4,21 +4,22 @@
 #include <linux/export.h>
 #include <linux/mm.h>
 #include <linux/numa.h>
+#include <linux/percpu.h>
 #include <linux/tensormem.h>
 
 #include "numa.h"
 #include "pages.h"
+#include "runcache.h"
 
 #define TM_API_FLAGS	(TENSORMEM_ZEROED | TENSORMEM_ACCOUNT | TENSORMEM_THISNODE)
 
 static atomic_t tm_api_turn = ATOMIC_INIT(0);
-static atomic64_t tm_api_bytes[TENSORMEM_KIND_PROTOCOL + 1];
+/* What modules have, by kind; freed on any CPU, so only the sum means something. */
+static DEFINE_PER_CPU(s64, tm_api_bytes[TENSORMEM_KIND_PROTOCOL + 1]);
 
-static int tm_api_numa(int node, unsigned int flags, struct tm_numa *numa)
+/* Try @node first, or no other. Return: 0, or -EINVAL for a node without memory. */
+static int tm_api_node(int node, unsigned int flags, struct tm_numa *numa)
 {
-	*numa = tm_numa_local();
-	if (node == NUMA_NO_NODE)
-		return flags & TENSORMEM_THISNODE ? -EINVAL : 0;
 	if (node < 0 || node >= TM_MAX_NODES || !(numa->nodes & BIT_ULL(node)))
 		return -EINVAL;
 	numa->from = node;
@@ -27,39 +28,61 @@ static int tm_api_numa(int node, unsigned int flags, struct tm_numa *numa)
 	return 0;
 }
 
-int tensormem_alloc(struct tensormem_run *run, enum tensormem_kind kind,
-		    size_t size, int node, unsigned int flags)
+/* What only the pools can meet: chunks, other nodes, a cgroup's bill, an empty cache. */
+static int tm_api_alloc(struct tm_run *run, unsigned int order, int node,
+			unsigned int flags)
 {
 	/* Nobody here could tell its holder that a run has moved. */
 	unsigned int pages_flags = TM_PAGES_GROW | TM_PAGES_UNMOVABLE;
-	struct tm_numa numa;
+	struct tm_numa numa = tm_numa_local();
+	int err;
+
+	if (node != NUMA_NO_NODE || flags & TENSORMEM_THISNODE) {
+		err = tm_api_node(node, flags, &numa);
+		if (err)
+			return err;
+	}
+	if (flags & TENSORMEM_ZEROED)
+		pages_flags |= TM_PAGES_ZEROED;
+	if (flags & TENSORMEM_ACCOUNT)
+		pages_flags |= TM_PAGES_CHARGED;
+	return tm_numa_alloc(&numa, &tm_api_turn, order, pages_flags, run);
+}
+
+/* Whether a run of this CPU's may serve the call, or be kept after it. */
+static bool tm_api_cached(unsigned int order, int node, unsigned int flags)
+{
+	return node == NUMA_NO_NODE && !(flags & ~TENSORMEM_ZEROED) &&
+	       order < tm_pages_geometry().chunk_order;
+}
+
+int tensormem_alloc(struct tensormem_run *run, enum tensormem_kind kind,
+		    size_t size, int node, unsigned int flags)
+{
+	unsigned int order = get_order(size);
 	struct tm_run got;
-	bool zeroed;
 	int err;
 
 	if (!size || size > TM_CHUNK_SIZE || flags & ~TM_API_FLAGS ||
 	    kind < TENSORMEM_KIND_WEIGHTS || kind > TENSORMEM_KIND_PROTOCOL)
 		return -EINVAL;
-	err = tm_api_numa(node, flags, &numa);
-	if (err)
-		return err;
-	if (flags & TENSORMEM_ZEROED)
-		pages_flags |= TM_PAGES_ZEROED;
-	if (flags & TENSORMEM_ACCOUNT)
-		pages_flags |= TM_PAGES_CHARGED;
-	err = tm_numa_alloc(&numa, &tm_api_turn, get_order(size), pages_flags,
-			    &got, &zeroed);
-	if (err)
-		return err;
-	if (flags & TENSORMEM_ZEROED && !zeroed)
+	might_sleep();
+	if (!tm_api_cached(order, node, flags) ||
+	    !tm_runcache_take(order, &got)) {
+		err = tm_api_alloc(&got, order, node, flags);
+		if (err)
+			return err;
+	}
+	if (flags & TENSORMEM_ZEROED && !got.zeroed)
 		tm_pages_zero(&got);
-	atomic64_add(PAGE_SIZE << got.order, &tm_api_bytes[kind]);
+	this_cpu_add(tm_api_bytes[kind], PAGE_SIZE << order);
 	*run = (struct tensormem_run){
 		.page = tm_pages_page(&got),
 		.id = got.page.v,
 		.node = got.node,
-		.order = got.order,
+		.order = order,
 		.kind = kind,
+		.accounted = flags & TENSORMEM_ACCOUNT,
 	};
 	return 0;
 }
@@ -73,8 +96,10 @@ void tensormem_free(const struct tensormem_run *run)
 		.order = run->order,
 	};
 
-	atomic64_sub(PAGE_SIZE << run->order, &tm_api_bytes[run->kind]);
-	tm_pages_free(&got, false);
+	this_cpu_sub(tm_api_bytes[run->kind], PAGE_SIZE << run->order);
+	if (run->accounted || !tm_api_cached(run->order, NUMA_NO_NODE, 0) ||
+	    !tm_runcache_put(&got))
+		tm_pages_free(&got, false);
 }
 EXPORT_SYMBOL_GPL(tensormem_free);
 
@@ -83,6 +108,7 @@ int tensormem_stats(int node, struct tensormem_stats *stats)
 	u64 nodes = node == NUMA_NO_NODE ? tm_pages_nodes() :
 		    node >= 0 && node < TM_MAX_NODES ? BIT_ULL(node) : 0;
 	struct tm_pages_stats s;
+	int cpu;
 
 	if (!(nodes & tm_pages_nodes()))
 		return -EINVAL;
@@ -91,10 +117,11 @@ int tensormem_stats(int node, struct tensormem_stats *stats)
 		.capacity = s.capacity,
 		.total = s.total,
 		.free = s.free,
-		.buddy_pages = s.buddy.used_pages,
+		.buddy_pages = s.buddy.used_pages - tm_runcache_pages(),
 	};
-	for (u32 kind = 0; kind <= TENSORMEM_KIND_PROTOCOL; kind++)
-		stats->bytes[kind] = atomic64_read(&tm_api_bytes[kind]);
+	for_each_possible_cpu(cpu)
+		for (u32 kind = 0; kind <= TENSORMEM_KIND_PROTOCOL; kind++)
+			stats->bytes[kind] += per_cpu(tm_api_bytes[kind], cpu);
 	return 0;
 }
 EXPORT_SYMBOL_GPL(tensormem_stats);

@@ -23,6 +23,7 @@
 #include "compact.h"
 #include "memory.h"
 #include "pages.h"
+#include "runcache.h"
 #include "trace.h"
 
 static DEFINE_MUTEX(tm_compact_mutex);
@@ -108,6 +109,8 @@ int tm_compact(u32 *emptied)
 	err = mutex_lock_killable(&tm_compact_mutex);
 	if (err)
 		return err;
+	/* What a CPU keeps does not move, and nobody would miss it. */
+	tm_runcache_drain();
 	for (; nodes && !err; nodes &= nodes - 1)
 		err = tm_compact_node(__ffs64(nodes), emptied);
 	mutex_unlock(&tm_compact_mutex);

@@ -48,17 +48,15 @@ static int tm_memory_extend(struct tm_memory *memory, unsigned int order,
 	unsigned int flags = request->flags | TM_PAGES_ZEROED |
 			     (may_grow ? TM_PAGES_GROW : 0);
 	struct tm_run run;
-	bool zeroed;
 	int err;
 
 	err = tm_memory_reserve_extent(memory);
 	if (err)
 		return err;
-	err = tm_numa_alloc(&request->numa, request->turn, order, flags, &run,
-			    &zeroed);
+	err = tm_numa_alloc(&request->numa, request->turn, order, flags, &run);
 	if (err)
 		return err;
-	if (!zeroed)
+	if (!run.zeroed)
 		tm_pages_zero(&run);
 	if (order == tm_pages_geometry().chunk_order)
 		memory->nr_chunks++;

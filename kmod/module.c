@@ -7,6 +7,7 @@
 #include "pages.h"
 #include "park.h"
 #include "quarantine.h"
+#include "runcache.h"
 
 #define CREATE_TRACE_POINTS
 #include "trace.h"
@@ -18,9 +19,12 @@ static int __init tm_init(void)
 	err = tm_pages_init();
 	if (err)
 		return err;
-	err = tm_clients_init();
+	err = tm_runcache_init();
 	if (err)
 		goto err_pages;
+	err = tm_clients_init();
+	if (err)
+		goto err_runcache;
 	err = tm_park_init();
 	if (err)
 		goto err_clients;
@@ -33,6 +37,8 @@ err_park:
 	tm_park_exit();
 err_clients:
 	tm_clients_exit();
+err_runcache:
+	tm_runcache_exit();
 err_pages:
 	tm_pages_exit();
 	return err;
@@ -49,6 +55,7 @@ static void __exit tm_exit(void)
 	WARN_ON(tm_pages_set_reserve(0));
 	tm_quarantine_exit();
 	tm_clients_exit();
+	tm_runcache_exit();
 	tm_pages_exit();
 }
 

@@ -5,27 +5,14 @@
  */
 #include <linux/bitops.h>
 #include <linux/errno.h>
+#include <linux/log2.h>
 #include <linux/numa.h>
 #include <linux/topology.h>
-#include <uapi/linux/tensormem.h>
 
 #include "numa.h"
-#include "pages.h"
 
-static struct {
-	atomic64_t hits;	/* served by the node that was tried first */
-	atomic64_t fallbacks;	/* served although another was tried first */
-} tm_numa_count[TM_MAX_NODES];
-
-/* The caller's node, else the nearest. Context: any. */
-struct tm_numa tm_numa_local(void)
-{
-	return (struct tm_numa){
-		.policy = TENSORMEM_NUMA_LOCAL,
-		.nodes = tm_pages_nodes(),
-		.from = NUMA_NO_NODE,
-	};
-}
+/* By node: allocations it served although another was tried first. */
+static atomic64_t tm_numa_fallback_count[TM_MAX_NODES];
 
 /**
  * tm_numa_parse - check what user space asked for
@@ -102,26 +89,26 @@ static unsigned int tm_numa_first(const struct tm_numa *numa, atomic_t *turn)
  * @order: as in tm_pages_alloc(), like the parameters that follow
  * @flags: see there
  * @run: see there
- * @zeroed: see there
  *
  * Context: may sleep.
  * Return: as tm_pages_alloc(); of several nodes' errors that of the first.
  */
 int tm_numa_alloc(const struct tm_numa *numa, atomic_t *turn,
-		  unsigned int order, unsigned int flags, struct tm_run *run,
-		  bool *zeroed)
+		  unsigned int order, unsigned int flags, struct tm_run *run)
 {
-	unsigned int first = tm_numa_first(numa, turn), node = first;
 	u64 left = numa->nodes;
+	unsigned int first, node;
 	int first_err = 0;
 
+	if (is_power_of_2(left))
+		return tm_pages_alloc(__ffs64(left), order, flags, run);
+	first = node = tm_numa_first(numa, turn);
 	for (;;) {
-		int err = tm_pages_alloc(node, order, flags, run, zeroed);
+		int err = tm_pages_alloc(node, order, flags, run);
 
 		if (!err) {
-			atomic64_inc(node == first ?
-				     &tm_numa_count[node].hits :
-				     &tm_numa_count[node].fallbacks);
+			if (node != first)
+				atomic64_inc(&tm_numa_fallback_count[node]);
 			return 0;
 		}
 		first_err = first_err ?: err;
@@ -132,9 +119,8 @@ int tm_numa_alloc(const struct tm_numa *numa, atomic_t *turn,
 	}
 }
 
-/* How often @node served, first tried and fallen back to. Context: any. */
-void tm_numa_stats(unsigned int node, u64 *hits, u64 *fallbacks)
+/* How often @node served although another was tried first. Context: any. */
+u64 tm_numa_fallbacks(unsigned int node)
 {
-	*hits = atomic64_read(&tm_numa_count[node].hits);
-	*fallbacks = atomic64_read(&tm_numa_count[node].fallbacks);
+	return atomic64_read(&tm_numa_fallback_count[node]);
 }

@@ -3,9 +3,11 @@
 #define TM_NUMA_H
 
 #include <linux/atomic.h>
+#include <linux/numa.h>
 #include <linux/types.h>
+#include <uapi/linux/tensormem.h>
 
-struct tm_run;
+#include "pages.h"
 
 /**
  * struct tm_numa - where an allocation may go
@@ -19,11 +21,20 @@ struct tm_numa {
 	int from;
 };
 
-struct tm_numa tm_numa_local(void);
+/* The caller's node, else the nearest. Context: any. */
+static inline struct tm_numa tm_numa_local(void)
+{
+	return (struct tm_numa){
+		.policy = TENSORMEM_NUMA_LOCAL,
+		.nodes = tm_pages_nodes(),
+		.from = NUMA_NO_NODE,
+	};
+}
+
 int __must_check tm_numa_parse(u32 policy, u64 nodes, struct tm_numa *numa);
 int __must_check tm_numa_alloc(const struct tm_numa *numa, atomic_t *turn,
 			       unsigned int order, unsigned int flags,
-			       struct tm_run *run, bool *zeroed);
-void tm_numa_stats(unsigned int node, u64 *hits, u64 *fallbacks);
+			       struct tm_run *run);
+u64 tm_numa_fallbacks(unsigned int node);
 
 #endif

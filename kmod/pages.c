@@ -71,10 +71,11 @@ struct tm_node {
 static struct {
 	struct tm_geometry geometry;
 	struct tm_node *node[TM_MAX_NODES];	/* NULL: no memory */
-	u64 nodes;
 	u32 slots;
 	struct tm_shrinker *shrinker;
 } tm_pools;
+
+u64 tm_pages_node_mask __read_mostly;
 
 #define tm_for_each_node(n)						\
 	for (unsigned int i_ = 0; i_ < TM_MAX_NODES; i_++)		\
@@ -83,12 +84,6 @@ static struct {
 struct tm_geometry tm_pages_geometry(void)
 {
 	return tm_pools.geometry;
-}
-
-/* The nodes that have memory, a bit each. */
-u64 tm_pages_nodes(void)
-{
-	return tm_pools.nodes;
 }
 
 /**
@@ -131,6 +126,8 @@ static void tm_node_add_stats(struct tm_node *n, struct tm_pages_stats *stats)
 	stats->shrunk += chunk->shrunk;
 	stats->grow_failed += chunk->grow_failed;
 	stats->recast += chunk->recast;
+	stats->served += chunk->taken[TM_OWNER_TENSOR] + buddy->allocs -
+			 buddy->moved_runs;
 	stats->buddy.chunks += buddy->nr_chunks;
 	stats->buddy.free_pages += buddy->free_pages;
 	stats->buddy.used_pages += tm_buddy_used_pages(buddy);
@@ -458,12 +455,12 @@ static void tm_node_put(struct tm_node *n, struct tm_chunk_id id, bool zeroed)
 }
 
 static int tm_node_alloc_chunk(struct tm_node *n, unsigned int flags,
-			       struct tm_run *run, bool *zeroed)
+			       struct tm_run *run)
 {
 	struct tm_chunk_id id;
 	int err;
 
-	err = tm_node_take(n, TM_OWNER_TENSOR, flags, &id, zeroed);
+	err = tm_node_take(n, TM_OWNER_TENSOR, flags, &id, &run->zeroed);
 	if (!err)
 		run->page = tm_page_id(tm_pools.geometry, id, 0);
 	return err;
@@ -515,7 +512,6 @@ static int tm_node_alloc_run(struct tm_node *n, unsigned int order,
  * @order: log2 of the pages; a whole chunk at most
  * @flags: TM_PAGES_ flags
  * @run: what was allocated
- * @zeroed: whether its contents are zero; else they are undefined
  *
  * Runs come split, a reference count for each page; a whole chunk is one object.
  *
@@ -525,15 +521,15 @@ static int tm_node_alloc_run(struct tm_node *n, unsigned int order,
  * signal.
  */
 int tm_pages_alloc(unsigned int node, unsigned int order, unsigned int flags,
-		   struct tm_run *run, bool *zeroed)
+		   struct tm_run *run)
 {
 	struct tm_node *n = tm_pools.node[node];
 
 	run->node = node;
 	run->order = order;
-	*zeroed = false;
+	run->zeroed = false;
 	if (order == tm_pools.geometry.chunk_order)
-		return tm_node_alloc_chunk(n, flags, run, zeroed);
+		return tm_node_alloc_chunk(n, flags, run);
 	return tm_node_alloc_run(n, order, flags, run);
 }
 
@@ -883,7 +879,7 @@ static int __init tm_nodes_create(void)
 			return PTR_ERR(n);
 		}
 		tm_pools.node[nid] = n;
-		tm_pools.nodes |= BIT_ULL(nid);
+		tm_pages_node_mask |= BIT_ULL(nid);
 		tm_pools.slots += slots;
 	}
 	return tm_pools.slots ? 0 : -ENOMEM;

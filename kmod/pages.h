@@ -19,11 +19,13 @@ struct tm_node;
  * @page: the first of them, as its node's pools number it
  * @node: whose pools they are from
  * @order: log2 of the pages; a chunk's order stands for a whole chunk
+ * @zeroed: its contents were zero when it was allocated; else they were undefined
  */
 struct tm_run {
 	struct tm_page_id page;
 	u8 node;
 	u8 order;
+	bool zeroed;
 };
 
 /* What an allocation asks for beside its order and node. */
@@ -36,7 +38,7 @@ struct tm_run {
  * struct tm_pages_stats - counters of one node's pools, or of all together
  *
  * Chunks and pages as their names say; @grown and below count events since the
- * module was loaded.
+ * module was loaded; @served is how many allocations the pools met.
  */
 struct tm_pages_stats {
 	u64 capacity;
@@ -50,6 +52,7 @@ struct tm_pages_stats {
 	u64 shrunk;
 	u64 grow_failed;
 	u64 recast;
+	u64 served;
 	struct {
 		u64 chunks;
 		u64 free_pages;
@@ -83,17 +86,23 @@ struct tm_pages_pass {
 	u64 emptied;
 };
 
+/* The nodes that have memory, a bit each. */
+extern u64 tm_pages_node_mask;
+
+static inline u64 tm_pages_nodes(void)
+{
+	return tm_pages_node_mask;
+}
+
 int __must_check tm_pages_init(void);
 void tm_pages_exit(void);
 
 struct tm_geometry tm_pages_geometry(void);
-u64 tm_pages_nodes(void);
 struct page *tm_pages_page(const struct tm_run *run);
 void tm_pages_stats(u64 nodes, struct tm_pages_stats *stats);
 
 int __must_check tm_pages_alloc(unsigned int node, unsigned int order,
-				unsigned int flags, struct tm_run *run,
-				bool *zeroed);
+				unsigned int flags, struct tm_run *run);
 void tm_pages_free(const struct tm_run *run, bool zeroed);
 void tm_pages_zero(const struct tm_run *run);
 

@@ -12,6 +12,7 @@
 #include "limits.h"
 #include "memory.h"
 #include "park.h"
+#include "runcache.h"
 #include "supply.h"
 
 static struct tm_memory *
@@ -41,7 +42,7 @@ static bool tm_supply_relieve(struct tm_client *client, u64 bytes, int err)
 		return tm_park_relieve_client(client);
 	case -ENOSPC:
 	case -ENOMEM:
-		if (tm_park_relieve(bytes))
+		if (tm_runcache_drain() || tm_park_relieve(bytes))
 			return true;
 		return !tm_compact(&emptied) && emptied;
 	default:

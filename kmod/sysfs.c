@@ -17,6 +17,7 @@
 #include "numa.h"
 #include "pages.h"
 #include "quarantine.h"
+#include "runcache.h"
 #include "small.h"
 #include "sysfs.h"
 
@@ -98,7 +99,9 @@ static struct attribute *tm_chunk_attrs[] = {
 
 TM_POOL_RO(buddy, chunks, s.buddy.chunks);
 TM_POOL_RO(buddy, free_pages, s.buddy.free_pages);
-TM_POOL_RO(buddy, used_pages, s.buddy.used_pages);
+TM_POOL_RO(buddy, used_pages, s.buddy.used_pages - tm_runcache_pages());
+TM_SHOW(tm_buddy_cached_pages_show, (void)0, tm_runcache_pages())
+TM_RO(buddy, cached_pages);
 TM_POOL_RO(buddy, allocs, s.buddy.allocs);
 TM_POOL_RO(buddy, frees, s.buddy.frees);
 TM_POOL_RO(buddy, splits, s.buddy.splits);
@@ -125,6 +128,7 @@ static struct attribute *tm_buddy_attrs[] = {
 	&tm_attr_buddy_chunks.attr,
 	&tm_attr_buddy_free_pages.attr,
 	&tm_attr_buddy_used_pages.attr,
+	&tm_attr_buddy_cached_pages.attr,
 	&tm_attr_buddy_allocs.attr,
 	&tm_attr_buddy_frees.attr,
 	&tm_attr_buddy_splits.attr,
@@ -246,17 +250,13 @@ static ssize_t tm_node_##file##_show(struct device *dev,		\
 	TM_NODE_SHOW(file, struct tm_pages_stats s;			\
 		     tm_pages_stats(BIT_ULL(node), &s), value)
 
-#define TM_NODE_COUNT_SHOW(file)					\
-	TM_NODE_SHOW(file, u64 hits; u64 fallbacks;			\
-		     tm_numa_stats(node, &hits, &fallbacks), file)
-
 TM_NODE_POOL_SHOW(capacity, s.capacity)
 TM_NODE_POOL_SHOW(total, s.total)
 TM_NODE_POOL_SHOW(free, s.free)
 TM_NODE_POOL_SHOW(used, s.used)
 TM_NODE_POOL_SHOW(used_pages, s.buddy.used_pages)
-TM_NODE_COUNT_SHOW(hits)
-TM_NODE_COUNT_SHOW(fallbacks)
+TM_NODE_POOL_SHOW(hits, s.served - tm_numa_fallbacks(node))
+TM_NODE_SHOW(fallbacks, (void)0, tm_numa_fallbacks(node))
 
 #define TM_NODE_ATTR(file) __ATTR(file, 0444, tm_node_##file##_show, NULL)
 

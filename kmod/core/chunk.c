@@ -47,6 +47,7 @@ static void tm_chunk_own(struct tm_chunk_pool *pool, u32 v, enum tm_owner owner,
 	pool->chunks[v].owner = owner;
 	pool->chunks[v].form = form;
 	pool->owned[owner]++;
+	pool->taken[owner]++;
 }
 
 static bool tm_chunk_is(const struct tm_chunk_pool *pool, struct tm_chunk_id id,

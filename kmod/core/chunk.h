@@ -76,6 +76,7 @@ struct tm_chunk {
  * @head: stacks by state; only ABSENT and the FREE states have one
  * @count: chunks by state
  * @owned: OWNED chunks by owner
+ * @taken: chunks ever handed out, by owner
  * @grown: chunks ever taken from the system
  * @shrunk: chunks ever given back
  * @grow_failed: times the system had none
@@ -90,6 +91,7 @@ struct tm_chunk_pool {
 	u32 head[TM_CHUNK_STATES];
 	u32 count[TM_CHUNK_STATES];
 	u32 owned[TM_OWNERS];
+	u64 taken[TM_OWNERS];
 	u64 grown;
 	u64 shrunk;
 	u64 grow_failed;

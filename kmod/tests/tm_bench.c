@@ -6,7 +6,8 @@
  *
  *     NAME OURS PEER
  *
- * in nanoseconds per allocation and free. They mean something where time counts
+ * in nanoseconds per allocation and free. Lines that start with # are for the reader:
+ * the median and the worst of single operations. They mean something where time counts
  * instructions (the guest's --icount). The reader needs the reserve filled with
  * TM_BENCH_CHUNKS zeroed chunks for the chunk row.
  */
@@ -16,23 +17,38 @@
 #include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/numa.h>
+#include <linux/prandom.h>
 #include <linux/sched.h>
 #include <linux/seq_file.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/tensormem.h>
 
+#include "tm_histogram.h"
+
 #define TM_BENCH_ROUNDS		100
 #define TM_BENCH_LIVE		64	/* allocations held at a time */
 #define TM_BENCH_CHUNKS		32
+#define TM_BENCH_SINGLES	1000000
+#define TM_BENCH_MOST		1024	/* allocations of mixed orders held */
+#define TM_BENCH_MIX		5	/* of orders 0 to 4 */
 #define TM_BENCH_TOP_ORDER	ilog2(SZ_1M >> PAGE_SHIFT)
+
+static struct dentry *tm_bench_file;
 
 struct tm_bench {
 	struct tensormem_run run[TM_BENCH_LIVE];
 	struct page *page[TM_BENCH_LIVE];
+	struct tm_histogram histogram;
+	struct {
+		struct tensormem_run run;
+		struct page *page;
+		u32 order;
+	} mixed[TM_BENCH_MOST];
 };
 
-static struct dentry *tm_bench_file;
+
 
 static int tm_bench_ours(struct tm_bench *b, unsigned int count,
 			 unsigned int order, unsigned int flags)
@@ -111,6 +127,60 @@ static int tm_bench_chunk(struct seq_file *m, struct tm_bench *b)
 	return 0;
 }
 
+static int tm_bench_single(struct tm_bench *b, u32 i, u32 order, bool peer)
+{
+	struct tm_histogram *h = &b->histogram;
+	u64 start = ktime_get_ns();
+	int err = 0;
+
+	if (b->mixed[i].page) {
+		if (peer)
+			__free_pages(b->mixed[i].page, b->mixed[i].order);
+		else
+			tensormem_free(&b->mixed[i].run);
+		tm_histogram_add(h, start);
+		b->mixed[i].page = NULL;
+		return 0;
+	}
+	if (peer) {
+		b->mixed[i].page = alloc_pages(GFP_KERNEL, order);
+	} else {
+		err = tensormem_alloc(&b->mixed[i].run,
+				      TENSORMEM_KIND_ACTIVATIONS,
+				      PAGE_SIZE << order, NUMA_NO_NODE, 0);
+		if (!err)
+			b->mixed[i].page = b->mixed[i].run.page;
+	}
+	tm_histogram_add(h, start);
+	b->mixed[i].order = order;
+	return b->mixed[i].page ? 0 : -ENOMEM;
+}
+
+/* Allocations and frees as they come, each timed: with @peer by the kernel's own. */
+static int tm_bench_singles(struct seq_file *m, struct tm_bench *b, bool peer)
+{
+	struct rnd_state random;
+	int err = 0;
+
+	tm_histogram_init(&b->histogram);
+	prandom_seed_state(&random, 1);
+	memset(b->mixed, 0, sizeof(b->mixed));
+	for (u32 step = 0; step < TM_BENCH_SINGLES && !err; step++)
+		err = tm_bench_single(b, prandom_u32_state(&random) %
+					 TM_BENCH_MOST,
+				      prandom_u32_state(&random) %
+				      TM_BENCH_MIX, peer);
+	if (!err)
+		seq_printf(m, "# %s median %u worst %llu\n",
+			   peer ? "alloc_pages-mixed" : "buddy-mixed",
+			   tm_histogram_median(&b->histogram),
+			   b->histogram.worst);
+	for (u32 i = 0; i < TM_BENCH_MOST; i++)
+		if (b->mixed[i].page && tm_bench_single(b, i, 0, peer))
+			break;
+	return err;
+}
+
 static int tm_bench_show(struct seq_file *m, void *unused)
 {
 	struct tm_bench *b = kvmalloc(sizeof(*b), GFP_KERNEL);
@@ -123,6 +193,8 @@ static int tm_bench_show(struct seq_file *m, void *unused)
 	err = tm_bench_chunk(m, b);
 	for (unsigned int order = 0; order <= TM_BENCH_TOP_ORDER && !err; order++)
 		err = tm_bench_order(m, b, order);
+	err = err ?: tm_bench_singles(m, b, false);
+	err = err ?: tm_bench_singles(m, b, true);
 	sched_set_normal(current, 0);
 	kvfree(b);
 	return err;

@@ -32,13 +32,14 @@
 #include <linux/tensormem.h>
 #include <linux/vmalloc.h>
 
+#include "tm_histogram.h"
+
 #define TM_BENCH_SIZE		256
 #define TM_BENCH_LIVE		64	/* objects held at a time */
 #define TM_BENCH_OBJECTS	400000	/* of a row: over many ticks of the clock */
 #define TM_BENCH_BULK		16
 #define TM_BENCH_MOST		2048
 #define TM_BENCH_SINGLES	1000000
-#define TM_BENCH_NS		8192	/* of the histogram; more is one bucket */
 #define TM_CHECK_SLOTS		256
 #define TM_CHECK_STEPS		20000
 
@@ -46,7 +47,7 @@ struct tm_bench {
 	struct tensormem_slab *slab;
 	struct kmem_cache *cache;
 	void *object[TM_BENCH_MOST];
-	u32 histogram[TM_BENCH_NS + 1];
+	struct tm_histogram histogram;
 };
 
 static struct dentry *tm_bench_file;
@@ -317,39 +318,19 @@ static int tm_bench_row(struct seq_file *m, struct tm_bench *b, const char *name
 	return 0;
 }
 
-static void tm_bench_count(struct tm_bench *b, u64 ns)
-{
-	b->histogram[min_t(u64, ns, TM_BENCH_NS)]++;
-}
-
-static u32 tm_bench_median(const struct tm_bench *b, u64 count)
-{
-	u64 seen = 0;
-	u32 ns = 0;
-
-	while (seen + b->histogram[ns] <= count / 2)
-		seen += b->histogram[ns++];
-	return ns;
-}
-
 /* Allocations and frees as they come, each timed: with @peer by the kernel's own. */
 static int tm_bench_singles(struct seq_file *m, struct tm_bench *b, bool peer)
 {
+	struct tm_histogram *h = &b->histogram;
 	struct rnd_state random;
-	u64 clock = U64_MAX, worst = 0;
 
-	for (int i = 0; i < 16; i++) {
-		u64 start = ktime_get_ns();
-
-		clock = min(clock, ktime_get_ns() - start);
-	}
+	tm_histogram_init(h);
 	prandom_seed_state(&random, 1);
 	memset(b->object, 0, sizeof(b->object));
-	memset(b->histogram, 0, sizeof(b->histogram));
 	for (u32 step = 0; step < TM_BENCH_SINGLES; step++) {
 		void **at = &b->object[prandom_u32_state(&random) %
 				       TM_BENCH_MOST];
-		u64 start = ktime_get_ns(), ns;
+		u64 start = ktime_get_ns();
 
 		if (*at) {
 			if (peer)
@@ -363,10 +344,7 @@ static int tm_bench_singles(struct seq_file *m, struct tm_bench *b, bool peer)
 			if (!*at)
 				return -ENOMEM;
 		}
-		ns = ktime_get_ns() - start;
-		ns -= min(clock, ns);
-		worst = max(worst, ns);
-		tm_bench_count(b, ns);
+		tm_histogram_add(h, start);
 	}
 	for (u32 i = 0; i < TM_BENCH_MOST; i++) {
 		if (!b->object[i])
@@ -378,7 +356,7 @@ static int tm_bench_singles(struct seq_file *m, struct tm_bench *b, bool peer)
 	}
 	seq_printf(m, "# %s median %u worst %llu\n",
 		   peer ? "kmem_cache-256" : "slab-256",
-		   tm_bench_median(b, TM_BENCH_SINGLES), worst);
+		   tm_histogram_median(h), h->worst);
 	return 0;
 }
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 SYSFS = Path("/sys/class/misc/tensormem")
-MODULE = Path(__file__).parents[2] / "kmod/tests/tm_bench.ko"
+MODULES = Path(__file__).parents[2] / "kmod/tests"
 CHUNKS = 32
 
 
@@ -24,10 +24,12 @@ def fill_reserve(chunks: int) -> None:
 
 def main() -> None:
     fill_reserve(CHUNKS)
-    subprocess.run(["insmod", MODULE], check=True)
-    print(Path("/sys/kernel/debug/tm_bench").read_text(), end="", flush=True)
-    subprocess.run(["rmmod", "tm_bench"], check=True)
-    subprocess.run([Path(sys.argv[1]) / "user_churn"], check=True)
+    for module in ("tm_bench", "tm_bench_slab"):
+        subprocess.run(["insmod", MODULES / f"{module}.ko"], check=True)
+        print((Path("/sys/kernel/debug") / module).read_text(), end="", flush=True)
+        subprocess.run(["rmmod", module], check=True)
+    for program in ("user_churn", "map_faults"):
+        subprocess.run([Path(sys.argv[1]) / program], check=True)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,78 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Benchmarks in the guest, where time counts instructions.
+"""Benchmarks: rows of ours beside a peer, each with a bound.
 
-Each file of rows is one boot with --icount; ours and the peer are measured in it
-side by side. Writes build/bench/NAME.json, prints a table, and exits with 1 when a
-row is over its bound.
+Those of the module are one boot with --icount each, where time counts instructions, and
+ours and the peer are measured in it side by side. Those of the core are traces through
+the allocators on this machine. Writes build/bench/NAME.json, prints tables, and exits
+with 1 when a row is over its bound.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
-ROOT = Path(__file__).resolve().parents[2]
-OUT = ROOT / "build/bench"
+import core_alloc
+import fragmentation
+import waste
+from rows import OUT, ROOT, Row, table, write
+
 GUEST = str(ROOT / "qemu/guest")
 
 
 @dataclass(frozen=True)
+class Spec:
+    """What a row is measured against, and how far it may go."""
+
+    peer: str
+    bound: float
+    unit: str = "instructions"
+
+
+@dataclass(frozen=True)
 class Bench:
-    """A file of rows: the script that measures them, C programs it needs, its guest."""
+    """A boot: C programs that it needs, its guest, its rows."""
 
     programs: tuple[str, ...]
     guest: tuple[str, ...]
-    #: row → (peer, most that ours / peer may be)
-    rows: dict[str, tuple[str, float]]
+    rows: dict[str, Spec]
 
 
 PAGES = "alloc_pages + __free_pages"
+MMAP = "mmap + touch + munmap"
 
 BENCHES = {
     "alloc": Bench(
-        programs=("user_churn",),
+        programs=("user_churn", "map_faults"),
         # init_on_alloc zeroes what the peer was not asked to zero
         guest=("--memory", "1G", "--append", "init_on_alloc=0"),
         rows={
-            **{f"buddy-o{order}": (PAGES, 1.0) for order in range(4)},
-            **{f"buddy-o{order}": (PAGES, 0.5) for order in range(4, 9)},
-            "chunk-2m": (f"{PAGES}, zeroed", 0.05),
-            "user-1m-churn": ("mmap + touch + munmap", 0.5),
+            **{f"buddy-o{order}": Spec(PAGES, 0.7) for order in range(4)},
+            **{f"buddy-o{order}": Spec(PAGES, 0.4) for order in range(4, 9)},
+            "chunk-2m": Spec(f"{PAGES}, zeroed", 0.05),
+            "slab-256": Spec("kmem_cache", 1.0),
+            "slab-256-bulk16": Spec("kmem_cache, bulk", 1.0),
+            "user-1m-churn": Spec(MMAP, 0.5),
+            "user-1m-reuse": Spec(MMAP, 0.1),
+            "map-64m-faults": Spec("4 KiB pages", 1 / 512, "faults"),
         },
     ),
 }
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the JSON file; lower is better everywhere."""
-
-    name: str
-    ours: float
-    peer: float
-    peer_name: str
-    ratio: float
-    bound: float
-    unit: str = "instructions"
-    clock: str = "icount"
-
-    @property
-    def good(self) -> bool:
-        return self.ratio <= self.bound
+#: Traces through the core, on this machine.
+TRACES: dict[str, Callable[[], list[Row]]] = {
+    "waste": waste.measure,
+    "fragmentation": fragmentation.measure,
+    "core": core_alloc.measure,
+}
 
 
-def measure(name: str, bench: Bench) -> list[Row]:
-    """Boot and measure.
+def boot(name: str, bench: Bench) -> list[Row]:
+    """Boot and measure; lines of the guest that start with # are passed on.
 
     Raises:
         SystemExit: the guest failed, or its rows are not the ones expected.
@@ -80,43 +85,43 @@ def measure(name: str, bench: Bench) -> list[Row]:
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         sys.exit(f"bench {name}: the guest ended with {result.returncode}")
-    measured = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
+    lines = result.stdout.splitlines()
+    print("\n".join(line for line in lines if line.startswith("#")))
+    measured = {line.split()[0]: line.split()[1:] for line in lines if not line.startswith("#")}
     if measured.keys() != bench.rows.keys():
         odd = sorted(measured.keys() ^ bench.rows.keys())
         sys.exit(f"bench {name}: missing or unknown rows: {', '.join(odd)}")
     rows = []
-    for row, (peer_name, bound) in bench.rows.items():
+    for row, spec in bench.rows.items():
         ours, peer = map(float, measured[row])
-        rows.append(Row(row, ours, peer, peer_name, round(ours / peer, 4), bound))
+        rows.append(Row(row, ours, peer, spec.peer, spec.bound, unit=spec.unit))
     return rows
 
 
-def table(rows: list[Row]) -> None:
-    print(f"{'row':<16}{'ours':>10}{'peer':>10}{'ratio':>8}{'bound':>7}     peer")
-    for row in rows:
-        verdict = "ok  " if row.good else "OVER"
-        print(f"{row.name:<16}{row.ours:>10.0f}{row.peer:>10.0f}{row.ratio:>8.3f}{row.bound:>7.2f}"
-              f" {verdict} {row.peer_name}")  # fmt: skip
+def measure(name: str) -> list[Row]:
+    return TRACES[name]() if name in TRACES else boot(name, BENCHES[name])
 
 
 def main() -> None:
+    known = [*BENCHES, *TRACES]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="*", help=f"of {', '.join(BENCHES)}; default: all")
-    parser.add_argument("--twice", action="store_true", help="demand that two boots agree to 1 %%")
+    parser.add_argument("name", nargs="*", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument("--twice", action="store_true", help="demand that two runs agree to 1 %%")
     options = parser.parse_args()
-    unknown = set(options.name) - BENCHES.keys()
+    unknown = set(options.name) - set(known)
     if unknown:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
 
     OUT.mkdir(parents=True, exist_ok=True)
     good = True
-    for name in options.name or BENCHES:
-        rows = measure(name, BENCHES[name])
-        (OUT / f"{name}.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
-        table(rows)
+    for name in options.name or known:
+        rows = measure(name)
+        if rows:
+            write(name, rows)
+            table(rows)
         good &= all(row.good for row in rows)
         if options.twice:
-            for row, again in zip(rows, measure(name, BENCHES[name]), strict=True):
+            for row, again in zip(rows, measure(name), strict=True):
                 if abs(again.ratio - row.ratio) > 0.01 * row.ratio:
                     print(f"{row.name}: {row.ratio} and {again.ratio} are over 1 % apart")
                     good = False

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * One megabyte from user space: allocate, touch every page, free; through the
- * device and through mmap. Prints "user-1m-churn OURS PEER" in nanoseconds a time.
+ * device and through mmap. Prints "user-1m-churn OURS PEER" in nanoseconds a time,
+ * and "user-1m-reuse OURS PEER" for memory that comes back to who freed it.
  */
 #include <err.h>
 #include <fcntl.h>
@@ -30,11 +31,12 @@ static void touch(volatile char *p, long page)
 		p[at] = 1;
 }
 
-static void ours(int fd, char *window, long page)
+static void ours(int fd, char *window, long page, unsigned int flags)
 {
 	struct tensormem_alloc a = {
 		.size = SIZE,
 		.kind = TENSORMEM_KIND_ACTIVATIONS,
+		.flags = flags,
 	};
 	struct tensormem_free f = { 0 };
 
@@ -57,9 +59,28 @@ static void peer(long page)
 	munmap(p, SIZE);
 }
 
-int main(void)
+static void row(const char *name, int fd, char *window, long page,
+		unsigned int flags)
 {
 	unsigned long long mine = 0, theirs = 0;
+
+	/* Round 0 warms both up. */
+	for (int i = 0; i <= ROUNDS; i++) {
+		unsigned long long start = now(), middle;
+
+		ours(fd, window, page, flags);
+		middle = now();
+		peer(page);
+		if (i) {
+			mine += middle - start;
+			theirs += now() - middle;
+		}
+	}
+	printf("%s %llu %llu\n", name, mine / ROUNDS, theirs / ROUNDS);
+}
+
+int main(void)
+{
 	long page = sysconf(_SC_PAGESIZE);
 	struct tensormem_info info;
 	char *window;
@@ -74,19 +95,7 @@ int main(void)
 		      MAP_SHARED, fd, 0);
 	if (window == MAP_FAILED)
 		err(1, "mmap of the window");
-
-	/* Round 0 warms both up. */
-	for (int i = 0; i <= ROUNDS; i++) {
-		unsigned long long start = now(), middle;
-
-		ours(fd, window, page);
-		middle = now();
-		peer(page);
-		if (i) {
-			mine += middle - start;
-			theirs += now() - middle;
-		}
-	}
-	printf("user-1m-churn %llu %llu\n", mine / ROUNDS, theirs / ROUNDS);
+	row("user-1m-churn", fd, window, page, 0);
+	row("user-1m-reuse", fd, window, page, TENSORMEM_NOZERO);
 	return 0;
 }

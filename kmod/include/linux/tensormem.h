@@ -27,6 +27,7 @@ struct page;
  * @node: the memory node it is on
  * @order: log2 of the number of pages
  * @kind: enum tensormem_kind it was allocated for
+ * @accounted: it was allocated with TENSORMEM_ACCOUNT
  */
 struct tensormem_run {
 	struct page *page;
@@ -34,6 +35,7 @@ struct tensormem_run {
 	u8 node;
 	u8 order;
 	u8 kind;
+	bool accounted;
 };
 
 /**
