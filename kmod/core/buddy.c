@@ -363,9 +363,16 @@ int tm_buddy_drain_begin(struct tm_buddy *buddy, struct tm_chunk_id id,
 	return 0;
 }
 
-int tm_buddy_drain_next(const struct tm_buddy *buddy,
-			struct tm_buddy_drain *drain, struct tm_page_id *page,
-			unsigned int *order)
+void tm_buddy_drain_half(const struct tm_buddy *buddy,
+			 struct tm_buddy_drain *drain)
+{
+	tm_assert_locked(buddy->lock);
+	drain->half = true;
+	drain->order = tm_buddy_max_order(buddy) - 1;
+}
+
+int tm_buddy_drain_next(struct tm_buddy *buddy, struct tm_buddy_drain *drain,
+			struct tm_page_id *page, unsigned int *order)
 {
 	const struct tm_buddy_chunk *c = &buddy->chunks[drain->id.v];
 	u32 index;
@@ -386,10 +393,16 @@ int tm_buddy_drain_next(const struct tm_buddy *buddy,
 			return 0;
 		}
 		if (!drain->order)
-			return -ENOENT;
+			break;
 		drain->order--;
 		drain->index = 0;
 	}
+	if (drain->half) {
+		/* Not again in this pass: the room it made is to be used. */
+		buddy->halved++;
+		tm_buddy_drain_end(buddy, drain->id.v, buddy->pass + 1);
+	}
+	return -ENOENT;
 }
 
 int tm_buddy_drain_alloc(struct tm_buddy *buddy,

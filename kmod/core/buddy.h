@@ -104,8 +104,9 @@ struct tm_buddy_chunk {
  * @free_pages: pages in free runs
  * @allocs: @frees: @splits: @merges: what was done so far
  * @pass: compaction passes begun
- * @drains: drains begun; each ends as one of the next three
+ * @drains: drains begun; each ends as one of the next four
  * @emptied: the chunk fell empty and left the pool
+ * @halved: a drain by half is done
  * @given_up: the caller cancelled
  * @starved: memory ran short: no room to move a run to, or an allocation that
  *           found nothing else took the chunk back
@@ -129,6 +130,7 @@ struct tm_buddy {
 	u64 pass;
 	u64 drains;
 	u64 emptied;
+	u64 halved;
 	u64 given_up;
 	u64 starved;
 	u64 moved_runs;
@@ -141,12 +143,14 @@ struct tm_buddy {
  * @id: the chunk
  * @nr: its number, what tells whether it is still in force
  * @order: @index: where tm_buddy_drain_next() goes on
+ * @half: runs that are half the chunk stay
  */
 struct tm_buddy_drain {
 	struct tm_chunk_id id;
 	u64 nr;
 	u32 order;
 	u32 index;
+	bool half;
 };
 
 /* Context: may sleep; no lock. Return: 0 or -ENOMEM. */
@@ -218,6 +222,14 @@ int __must_check tm_buddy_drain_begin(struct tm_buddy *buddy,
 				      struct tm_chunk_id id,
 				      struct tm_buddy_drain *drain);
 
+/*
+ * Leave runs of half a chunk where they are; for a drain that has just begun.
+ * tm_buddy_drain_next() ends it after the last of the others, and the chunk is in
+ * service again.
+ */
+void tm_buddy_drain_half(const struct tm_buddy *buddy,
+			 struct tm_buddy_drain *drain);
+
 /**
  * tm_buddy_drain_next - the next run to move out
  * @buddy: the pool
@@ -232,7 +244,7 @@ int __must_check tm_buddy_drain_begin(struct tm_buddy *buddy,
  *
  * Return: 0, -ENOENT when every run was named or the drain is over.
  */
-int __must_check tm_buddy_drain_next(const struct tm_buddy *buddy,
+int __must_check tm_buddy_drain_next(struct tm_buddy *buddy,
 				     struct tm_buddy_drain *drain,
 				     struct tm_page_id *page,
 				     unsigned int *order);

@@ -146,7 +146,8 @@ const char *tm_buddy_check(const struct tm_buddy *buddy)
 {
 	u32 nr_chunks = 0, free_pages = 0, listed = 0, with_free = 0;
 	u32 free_runs[TM_BUDDY_CLASSES][TM_BUDDY_ORDERS] = { 0 };
-	u64 drains = buddy->emptied + buddy->given_up + buddy->starved;
+	u64 drains = buddy->emptied + buddy->halved + buddy->given_up +
+		     buddy->starved;
 
 	for (u32 v = 0; v < buddy->nr_slots; v++) {
 		const struct tm_buddy_chunk *c = &buddy->chunks[v];

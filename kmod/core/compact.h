@@ -3,8 +3,10 @@
  * Compaction of the buddy pool: which chunk to empty next.
  *
  * A pass chooses one chunk after another, the one with the fewest allocated pages
- * first, until none is left whose runs fit into the free runs of the others. How a
- * chosen chunk is emptied is in core/buddy.h.
+ * first, until none is left whose runs fit into the free runs of the others. When
+ * the pages are there and only the orders are wrong, it has half a chunk emptied
+ * instead, beside a run that is the other half: that makes the room which the
+ * largest runs want. How a chosen chunk is emptied is in core/buddy.h.
  *
  *	tm_compact_begin(buddy, &compact)
  *	while ((err = tm_compact_choose(buddy, &compact, &drain)) != -ENOENT)
@@ -29,13 +31,17 @@
  * @pass: its number
  * @slot: where the search goes on
  * @best: the best chunk of those seen, TM_NONE for none
- * @best_pages: pages to move out of it
+ * @best_pages: its allocated pages
+ * @half: the best chunk to empty by half, TM_NONE for none
+ * @half_pages: its allocated pages
  */
 struct tm_compact {
 	u64 pass;
 	u32 slot;
 	u32 best;
 	u32 best_pages;
+	u32 half;
+	u32 half_pages;
 };
 
 void tm_compact_begin(struct tm_buddy *buddy, struct tm_compact *compact);
@@ -49,6 +55,10 @@ void tm_compact_begin(struct tm_buddy *buddy, struct tm_compact *compact);
  * A chunk qualifies when all its runs may move and would find room, largest first,
  * in the chunks that are in use and do not drain; and when it is not at rest after
  * a drain that failed, and no run is being moved to it. At most TM_COMPACT_SCAN chunks are looked at in one call.
+ * If none qualifies while the free pages of chunks in use are a chunk's or more,
+ * the drain is one by half (tm_buddy_drain_half()) of a chunk whose smaller runs
+ * would find room without breaking a free half.
+ *
  * A pass ends, whatever others do meanwhile, unless they keep changing the chunk
  * that a search found while that search goes on.
  *

@@ -303,7 +303,8 @@ int main(int argc, char **argv)
 	printf("chunks-after %u\n", buddy.nr_chunks);
 	printf("moved-runs %llu\nmoved-pages %llu\n", buddy.moved_runs,
 	       buddy.moved_pages);
-	printf("drains %llu\ngiven-up %llu\n", buddy.drains, buddy.given_up);
+	printf("drains %llu\nhalved %llu\ngiven-up %llu\n", buddy.drains,
+	       buddy.halved, buddy.given_up);
 	print_steps("alloc", alloc_steps);
 	print_steps("free", free_steps);
 	return 0;

@@ -176,6 +176,7 @@ void buddy_model_compare(const struct buddy_model *model,
 	CHECK_EQ(buddy->pass, model->pass);
 	CHECK_EQ(buddy->drains, model->drains);
 	CHECK_EQ(buddy->emptied, model->emptied);
+	CHECK_EQ(buddy->halved, model->halved);
 	CHECK_EQ(buddy->given_up, model->given_up);
 	CHECK_EQ(buddy->starved, model->starved);
 	CHECK_EQ(buddy->moved_runs, model->moved_runs);
@@ -476,6 +477,25 @@ static bool in_force(const struct buddy_model *model,
 	return model->drain[drain->id.v] == drain->nr;
 }
 
+void buddy_model_drain_half(struct buddy_model *model, u32 v)
+{
+	for (u32 p = 0; p < buddy_model_pages(model); p++)
+		if (model->run[v][p] == chunk_order(model))
+			model->named[v][p] = true;
+}
+
+void buddy_do_drain_half(struct buddy_model *model, struct tm_buddy *buddy,
+			 struct tm_buddy_drain *drain)
+{
+	struct buddy_snapshot before;
+
+	buddy_snapshot_take(&before, buddy);
+	tm_buddy_drain_half(buddy, drain);
+	CHECK(buddy_snapshot_same(&before, buddy));
+	CHECK(drain->half);
+	buddy_model_drain_half(model, drain->id.v);
+}
+
 int buddy_do_drain_next(struct buddy_model *model, struct tm_buddy *buddy,
 			struct tm_buddy_drain *drain, struct tm_page_id *page,
 			unsigned int *order)
@@ -494,8 +514,14 @@ int buddy_do_drain_next(struct buddy_model *model, struct tm_buddy *buddy,
 		best = 0;
 	buddy_snapshot_take(&before, buddy);
 	err = tm_buddy_drain_next(buddy, drain, page, order);
-	CHECK(buddy_snapshot_same(&before, buddy));
 	CHECK_EQ(err, best ? 0 : -ENOENT);
+	if (err && in_force(model, drain) && drain->half) {
+		model->halved++;
+		model->drain[v] = 0;
+		model->rest[v] = model->pass + 1;
+		return err;
+	}
+	CHECK(buddy_snapshot_same(&before, buddy));
 	if (err)
 		return err;
 	CHECK_EQ(page->v, v * buddy_model_pages(model) + first);

@@ -43,6 +43,7 @@ struct buddy_model {
 	u64 pass;
 	u64 drains;
 	u64 emptied;
+	u64 halved;
 	u64 given_up;
 	u64 starved;
 	u64 moved_runs;
@@ -101,6 +102,10 @@ void buddy_do_bad_free(const struct buddy_model *model, struct tm_buddy *buddy,
 
 int buddy_do_drain_begin(struct buddy_model *model, struct tm_buddy *buddy,
 			 struct tm_chunk_id id, struct tm_buddy_drain *drain);
+/* The model's part of it: for what somebody else does to the pool, too. */
+void buddy_model_drain_half(struct buddy_model *model, u32 v);
+void buddy_do_drain_half(struct buddy_model *model, struct tm_buddy *buddy,
+			 struct tm_buddy_drain *drain);
 int buddy_do_drain_next(struct buddy_model *model, struct tm_buddy *buddy,
 			struct tm_buddy_drain *drain, struct tm_page_id *page,
 			unsigned int *order);

@@ -259,6 +259,7 @@ TEST_PAGE_SIZES(check_finds_buddy_damage)
 		     (c->drain = 1, c->class = TM_BUDDY_DRAINING));
 	EXPECT_BUDDY("a drain is lost or has ended twice", buddy.drains++);
 	EXPECT_BUDDY("a drain is lost or has ended twice", buddy.emptied++);
+	EXPECT_BUDDY("a drain is lost or has ended twice", buddy.halved++);
 	EXPECT_BUDDY("a drain is lost or has ended twice", buddy.given_up++);
 	EXPECT_BUDDY("a drain is lost or has ended twice", buddy.starved++);
 	for (u32 class = 0; class < TM_BUDDY_CLASSES; class++)

@@ -121,7 +121,8 @@ static void teardown(void)
 		if (model.in_pool[id.v])
 			CHECK_EQ(buddy_do_remove(&model, &buddy, id), 0);
 	buddy_model_compare(&model, &buddy);
-	CHECK_EQ(buddy.drains, buddy.emptied + buddy.given_up + buddy.starved);
+	CHECK_EQ(buddy.drains, buddy.emptied + buddy.halved + buddy.given_up +
+			       buddy.starved);
 	tm_host_unlock(&lock);
 	tm_buddy_destroy(&buddy);
 }
@@ -135,8 +136,20 @@ static u32 used_pages(u32 v)
 	return used;
 }
 
-/* Find an aligned free place in a chunk in use, and take it. */
-static bool place(bool used[][BUDDY_MODEL_PAGES], u32 size)
+/* All of the aligned block of @size pages that page @p is in is free. */
+static bool block_is_free(u32 v, u32 p, u32 size)
+{
+	for (u32 q = p / size * size; q < p / size * size + size; q++)
+		if (model.used[v][q])
+			return false;
+	return true;
+}
+
+/*
+ * Find an aligned free place in a chunk in use, and take it; not in a block of
+ * @spare pages that was free before all this, if that is not 0.
+ */
+static bool place(bool used[][BUDDY_MODEL_PAGES], u32 size, u32 spare)
 {
 	for (u32 v = 0; v < model.nr_slots; v++) {
 		if (!model.in_pool[v] || model.drain[v] || !used_pages(v))
@@ -144,6 +157,8 @@ static bool place(bool used[][BUDDY_MODEL_PAGES], u32 size)
 		for (u32 p = 0; p < buddy_model_pages(&model); p += size) {
 			u32 n = 0;
 
+			if (spare && block_is_free(v, p, spare))
+				continue;
 			while (n < size && !used[v][p + n])
 				n++;
 			if (n < size)
@@ -155,27 +170,61 @@ static bool place(bool used[][BUDDY_MODEL_PAGES], u32 size)
 	return false;
 }
 
-/* Move all runs of @v in thought, page by page. */
-static bool fits(u32 v)
+/* Move all runs of @v in thought, page by page; or those below half a chunk. */
+static bool fits(u32 v, bool half)
 {
+	u32 top = half ? buddy.geometry.chunk_order - 1u : TM_BUDDY_ORDERS;
+	u32 spare = half ? buddy_model_pages(&model) / 2 : 0;
 	static bool used[BUDDY_MODEL_SLOTS][BUDDY_MODEL_PAGES];
 
 	memcpy(used, model.used, sizeof(used));
 	memset(used[v], true, sizeof(used[v]));
-	for (u32 run = TM_BUDDY_ORDERS; run > 0; run--)
+	for (u32 run = top; run > 0; run--)
 		for (u32 p = 0; p < buddy_model_pages(&model); p++)
 			if (model.run[v][p] == run &&
-			    !place(used, 1u << (run - 1)))
+			    !place(used, 1u << (run - 1), spare))
 				return false;
 	return true;
 }
 
-static bool qualifies(u32 v, u64 pass)
+/* One half is one run; of the other, some is used and some may be free. */
+static bool is_half(u32 v)
+{
+	u32 half = buddy_model_pages(&model) / 2;
+	bool one = model.run[v][0] == buddy.geometry.chunk_order;
+	bool other = model.run[v][half] == buddy.geometry.chunk_order;
+
+	return one != other && used_pages(v) > half;
+}
+
+static bool qualifies(u32 v, u64 pass, bool half)
 {
 	return model.in_pool[v] && used_pages(v) &&
 	       buddy_model_class(&model, v) == TM_BUDDY_MOVABLE &&
 	       !buddy_model_arriving(&model, v) && model.rest[v] <= pass &&
-	       fits(v);
+	       (!half || is_half(v)) && fits(v, half);
+}
+
+/* Pages of the cheapest chunk to empty, or to empty by half; TM_NONE for none. */
+static u32 cheapest(u64 pass, bool half)
+{
+	u32 best = TM_NONE;
+
+	for (u32 v = 0; v < model.nr_slots; v++)
+		if (qualifies(v, pass, half) && used_pages(v) < best)
+			best = used_pages(v);
+	return best;
+}
+
+/* Free pages in chunks in use. */
+static u32 holes(void)
+{
+	u32 n = 0;
+
+	for (u32 v = 0; v < model.nr_slots; v++)
+		if (model.in_pool[v] && !model.drain[v] && used_pages(v))
+			n += buddy_model_pages(&model) - used_pages(v);
+	return n;
 }
 
 static void do_begin(struct tm_compact *compact)
@@ -187,23 +236,28 @@ static void do_begin(struct tm_compact *compact)
 /* One call is a whole search here: there are fewer slots than it looks at. */
 static int do_choose(struct tm_compact *compact, struct tm_buddy_drain *drain)
 {
-	u32 best = TM_NONE, v;
+	u32 best = cheapest(compact->pass, false), v;
+	bool half = false;
 	int err;
 
-	for (v = 0; v < model.nr_slots; v++)
-		if (qualifies(v, compact->pass) && used_pages(v) < best)
-			best = used_pages(v);
+	if (best == TM_NONE && holes() >= buddy_model_pages(&model)) {
+		half = true;
+		best = cheapest(compact->pass, true);
+	}
 	err = tm_compact_choose(&buddy, compact, drain);
 	CHECK_EQ(err, best == TM_NONE ? -ENOENT : 0);
 	if (err)
 		return err;
 	v = drain->id.v;
 	CHECK(v < model.nr_slots);
-	CHECK(qualifies(v, compact->pass));
+	CHECK(qualifies(v, compact->pass, half));
 	CHECK_EQ(used_pages(v), best);
+	CHECK_EQ(drain->half, half);
 	model.drain[v] = ++model.drains;
 	CHECK_EQ(drain->nr, model.drains);
 	memset(model.named[v], 0, sizeof(model.named[v]));
+	if (half)
+		buddy_model_drain_half(&model, v);
 	return 0;
 }
 
@@ -279,8 +333,10 @@ static void compact_all(void)
 
 		/* Nobody interferes: what fitted fits. */
 		CHECK_EQ(drain_all(&drain, 0), -ENOENT);
-		CHECK(!model.in_pool[v]);
-		CHECK(++drains <= model.nr_slots);
+		CHECK(!model.drain[v]);
+		CHECK_EQ(model.in_pool[v], drain.half);
+		/* A chunk at most by half, and then at most as a whole. */
+		CHECK(++drains <= 2 * model.nr_slots);
 	}
 }
 
@@ -553,6 +609,52 @@ TEST_PAGE_SIZES(compact_old_drains_are_over)
 	teardown();
 }
 
+/* From nowhere, to nowhere, to a run that is somebody's, with another order. */
+TEST_PAGE_SIZES(compact_wrong_moves_change_nothing)
+{
+	struct tm_page_id other, from, to, page;
+	struct buddy_snapshot before;
+	struct tm_buddy_drain drain;
+	unsigned int order, wrong;
+	bool empty = true;
+
+	setup(page_shift, 2);
+	one_of_each(&other);
+	CHECK_EQ(buddy_do_drain_begin(&model, &buddy,
+				      (struct tm_chunk_id){ 0 }, &drain), 0);
+	CHECK_EQ(buddy_do_drain_next(&model, &buddy, &drain, &from, &order), 0);
+	CHECK_EQ(buddy_do_drain_next(&model, &buddy, &drain, &from, &order), 0);
+	CHECK_EQ(buddy_do_drain_alloc(&model, &buddy, &drain, order, &to), 0);
+	CHECK_EQ(take(order, false, &page), 0);
+	buddy_snapshot_take(&before, &buddy);
+	for (u32 p = 0; p < 3 * buddy_model_pages(&model); p++) {
+		struct tm_page_id wild = { p };
+
+		/* Not the place that was allocated for it. */
+		if (p != to.v)
+			CHECK_EQ(tm_buddy_drain_moved(&buddy, from, wild, order,
+						      &empty), -EINVAL);
+		/* Not a run of this order; and @to itself is none to move. */
+		if (p != from.v && p != page.v)
+			CHECK_EQ(tm_buddy_drain_moved(&buddy, wild, to, order,
+						      &empty), -EINVAL);
+	}
+	for (wrong = 0; wrong < 300; wrong++)
+		if (wrong != order)
+			CHECK_EQ(tm_buddy_drain_moved(&buddy, from, to, wrong,
+						      &empty), -EINVAL);
+	CHECK_EQ(tm_buddy_drain_moved(&buddy, from, to, ~0u, &empty), -EINVAL);
+	CHECK_EQ(tm_buddy_drain_moved(&buddy, from,
+				      (struct tm_page_id){ TM_NONE }, order,
+				      &empty), -EINVAL);
+	CHECK(empty);
+	CHECK(buddy_snapshot_same(&before, &buddy));
+	buddy_do_drain_moved(&model, &buddy, buddy_model_find(&model, from),
+			     buddy_model_find(&model, to));
+	buddy_model_compare(&model, &buddy);
+	teardown();
+}
+
 /* What cannot be drained is refused, and a run that cannot move is never named. */
 TEST_PAGE_SIZES(compact_leaves_the_unmovable)
 {
@@ -664,6 +766,57 @@ TEST_PAGE_SIZES(compact_looks_at_orders)
 	teardown();
 }
 
+/*
+ * The pages are there, the halves are not: chunks of half a run and some pages
+ * cannot move, until one of them has given away the pages.
+ */
+TEST_PAGE_SIZES(compact_empties_a_half_first)
+{
+	struct tm_buddy_drain drain;
+	struct tm_compact compact;
+	struct tm_page_id page;
+	unsigned int top;
+	u32 pages;
+
+	setup(page_shift, 3);
+	top = tm_buddy_max_order(&buddy);
+	pages = buddy_model_pages(&model);
+	for (struct tm_chunk_id id = { 0 }; id.v < 3; id.v++) {
+		buddy_do_add(&model, &buddy, id);
+		CHECK_EQ(take(top, false, &page), 0);
+		CHECK_EQ(chunk_of(page).v, id.v);
+		for (u32 i = 0; i < pages / 2; i++)
+			CHECK_EQ(take(0, false, &page), 0);
+	}
+	/* A quarter of two halves stays, and half of the third. */
+	for (u32 i = 0; i < pages / 2; i++)
+		for (u32 v = 0; v < 3; v++)
+			if (i % (v == 2 ? 2 : 4))
+				give_page(tm_page_id(buddy.geometry,
+						     (struct tm_chunk_id){ v },
+						     pages / 2 + i));
+	verify();
+	CHECK_EQ(holes(), pages);
+	do_begin(&compact);
+	CHECK_EQ(do_choose(&compact, &drain), 0);
+	CHECK(drain.half);
+	CHECK_EQ(drain_all(&drain, 0), -ENOENT);
+	CHECK_EQ(buddy.halved, 1);
+	CHECK_EQ(buddy.given_up, 0);
+	CHECK_EQ(used_pages(drain.id.v), pages / 2);
+	CHECK_EQ(buddy.chunks[drain.id.v].class, TM_BUDDY_MOVABLE);
+	/* It is over. */
+	buddy_do_drain_cancel(&model, &buddy, &drain);
+	CHECK_EQ(buddy.given_up, 0);
+	/* Now another finds room in that half. */
+	CHECK_EQ(do_choose(&compact, &drain), 0);
+	CHECK(!drain.half);
+	CHECK_EQ(drain_all(&drain, 0), -ENOENT);
+	CHECK_EQ(buddy.nr_chunks, 2);
+	CHECK_EQ(do_choose(&compact, &drain), -ENOENT);
+	teardown();
+}
+
 /* A table that takes several calls, without the model: it has not the slots. */
 TEST(compact_searches_in_slices)
 {
@@ -745,6 +898,46 @@ TEST(compact_searches_in_slices)
 		if (how == 1)
 			CHECK_EQ(tm_buddy_free(&buddy, keep, 3, &empty), 0);
 	}
+	tm_host_unlock(&lock);
+	buddy.nr_chunks = 0;
+	tm_buddy_destroy(&buddy);
+}
+
+/* The half to empty that a search found is none any more at its end. */
+TEST(compact_looks_again_at_a_half)
+{
+	struct tm_buddy_drain drain;
+	struct tm_compact compact;
+	struct tm_page_id page;
+	bool empty;
+
+	lock.held = false;
+	CHECK_EQ(tm_buddy_init(&buddy, tm_geometry(16), TM_COMPACT_SCAN + 1,
+			       &lock), 0);
+	tm_host_lock(&lock);
+	/* Three times half a run, and every fourth page of the other half. */
+	for (struct tm_chunk_id id = { 0 }; id.v < 3; id.v++) {
+		tm_buddy_add_chunk(&buddy, id);
+		CHECK_EQ(tm_buddy_alloc(&buddy, 4, &page), 0);
+		for (u32 i = 0; i < 16; i++)
+			CHECK_EQ(tm_buddy_alloc(&buddy, 0, &page), 0);
+	}
+	for (u32 p = 0; p < 3 * 32; p++)
+		if (p % 32 >= 16 && p % 4)
+			CHECK_EQ(tm_buddy_free(&buddy, (struct tm_page_id){ p },
+					       0, &empty), 0);
+	tm_compact_begin(&buddy, &compact);
+	CHECK_EQ(tm_compact_choose(&buddy, &compact, &drain), -EAGAIN);
+	CHECK_EQ(compact.best, TM_NONE);
+	CHECK_EQ(compact.half, 0);
+	CHECK_EQ(tm_buddy_free(&buddy, (struct tm_page_id){ 0 }, 4, &empty), 0);
+	CHECK_EQ(tm_compact_choose(&buddy, &compact, &drain), -EAGAIN);
+	CHECK_EQ(buddy.drains, 0);
+	/* The next search finds that there is a half free now. */
+	CHECK_EQ(tm_compact_choose(&buddy, &compact, &drain), -EAGAIN);
+	CHECK_EQ(tm_compact_choose(&buddy, &compact, &drain), 0);
+	CHECK(!drain.half);
+	CHECK_OK(tm_buddy_check(&buddy));
 	tm_host_unlock(&lock);
 	buddy.nr_chunks = 0;
 	tm_buddy_destroy(&buddy);
@@ -836,6 +1029,7 @@ enum op {
 	OP_PASS,
 	OP_CHOOSE,
 	OP_DRAIN,
+	OP_DRAIN_HALF,
 	OP_DRAIN_ALL,
 	OP_MOVE_BEGIN,
 	OP_MOVE_END,
@@ -909,8 +1103,15 @@ static void random_op(enum op op, struct tm_rng *rng)
 		do_choose(pass, drain);
 		break;
 	case OP_DRAIN:
-		tm_op("drain chunk %u", id.v);
-		buddy_do_drain_begin(&model, &buddy, id, drain);
+	case OP_DRAIN_HALF:
+		tm_op("drain chunk %u%s", id.v,
+		      op == OP_DRAIN ? "" : " by half");
+		if (!buddy_do_drain_begin(&model, &buddy, id, drain) &&
+		    op == OP_DRAIN_HALF) {
+			buddy_do_drain_half(&model, &buddy, drain);
+			if (nr_moves < MAX_MOVES && tm_rand_one_in(rng, 2))
+				drain_all(drain, 0);
+		}
 		break;
 	case OP_DRAIN_ALL:
 		if (nr_moves == MAX_MOVES)
@@ -952,13 +1153,14 @@ static void random_op(enum op op, struct tm_rng *rng)
 }
 
 #define ROUNDS	10
+#define STEPS	2500
 
 TEST_PAGE_SIZES(compact_random)
 {
-	u64 emptied = 0, given_up = 0, starved = 0, moved = 0;
+	u64 emptied = 0, halved = 0, given_up = 0, starved = 0, moved = 0;
 	struct tm_round round;
 
-	tm_for_each_round(&round, ROUNDS, 2500) {
+	tm_for_each_round(&round, ROUNDS, STEPS) {
 		u32 weights[OPS] = { 0 };
 
 		setup(page_shift, SLOTS);
@@ -993,18 +1195,20 @@ TEST_PAGE_SIZES(compact_random)
 		compact_all();
 		verify();
 		emptied += buddy.emptied;
+		halved += buddy.halved;
 		given_up += buddy.given_up;
 		starved += buddy.starved;
 		moved += buddy.moved_runs;
 		teardown();
 	}
-	/* It all did happen. A replay of one round need not show it. */
-	if (round.nr < ROUNDS)
+	/* It all did happen. One round, or short ones, need not show it. */
+	if (round.nr < ROUNDS || round.steps < STEPS)
 		return;
-	CHECK(emptied > 2);
-	CHECK(given_up > 2);
-	CHECK(starved > 2);
-	CHECK(moved > 20);
+	CHECK(emptied > 20);
+	CHECK(halved > 10);
+	CHECK(given_up > 20);
+	CHECK(starved > 20);
+	CHECK(moved > 200);
 }
 
 /* Every sequence of calls up to a depth, on two chunks of 4 pages. */
@@ -1121,6 +1325,9 @@ static void unlocked(void *which)
 	case 8:
 		(void)tm_fragmentation(&buddy, 0);
 		break;
+	case 9:
+		tm_buddy_drain_half(&buddy, &drain);
+		break;
 	}
 }
 
@@ -1129,7 +1336,7 @@ TEST(compact_calls_need_the_lock)
 	static const char *const calls[] = {
 		"alloc_unmovable", "drain_begin", "drain_next", "drain_alloc",
 		"drain_moved", "drain_cancel", "begin", "choose",
-		"fragmentation",
+		"fragmentation", "drain_half",
 	};
 	struct tm_buddy_drain drain;
 	struct tm_page_id page;
@@ -1139,7 +1346,7 @@ TEST(compact_calls_need_the_lock)
 	CHECK_EQ(take(0, false, &page), 0);
 	CHECK_EQ(buddy_do_drain_begin(&model, &buddy, chunk_of(page), &drain),
 		 0);
-	for (int i = 0; i < 9; i++)
+	for (int i = 0; i < 10; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	teardown();
 }
