@@ -4,7 +4,6 @@
 #include <linux/export.h>
 #include <linux/mm.h>
 #include <linux/numa.h>
-#include <linux/percpu.h>
 #include <linux/tensormem.h>
 
 #include "numa.h"
@@ -14,9 +13,6 @@
 #define TM_API_FLAGS	(TENSORMEM_ZEROED | TENSORMEM_ACCOUNT | TENSORMEM_THISNODE)
 
 static atomic_t tm_api_turn = ATOMIC_INIT(0);
-/* What modules have, by kind; freed on any CPU, so only the sum means something. */
-static DEFINE_PER_CPU(s64, tm_api_bytes[TENSORMEM_KIND_PROTOCOL + 1]);
-
 /* Try @node first, or no other. Return: 0, or -EINVAL for a node without memory. */
 static int tm_api_node(int node, unsigned int flags, struct tm_numa *numa)
 {
@@ -67,15 +63,16 @@ int tensormem_alloc(struct tensormem_run *run, enum tensormem_kind kind,
 	    kind < TENSORMEM_KIND_WEIGHTS || kind > TENSORMEM_KIND_PROTOCOL)
 		return -EINVAL;
 	might_sleep();
-	if (!tm_api_cached(order, node, flags) ||
-	    !tm_runcache_take(order, &got)) {
+	if (!tm_runcache_take(order, kind, tm_api_cached(order, node, flags),
+			      &got)) {
 		err = tm_api_alloc(&got, order, node, flags);
-		if (err)
+		if (err) {
+			tm_runcache_untake(order, kind);
 			return err;
+		}
 	}
 	if (flags & TENSORMEM_ZEROED && !got.zeroed)
 		tm_pages_zero(&got);
-	this_cpu_add(tm_api_bytes[kind], PAGE_SIZE << order);
 	*run = (struct tensormem_run){
 		.page = tm_pages_page(&got),
 		.id = got.page.v,
@@ -96,9 +93,8 @@ void tensormem_free(const struct tensormem_run *run)
 		.order = run->order,
 	};
 
-	this_cpu_sub(tm_api_bytes[run->kind], PAGE_SIZE << run->order);
-	if (run->accounted || !tm_api_cached(run->order, NUMA_NO_NODE, 0) ||
-	    !tm_runcache_put(&got))
+	if (!tm_runcache_put(&got, run->kind, !run->accounted &&
+			     tm_api_cached(run->order, NUMA_NO_NODE, 0)))
 		tm_pages_free(&got, false);
 }
 EXPORT_SYMBOL_GPL(tensormem_free);
@@ -108,7 +104,6 @@ int tensormem_stats(int node, struct tensormem_stats *stats)
 	u64 nodes = node == NUMA_NO_NODE ? tm_pages_nodes() :
 		    node >= 0 && node < TM_MAX_NODES ? BIT_ULL(node) : 0;
 	struct tm_pages_stats s;
-	int cpu;
 
 	if (!(nodes & tm_pages_nodes()))
 		return -EINVAL;
@@ -119,9 +114,8 @@ int tensormem_stats(int node, struct tensormem_stats *stats)
 		.free = s.free,
 		.buddy_pages = s.buddy.used_pages - tm_runcache_pages(),
 	};
-	for_each_possible_cpu(cpu)
-		for (u32 kind = 0; kind <= TENSORMEM_KIND_PROTOCOL; kind++)
-			stats->bytes[kind] += per_cpu(tm_api_bytes[kind], cpu);
+	for (u32 kind = 0; kind <= TENSORMEM_KIND_PROTOCOL; kind++)
+		stats->bytes[kind] = tm_runcache_used(kind) << PAGE_SHIFT;
 	return 0;
 }
 EXPORT_SYMBOL_GPL(tensormem_stats);

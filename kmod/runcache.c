@@ -2,7 +2,8 @@
 /*
  * Runs kept for each CPU in front of the buddy pool: a module that frees a run and
  * soon takes another finds it here, without the pool's lock, without splitting and
- * merging. What is kept is bounded in pages, and given up when memory is short.
+ * merging. What is kept is bounded in pages, and given up when memory is short. The
+ * same lock counts what is in use, which costs nothing more here.
  *
  * tm_runcache::lock nests inside everything; it is contended only by who drains.
  */
@@ -12,6 +13,7 @@
 #include <linux/percpu.h>
 #include <linux/spinlock.h>
 #include <linux/topology.h>
+#include <uapi/linux/tensormem.h>
 
 #include "compat.h"
 #include "pages.h"
@@ -19,21 +21,24 @@
 
 /* Runs of one order: what a burst of a driver takes. */
 #define TM_RUNCACHE_RUNS	64
-/* At most two chunks a CPU, and all together no more than this part of the RAM. */
-#define TM_RUNCACHE_CHUNKS	2
-#define TM_RUNCACHE_RAM		128
+/* At most eight chunks a CPU, and all together no more than this part of the RAM. */
+#define TM_RUNCACHE_CHUNKS	8
+#define TM_RUNCACHE_RAM		64
 
 /**
  * struct tm_runcache - what one CPU keeps
  * @lock: guards what follows
  * @pages: pages in all runs
  * @nr: runs by order
+ * @used: pages that modules have, by enum tensormem_kind; they may be freed on another
+ *        CPU than they were taken on, so that only the sum means something
  * @run: the runs, the last one in first out
  */
 struct tm_runcache {
 	spinlock_t lock;
 	u32 pages;
 	u8 nr[TM_MAX_CHUNK_ORDER];
+	s64 used[TENSORMEM_KIND_PROTOCOL + 1];
 	struct tm_run run[TM_MAX_CHUNK_ORDER][TM_RUNCACHE_RUNS];
 };
 
@@ -52,35 +57,56 @@ static bool tm_runcache_pop(struct tm_runcache *c, unsigned int order,
 	return true;
 }
 
-static bool tm_runcache_push(struct tm_runcache *c, const struct tm_run *run)
+/* Return: whether there is room; @others: there would be without other orders. */
+static bool tm_runcache_push(struct tm_runcache *c, const struct tm_run *run,
+			     bool *others)
 {
-	u32 pages = 1u << run->order;
+	u32 nr = c->nr[run->order], pages = 1u << run->order;
 
 	lockdep_assert_held(&c->lock);
-	if (c->nr[run->order] == TM_RUNCACHE_RUNS ||
-	    c->pages + pages > tm_runcache_limit)
+	*others = false;
+	if (nr == TM_RUNCACHE_RUNS)
 		return false;
-	c->run[run->order][c->nr[run->order]++] = *run;
+	if (c->pages + pages > tm_runcache_limit) {
+		*others = c->pages > nr << run->order;
+		return false;
+	}
+	c->run[run->order][nr] = *run;
+	c->nr[run->order] = nr + 1;
 	c->pages += pages;
 	return true;
 }
 
 /**
- * tm_runcache_take - take a run that this CPU keeps
- * @order: log2 of its pages; below a chunk
+ * tm_runcache_take - count a run as in use, and take it from here if there is one
+ * @order: log2 of its pages
+ * @kind: enum tensormem_kind
+ * @keeps: the run may be one that a CPU keeps; @order is below a chunk then
  * @run: filled in on success; contents undefined
  *
  * Context: process context. Return: whether there was one.
  */
-bool tm_runcache_take(unsigned int order, struct tm_run *run)
+bool tm_runcache_take(unsigned int order, u32 kind, bool keeps,
+		      struct tm_run *run)
 {
 	struct tm_runcache *c = raw_cpu_ptr(tm_runcaches);
 	bool found;
 
 	spin_lock(&c->lock);
-	found = tm_runcache_pop(c, order, run);
+	c->used[kind] += 1 << order;
+	found = keeps && tm_runcache_pop(c, order, run);
 	spin_unlock(&c->lock);
 	return found;
+}
+
+/* There was no such run elsewhere either. Context: process context. */
+void tm_runcache_untake(unsigned int order, u32 kind)
+{
+	struct tm_runcache *c = raw_cpu_ptr(tm_runcaches);
+
+	spin_lock(&c->lock);
+	c->used[kind] -= 1 << order;
+	spin_unlock(&c->lock);
 }
 
 /* Free the largest run that is not of @order. Return: whether there was one. */
@@ -99,8 +125,10 @@ static bool tm_runcache_evict(struct tm_runcache *c, unsigned int order)
 }
 
 /**
- * tm_runcache_put - keep a run that is being freed
- * @run: an unmovable one of an uncharged chunk, below a chunk
+ * tm_runcache_put - count a run as no longer in use, and keep it if there is room
+ * @run: the run
+ * @kind: enum tensormem_kind
+ * @keeps: it may be kept: an unmovable one of an uncharged chunk, below a chunk
  *
  * What is freed now is wanted again sooner than what was freed before: runs of other
  * orders make room for it.
@@ -108,20 +136,23 @@ static bool tm_runcache_evict(struct tm_runcache *c, unsigned int order)
  * Context: process context; may call the page allocator to free.
  * Return: whether it was kept; if not, it is the caller's.
  */
-bool tm_runcache_put(const struct tm_run *run)
+bool tm_runcache_put(const struct tm_run *run, u32 kind, bool keeps)
 {
 	struct tm_runcache *c = raw_cpu_ptr(tm_runcaches);
-	bool kept, full;
+	bool kept = false, others = false;
 
 	/* Who takes it wants memory of its own node. */
-	if (run->node != numa_node_id())
-		return false;
-	do {
+	keeps = keeps && run->node == numa_node_id();
+	spin_lock(&c->lock);
+	c->used[kind] -= 1 << run->order;
+	if (keeps)
+		kept = tm_runcache_push(c, run, &others);
+	spin_unlock(&c->lock);
+	while (others && tm_runcache_evict(c, run->order)) {
 		spin_lock(&c->lock);
-		kept = tm_runcache_push(c, run);
-		full = c->nr[run->order] == TM_RUNCACHE_RUNS;
+		kept = tm_runcache_push(c, run, &others);
 		spin_unlock(&c->lock);
-	} while (!kept && !full && tm_runcache_evict(c, run->order));
+	}
 	return kept;
 }
 
@@ -164,6 +195,17 @@ u64 tm_runcache_pages(void)
 
 	for_each_possible_cpu(cpu)
 		pages += READ_ONCE(per_cpu_ptr(tm_runcaches, cpu)->pages);
+	return pages;
+}
+
+/* Pages that modules have for @kind. Context: any. */
+u64 tm_runcache_used(u32 kind)
+{
+	s64 pages = 0;
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		pages += READ_ONCE(per_cpu_ptr(tm_runcaches, cpu)->used[kind]);
 	return pages;
 }
 

@@ -47,34 +47,43 @@ static void tm_buddy_list_del(struct tm_buddy *buddy, u32 v, u32 orders)
 		buddy->lists &= ~(1u << list);
 }
 
-/* The chunk had @was as its orders: move it to the list of its largest one. */
-static void tm_buddy_relist(struct tm_buddy *buddy, u32 v, u32 was)
+static void tm_buddy_move(struct tm_buddy *buddy, u32 v, u32 was,
+			  enum tm_buddy_class class)
 {
-	u32 now = buddy->chunks[v].orders;
+	struct tm_buddy_chunk *c = &buddy->chunks[v];
+	u32 now = c->orders;
 
-	/* Same highest bit, or both 0. */
-	if ((was ^ now) <= (was & now))
-		return;
 	if (was)
 		tm_buddy_list_del(buddy, v, was);
+	for (u32 left = class == c->class ? 0 : now; left; left &= left - 1) {
+		unsigned int o = tm_ctz64(left);
+
+		buddy->free_runs[c->class][o] -= c->nr[o];
+		buddy->free_runs[class][o] += c->nr[o];
+	}
+	c->class = class;
 	if (now)
 		tm_buddy_list_add(buddy, v, now);
+}
+
+/*
+ * The chunk had @was as its orders and is of @class from now on: see that it is on
+ * the list that it belongs to.
+ */
+static inline void tm_buddy_relist(struct tm_buddy *buddy, u32 v, u32 was,
+				   enum tm_buddy_class class)
+{
+	const struct tm_buddy_chunk *c = &buddy->chunks[v];
+
+	/* The same highest bit, or both 0. */
+	if (class != c->class || (was ^ c->orders) > (was & c->orders))
+		tm_buddy_move(buddy, v, was, class);
 }
 
 static void tm_buddy_set_class(struct tm_buddy *buddy, u32 v,
 			       enum tm_buddy_class class)
 {
-	struct tm_buddy_chunk *c = &buddy->chunks[v];
-
-	if (c->orders)
-		tm_buddy_list_del(buddy, v, c->orders);
-	for (unsigned int o = 0; o <= buddy->geometry.chunk_order; o++) {
-		buddy->free_runs[c->class][o] -= c->nr[o];
-		buddy->free_runs[class][o] += c->nr[o];
-	}
-	c->class = class;
-	if (c->orders)
-		tm_buddy_list_add(buddy, v, c->orders);
+	tm_buddy_relist(buddy, v, buddy->chunks[v].orders, class);
 }
 
 static void tm_buddy_set(struct tm_buddy *buddy, struct tm_buddy_chunk *c,
@@ -149,7 +158,7 @@ void tm_buddy_add_chunk(struct tm_buddy *buddy, struct tm_chunk_id id)
 		return;
 	c->in_pool = true;
 	tm_buddy_set(buddy, c, buddy->geometry.chunk_order, 0);
-	tm_buddy_relist(buddy, id.v, 0);
+	tm_buddy_relist(buddy, id.v, 0, TM_BUDDY_MOVABLE);
 	buddy->nr_chunks++;
 	buddy->free_pages += tm_chunk_pages(buddy->geometry);
 }
@@ -167,11 +176,10 @@ int tm_buddy_remove_chunk(struct tm_buddy *buddy, struct tm_chunk_id id)
 	if (!c->in_pool || was != 1u << buddy->geometry.chunk_order)
 		return -EBUSY;
 	tm_buddy_clear(buddy, c, buddy->geometry.chunk_order, 0);
-	tm_buddy_relist(buddy, id.v, was);
+	tm_buddy_relist(buddy, id.v, was, TM_BUDDY_MOVABLE);
 	buddy->emptied += c->drain != 0;
 	c->drain = 0;
 	c->rest = 0;
-	c->class = TM_BUDDY_MOVABLE;
 	c->in_pool = false;
 	c->next = 0;
 	c->prev = 0;
@@ -209,25 +217,31 @@ static u32 tm_buddy_find(const struct tm_buddy *buddy,
 
 /* Allocate from @v, which has a free run of @order or more. */
 static struct tm_page_id tm_buddy_take(struct tm_buddy *buddy, u32 v,
-				       unsigned int order)
+				       unsigned int order, bool movable)
 {
 	struct tm_buddy_chunk *c = &buddy->chunks[v];
+	enum tm_buddy_class class = c->class;
 	u32 was = c->orders;
 	unsigned int o = order + tm_ctz64(was >> order);
 	u32 i = tm_buddy_first(buddy, c, o);
 
 	tm_buddy_clear(buddy, c, o, i);
+	buddy->splits += o - order;
 	while (o > order) {
 		o--;
 		i <<= 1;
 		tm_buddy_set(buddy, c, o, i ^ 1);
-		buddy->splits++;
 	}
-	tm_buddy_relist(buddy, v, was);
 	buddy->free_pages -= 1u << order;
 	buddy->allocs++;
 	c->used[order]++;
 	c->run[i << order] = order + 1;
+	if (!movable) {
+		c->run[i << order] |= TM_BUDDY_RUN_UNMOVABLE;
+		c->unmovable++;
+		class = TM_BUDDY_UNMOVABLE;
+	}
+	tm_buddy_relist(buddy, v, was, class);
 	return tm_page_id(buddy->geometry, (struct tm_chunk_id){ v },
 			  i << order);
 }
@@ -272,7 +286,7 @@ static int tm_buddy_alloc_class(struct tm_buddy *buddy,
 		v = tm_buddy_reclaim(buddy, order);
 	if (v == TM_NONE)
 		return -ENOMEM;
-	*page = tm_buddy_take(buddy, v, order);
+	*page = tm_buddy_take(buddy, v, order, class == TM_BUDDY_MOVABLE);
 	return 0;
 }
 
@@ -285,19 +299,7 @@ int tm_buddy_alloc(struct tm_buddy *buddy, unsigned int order,
 int tm_buddy_alloc_unmovable(struct tm_buddy *buddy, unsigned int order,
 			     struct tm_page_id *page)
 {
-	struct tm_buddy_chunk *c;
-	struct tm_chunk_id id;
-	int err;
-
-	err = tm_buddy_alloc_class(buddy, TM_BUDDY_UNMOVABLE, order, page);
-	if (err)
-		return err;
-	id = tm_page_chunk(buddy->geometry, *page);
-	c = &buddy->chunks[id.v];
-	c->run[tm_page_index(buddy->geometry, *page)] |= TM_BUDDY_RUN_UNMOVABLE;
-	if (!c->unmovable++)
-		tm_buddy_set_class(buddy, id.v, TM_BUDDY_UNMOVABLE);
-	return 0;
+	return tm_buddy_alloc_class(buddy, TM_BUDDY_UNMOVABLE, order, page);
 }
 
 int tm_buddy_free(struct tm_buddy *buddy, struct tm_page_id page,
@@ -306,37 +308,41 @@ int tm_buddy_free(struct tm_buddy *buddy, struct tm_page_id page,
 	struct tm_chunk_id id = tm_page_chunk(buddy->geometry, page);
 	u32 index = tm_page_index(buddy->geometry, page);
 	struct tm_buddy_chunk *c;
+	enum tm_buddy_class class;
+	unsigned int merged;
 	u32 i, was;
+	u8 run;
 
 	tm_assert_locked(buddy->lock);
 	/* Order ~0 would match a page where no run starts. */
 	if (id.v >= buddy->nr_slots || order > tm_buddy_max_order(buddy))
 		return -EINVAL;
 	c = &buddy->chunks[id.v];
-	if ((c->run[index] & TM_BUDDY_RUN_ORDER) != order + 1)
+	run = c->run[index];
+	if ((run & TM_BUDDY_RUN_ORDER) != order + 1)
 		return -EINVAL;
 
 	i = index >> order;
-	if (c->run[index] & TM_BUDDY_RUN_ARRIVING)
+	class = c->class;
+	if (run & TM_BUDDY_RUN_ARRIVING)
 		c->arriving--;
-	if (c->run[index] & TM_BUDDY_RUN_UNMOVABLE && !--c->unmovable)
-		tm_buddy_set_class(buddy, id.v, TM_BUDDY_MOVABLE);
+	if (run & TM_BUDDY_RUN_UNMOVABLE && !--c->unmovable)
+		class = TM_BUDDY_MOVABLE;
 	c->run[index] = 0;
 	c->used[order]--;
 	was = c->orders;
 	buddy->free_pages += 1u << order;
 	buddy->frees++;
 	/* Ends at the latest with the whole chunk, which has no buddy. */
-	while (order < buddy->geometry.chunk_order &&
-	       tm_buddy_test(buddy, c, order, i ^ 1)) {
-		tm_buddy_clear(buddy, c, order, i ^ 1);
+	for (merged = order; merged < buddy->geometry.chunk_order &&
+	     tm_buddy_test(buddy, c, merged, i ^ 1); merged++) {
+		tm_buddy_clear(buddy, c, merged, i ^ 1);
 		i >>= 1;
-		order++;
-		buddy->merges++;
 	}
-	tm_buddy_set(buddy, c, order, i);
-	tm_buddy_relist(buddy, id.v, was);
-	*empty = order == buddy->geometry.chunk_order;
+	buddy->merges += merged - order;
+	tm_buddy_set(buddy, c, merged, i);
+	tm_buddy_relist(buddy, id.v, was, class);
+	*empty = merged == buddy->geometry.chunk_order;
 	return 0;
 }
 
@@ -424,7 +430,7 @@ int tm_buddy_drain_alloc(struct tm_buddy *buddy,
 		tm_buddy_drain_end(buddy, drain->id.v, buddy->pass + 1);
 		return -ENOMEM;
 	}
-	*page = tm_buddy_take(buddy, v, order);
+	*page = tm_buddy_take(buddy, v, order, true);
 	c = &buddy->chunks[v];
 	c->run[tm_page_index(buddy->geometry, *page)] |= TM_BUDDY_RUN_ARRIVING;
 	c->arriving++;
