@@ -19,7 +19,7 @@ ICOUNT_ARGUMENTS = (
     "nokaslr norandmaps randomize_kstack_offset=off "
     "sysctl.kernel.hung_task_timeout_secs=0 rcupdate.rcu_cpu_stall_suppress=1 nosoftlockup"
 )
-KERNEL_ARGUMENTS = "ignore_loglevel printk.devkmsg=on oops=panic panic=-1"
+KERNEL_ARGUMENTS = "ignore_loglevel printk.devkmsg=on oops=panic panic=-1 kunit.enable=1"
 
 
 @dataclass(frozen=True)

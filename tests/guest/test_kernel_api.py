@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""The in-kernel API: the sample module, its KUnit suite, and the slab's own check."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from device import PAGE, read
+
+MODULES = Path(__file__).parents[2] / "kmod/tests"
+DEBUGFS = Path("/sys/kernel/debug")
+RESULTS = DEBUGFS / "kunit/tensormem/results"
+
+
+@contextmanager
+def loaded(name: str, *parameters: str) -> Iterator[None]:
+    subprocess.run(["insmod", MODULES / f"{name}.ko", *parameters], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["rmmod", name], check=True)
+
+
+def test_the_sample_holds_what_it_was_asked_for() -> None:
+    before = read("buddy/used_pages")
+    with loaded("tm_sample", "frames=7", "size=65536"):
+        frames = 7 * max(65536, PAGE) // PAGE
+        headers = read("buddy/used_pages") - before - frames
+        assert 0 < headers <= 8
+    assert read("buddy/used_pages") == before
+
+
+def test_a_sample_that_cannot_be_made_is_refused() -> None:
+    before = read("buddy/used_pages")
+    result = subprocess.run(["insmod", MODULES / "tm_sample.ko", "size=4194304"], check=False)
+    assert result.returncode
+    assert read("buddy/used_pages") == before
+
+
+@pytest.mark.skipif(not (DEBUGFS / "kunit").exists(), reason="this kernel has no KUnit")
+def test_kunit() -> None:
+    with loaded("tm_sample"):
+        results = RESULTS.read_text()
+    cases = re.findall(r"^ +(ok|not ok) \d+ (\w+)", results, re.MULTILINE)
+    assert len(cases) == 7, results
+    assert all(verdict == "ok" for verdict, _ in cases), results
+
+
+def test_the_slab_checks_itself_on_all_cpus() -> None:
+    with loaded("tm_bench_slab"):
+        assert (DEBUGFS / "tm_check_slab").read_text() == "ok\n"
