@@ -98,12 +98,25 @@ def boot(name: str, bench: Bench) -> list[Row]:
     return rows
 
 
+def scaling() -> list[Row]:
+    """Boot with 1, 2 and 4 CPUs and count contended locks; there is no row with a bound."""
+    names = ("tensormem_alloc", "alloc_pages", "tensormem_slab", "kmem_cache")
+    print("# contended locks per 1000 operations, all CPUs at once")
+    print(f"# CPUs{''.join(f'{name:>17}' for name in names)}")
+    for cpus in (1, 2, 4):
+        command = [GUEST, "run", "--cpus", str(cpus), "--memory", "1G", "--timeout", "600",
+                   "--", "python3", "tests/bench/scaling.py"]  # fmt: skip
+        subprocess.run(command, cwd=ROOT, check=True)
+    return []
+
+
 def measure(name: str) -> list[Row]:
-    return TRACES[name]() if name in TRACES else boot(name, BENCHES[name])
+    others = {**TRACES, "scaling": scaling}
+    return others[name]() if name in others else boot(name, BENCHES[name])
 
 
 def main() -> None:
-    known = [*BENCHES, *TRACES]
+    known = [*BENCHES, *TRACES, "scaling"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="*", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--twice", action="store_true", help="demand that two runs agree to 1 %%")
