@@ -6,14 +6,16 @@
  *
  * Lock order, outermost first:
  *
- *   mmap_lock                   the kernel's
+ *   tm_compact_mutex            one compaction at a time (compact.c)
+ *   tm_clients_mutex            the list of clients (client.c)
+ *   mmap_lock                   the kernel's; never under the two above
  *   mapping->invalidate_lock    a client's window and handles (client.c)
  *   tm_node::lock               both allocator levels of a node (here)
  *
  * The last is a spinlock held for a bounded number of steps; no page or slab
- * allocator is called under it. Two more stand alone, nothing is taken inside
- * them: tm_client::lock (a client's quota) and tm_quarantine_lock (memory.c).
- * Nothing here runs in interrupt context.
+ * allocator is called under it. These stand alone, nothing is taken inside them:
+ * tm_client::lock (a client's quota), tm_smalls::lock (its slabs), tm_park_lock,
+ * tm_quarantine_lock, tm_runcache::lock. Nothing here runs in interrupt context.
  */
 #include <linux/err.h>
 #include <linux/gfp.h>

@@ -105,9 +105,9 @@ enum tensormem_pool {
 };
 
 /*
- * How a tensor's pages are mapped. The first two can be pinned (O_DIRECT,
- * io_uring), count as RSS and can be mapped in part. A block of a chunk costs one
- * TLB entry and one fault for 2 MiB; it does not count as RSS on every kernel.
+ * How a tensor's pages are mapped. All can be pinned (O_DIRECT, io_uring). A block
+ * costs one TLB entry and one fault for 2 MiB, but does not count as RSS on every
+ * kernel, and where only part of a chunk is mapped it is mapped by pages.
  */
 enum tensormem_mapping {
 	TENSORMEM_MAPPING_PAGES	= 1,	/* page by page, a page table's worth a fault */
