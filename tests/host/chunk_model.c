@@ -175,8 +175,10 @@ void chunk_model_compare(const struct chunk_model *model,
 	}
 	for (u32 s = 0; s < TM_CHUNK_STATES; s++)
 		CHECK_EQ(pool->count[s], chunk_model_count(model, s));
-	for (u32 o = 0; o < TM_OWNERS; o++)
+	for (u32 o = 0; o < TM_OWNERS; o++) {
 		CHECK_EQ(pool->owned[o], chunk_model_owned(model, o));
+		CHECK_EQ(pool->taken[o], model->taken[o]);
+	}
 	CHECK_EQ(tm_chunk_total(pool), chunk_model_total(model));
 	CHECK_EQ(tm_chunk_free_count(pool), chunk_model_free(model));
 	CHECK_EQ(pool->nr_slots, model->nr_slots);
@@ -247,6 +249,7 @@ void chunk_do_grow_take(struct chunk_model *model, struct tm_chunk_pool *pool,
 	tm_chunk_grow_take(pool, id, owner, form);
 	enter(model, id.v, TM_CHUNK_OWNED);
 	model->owner[id.v] = owner;
+	model->taken[owner]++;
 	model->form[id.v] = form;
 	model->written[id.v] = !zeroed;
 	model->grown++;
@@ -317,6 +320,7 @@ int chunk_do_take(struct chunk_model *model, struct tm_chunk_pool *pool,
 		CHECK(!model->written[id->v]);
 	enter(model, id->v, TM_CHUNK_OWNED);
 	model->owner[id->v] = owner;
+	model->taken[owner]++;
 	return 0;
 }
 

@@ -26,6 +26,7 @@ struct chunk_model {
 	/* When the chunk came to its state. */
 	u64 since[CHUNK_MODEL_SLOTS];
 	u64 now;
+	u64 taken[TM_OWNERS];
 	u64 grown;
 	u64 shrunk;
 	u64 grow_failed;

@@ -234,15 +234,12 @@ TEST(chunk_take_keeps_to_the_form)
 	for (u32 want_zeroed = 0; want_zeroed < 2; want_zeroed++)
 		CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_TENSOR, false,
 				       want_zeroed, &id), -ENOMEM);
-	/* A split chunk is never handed out as zeroed. */
+	/* A split chunk is never handed out as zeroed: chunk_do_take() sees to it. */
 	for (u32 want_zeroed = 0; want_zeroed < 2; want_zeroed++) {
-		bool zeroed = true;
-
-		CHECK_EQ(tm_chunk_take(&pool, TM_OWNER_BUDDY, true, want_zeroed,
-				       &id, &zeroed), 0);
-		CHECK(!zeroed);
+		CHECK_EQ(chunk_do_take(&model, &pool, TM_OWNER_BUDDY, true,
+				       want_zeroed, &id), 0);
 		CHECK(pool.chunks[id.v].form.split);
-		CHECK(!tm_chunk_put(&pool, id, false));
+		CHECK(!chunk_do_put(&model, &pool, id));
 		CHECK_EQ(pool.chunks[id.v].state, TM_CHUNK_FREE_SPLIT);
 	}
 	chunk_model_compare(&model, &pool);
@@ -308,6 +305,8 @@ TEST(chunk_charged_leaves_the_pool)
 			}
 		}
 	}
+	CHECK_EQ(pool.taken[TM_OWNER_TENSOR], 4);
+	CHECK_EQ(pool.taken[TM_OWNER_BUDDY], 4);
 	CHECK_EQ(pool.shrunk, 8);
 	CHECK_EQ(pool.recast, 0);
 	teardown();
