@@ -137,8 +137,8 @@ void tm_client_destroy(struct tm_client *client)
 	mutex_lock(&tm_clients_mutex);
 	list_del(&client->all);
 	mutex_unlock(&tm_clients_mutex);
-	tm_tensor_free_all(client);
 	tm_park_close(client);
+	tm_tensor_free_all(client);
 	atomic64_dec(&tm_nr_clients);
 	tm_client_put(client);
 }

@@ -32,7 +32,8 @@ struct tm_smalls;
  * @parked: freed tensors whose memory and mappings wait for reuse, by length; under
  *          tm_park_lock (park.c)
  * @smalls: slabs for small tensors, or NULL (small.c)
- * @closing: nothing may be parked any more; under tm_park_lock
+ * @closing: nothing may be parked any more, and the window is nobody's: its ranges go
+ *           without being taken out; set under tm_park_lock and invalidate_lock
  * @turn: whose turn it is when its memory is interleaved over nodes
  * @all: on the list of all clients
  * @id: names the client in traces

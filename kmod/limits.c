@@ -33,34 +33,35 @@ bool tm_limits_in_cgroup(void)
 /**
  * tm_limits_pin - count pages against the caller's RLIMIT_MEMLOCK
  * @pages: how many
- * @user: who was charged, for tm_limits_unpin(); NULL with CAP_IPC_LOCK
+ * @payer: whose user was charged, for tm_limits_unpin(); NULL with CAP_IPC_LOCK
  *
- * Per user, as io_uring and perf count: opening another client does not help.
+ * Per user, as io_uring and perf count: opening another client does not help. It is
+ * the credentials that are kept because 6.1 lets no module drop a user.
  *
  * Context: may sleep. Return: 0, or -EPERM beyond the limit.
  */
-int tm_limits_pin(u64 pages, struct user_struct **user)
+int tm_limits_pin(u64 pages, const struct cred **payer)
 {
 	u64 limit = rlimit(RLIMIT_MEMLOCK) >> PAGE_SHIFT;
 	atomic_long_t *locked = &current_user()->locked_vm;
 	long old = atomic_long_read(locked);
 
-	*user = NULL;
+	*payer = NULL;
 	if (capable(CAP_IPC_LOCK))
 		return 0;
 	do {
 		if (pages > limit || old > limit - pages)
 			return -EPERM;
 	} while (!atomic_long_try_cmpxchg(locked, &old, old + pages));
-	*user = get_uid(current_user());
+	*payer = get_current_cred();
 	return 0;
 }
 
 /* Undo tm_limits_pin(). Context: process context. */
-void tm_limits_unpin(u64 pages, struct user_struct *user)
+void tm_limits_unpin(u64 pages, const struct cred *payer)
 {
-	if (!user)
+	if (!payer)
 		return;
-	atomic_long_sub(pages, &user->locked_vm);
-	free_uid(user);
+	atomic_long_sub(pages, &payer->user->locked_vm);
+	put_cred(payer);
 }

@@ -4,10 +4,10 @@
 
 #include <linux/types.h>
 
-struct user_struct;
+struct cred;
 
 bool tm_limits_in_cgroup(void);
-int __must_check tm_limits_pin(u64 pages, struct user_struct **user);
-void tm_limits_unpin(u64 pages, struct user_struct *user);
+int __must_check tm_limits_pin(u64 pages, const struct cred **payer);
+void tm_limits_unpin(u64 pages, const struct cred *payer);
 
 #endif

@@ -205,17 +205,21 @@ bool tm_park_relieve_client(struct tm_client *client)
  * tm_park_close - give up what a dying client has parked
  * @client: whose; no file and no mapping of it is left
  *
- * Context: may sleep.
+ * Context: may sleep; takes the client's invalidate_lock.
  */
 void tm_park_close(struct tm_client *client)
 {
+	struct address_space *mapping = client->inode->i_mapping;
 	struct tm_tensor *tensor, *next;
 	LIST_HEAD(doomed);
 
+	/* Somebody may be taking a parked tensor out of the window. */
+	filemap_invalidate_lock(mapping);
 	spin_lock(&tm_park_lock);
 	client->closing = true;
 	tm_park_take_all(client, &doomed);
 	spin_unlock(&tm_park_lock);
+	filemap_invalidate_unlock(mapping);
 	list_for_each_entry_safe(tensor, next, &doomed, doomed)
 		tm_park_destroy(client, tensor);
 }

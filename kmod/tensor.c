@@ -289,6 +289,8 @@ void tm_tensor_unmap(struct tm_client *client, struct tm_tensor *tensor)
 	struct tm_range *range = &tensor->region.range;
 
 	tm_tensor_assert_locked(client);
+	if (client->closing)
+		return;
 	tm_window_remove(&client->window, range);
 	unmap_mapping_range(client->inode->i_mapping,
 			    (loff_t)range->start << PAGE_SHIFT,

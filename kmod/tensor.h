@@ -10,7 +10,7 @@
 #include "small.h"
 
 struct tm_client;
-struct user_struct;
+struct cred;
 
 /**
  * struct tm_tensor - one allocation of a client
@@ -43,7 +43,7 @@ struct tm_tensor {
 	struct tm_numa numa;
 	bool reused;
 	u64 born_ns;
-	struct user_struct *pinned_by;
+	const struct cred *pinned_by;
 	struct list_head doomed;
 	struct tm_client *client;
 	struct hlist_node parked;
