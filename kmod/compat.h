@@ -121,17 +121,17 @@ tm_get_unmapped_area(struct file *file, unsigned long address,
 #endif
 }
 
-#ifdef CONFIG_TRANSPARENT_HUGEPAGE
 /* Map a whole chunk at @vmf; not for write: the entry is born dirty (vm.c). */
 static inline vm_fault_t tm_vmf_insert_block(struct vm_fault *vmf,
 					     struct page *page)
 {
-#ifdef TM_HAVE_PFN_T /* until 6.16 */
+#ifndef CONFIG_TRANSPARENT_HUGEPAGE
+	return VM_FAULT_FALLBACK;
+#elif defined(TM_HAVE_PFN_T) /* until 6.16 */
 	return vmf_insert_pfn_pmd(vmf, page_to_pfn_t(page), false);
 #else
 	return vmf_insert_pfn_pmd(vmf, page_to_pfn(page), false);
 #endif
 }
-#endif
 
 #endif

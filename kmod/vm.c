@@ -117,7 +117,6 @@ static bool tm_vm_block_fits(const struct vm_fault *vmf)
 static bool tm_vm_map_block(struct vm_fault *vmf,
 			    const struct tm_region *region, u32 *mapped)
 {
-#ifdef CONFIG_TRANSPARENT_HUGEPAGE
 	const struct tm_extent *extent;
 	pmd_t pmd;
 
@@ -135,9 +134,6 @@ static bool tm_vm_map_block(struct vm_fault *vmf,
 	}
 	/* Somebody else was here first. */
 	return pmd_trans_huge(pmd);
-#else
-	return false;
-#endif
 }
 
 /**
