@@ -76,7 +76,7 @@ void tm_clients_exit(void)
  */
 struct tm_client *tm_client_create(void)
 {
-	struct tm_client *client = kzalloc(sizeof(*client), GFP_KERNEL_ACCOUNT);
+	struct tm_client *client = kzalloc(sizeof(*client), TM_GFP);
 	int err;
 
 	if (!client)

@@ -152,10 +152,8 @@ static int tm_device_alloc(struct tm_client *client,
 	u32 made = 0;
 
 	*failed = 0;
-	requests = kvmalloc_array(items->count, sizeof(*requests),
-				  GFP_KERNEL_ACCOUNT);
-	tensors = kvmalloc_array(items->count, sizeof(*tensors),
-				 GFP_KERNEL_ACCOUNT);
+	requests = kvmalloc_array(items->count, sizeof(*requests), TM_GFP);
+	tensors = kvmalloc_array(items->count, sizeof(*tensors), TM_GFP);
 	if (!requests || !tensors)
 		goto out;
 
@@ -193,8 +191,7 @@ static int tm_device_free(struct tm_client *client,
 	int err = 0;
 
 	*failed = 0;
-	handles = kvmalloc_array(items->count, sizeof(*handles),
-				 GFP_KERNEL_ACCOUNT);
+	handles = kvmalloc_array(items->count, sizeof(*handles), TM_GFP);
 	if (!handles)
 		return -ENOMEM;
 	for (u32 i = 0; i < items->count; i++) {

@@ -28,7 +28,7 @@ static int tm_memory_reserve_extent(struct tm_memory *memory)
 	if (memory->nr_extents < memory->max_extents)
 		return 0;
 	max = memory->max_extents * 2;
-	extent = kvmalloc_array(max, sizeof(*extent), GFP_KERNEL_ACCOUNT);
+	extent = kvmalloc_array(max, sizeof(*extent), TM_GFP);
 	if (!extent)
 		return -ENOMEM;
 	memcpy(extent, memory->extent,
@@ -92,7 +92,7 @@ struct tm_memory *tm_memory_alloc(const struct tm_memory_request *request)
 	/* What cannot be had must not drain the pool before it fails. */
 	if (!tm_pages_could_hold(request->numa.nodes, request->nr_pages))
 		return ERR_PTR(-ENOSPC);
-	memory = kmalloc(sizeof(*memory), GFP_KERNEL_ACCOUNT);
+	memory = kmalloc(sizeof(*memory), TM_GFP);
 	if (!memory)
 		return ERR_PTR(-ENOMEM);
 	*memory = (struct tm_memory){

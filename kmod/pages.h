@@ -3,6 +3,7 @@
 #define TM_PAGES_H
 
 #include <linux/bits.h>
+#include <linux/gfp.h>
 #include <linux/minmax.h>
 #include <linux/nodemask.h>
 
@@ -13,6 +14,9 @@ struct tm_node;
 
 /* A node is a bit of a user's mask: no more than fit there. */
 #define TM_MAX_NODES	(MAX_NUMNODES < 64 ? MAX_NUMNODES : 64)
+
+/* For what describes memory: on the caller's cgroup, and no reason for an OOM kill. */
+#define TM_GFP	(GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL | __GFP_NOWARN)
 
 /**
  * struct tm_run - contiguous pages out of the pools: a run, or a whole chunk

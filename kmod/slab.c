@@ -366,7 +366,8 @@ static struct tm_magazine *tm_magazine_new(const struct tensormem_slab *slab)
 {
 	struct tm_magazine *m;
 
-	m = kmalloc(struct_size(m, object, slab->rounds), GFP_KERNEL);
+	m = kmalloc(struct_size(m, object, slab->rounds),
+		    GFP_KERNEL | __GFP_RETRY_MAYFAIL);
 	if (m)
 		m->nr = 0;
 	return m;
@@ -420,7 +421,7 @@ struct tensormem_slab *tensormem_slab_create(size_t size, unsigned int flags)
 	if (!size || flags & ~TENSORMEM_ZEROED ||
 	    size > tm_slab_class_size(tm_slab_classes(g, line) - 1, line))
 		return ERR_PTR(-EINVAL);
-	slab = kzalloc(sizeof(*slab), GFP_KERNEL);
+	slab = kzalloc(sizeof(*slab), GFP_KERNEL | __GFP_RETRY_MAYFAIL);
 	if (!slab)
 		return ERR_PTR(-ENOMEM);
 	spin_lock_init(&slab->lock);

@@ -117,7 +117,7 @@ static struct tm_smalls *tm_smalls_get(struct tm_client *client)
 
 	if (smalls)
 		return smalls;
-	smalls = kvzalloc(struct_size(smalls, pool, n), GFP_KERNEL_ACCOUNT);
+	smalls = kvzalloc(struct_size(smalls, pool, n), TM_GFP);
 	if (!smalls)
 		return ERR_PTR(-ENOMEM);
 	smalls->nr_classes = n;
@@ -148,7 +148,7 @@ static int tm_small_grow(struct tm_client *client, struct tm_smalls *smalls,
 	int err;
 
 	slab = kzalloc(offsetof(struct tm_small_slab, slab) +
-		       tm_slab_bytes(pool), GFP_KERNEL_ACCOUNT);
+		       tm_slab_bytes(pool), TM_GFP);
 	if (!slab)
 		return -ENOMEM;
 	region = &slab->region;

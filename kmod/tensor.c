@@ -206,7 +206,7 @@ struct tm_tensor *tm_tensor_create(struct tm_client *client,
 		return parked;
 	}
 
-	tensor = kmemdup(&like, sizeof(like), GFP_KERNEL_ACCOUNT);
+	tensor = kmemdup(&like, sizeof(like), TM_GFP);
 	if (!tensor)
 		return ERR_PTR(-ENOMEM);
 	INIT_LIST_HEAD(&tensor->doomed);
@@ -307,7 +307,7 @@ static int tm_tensor_publish_one(struct tm_client *client,
 		return err;
 	err = xa_alloc_cyclic(&client->tensors, &tensor->handle, tensor,
 			      xa_limit_31b, &client->next_handle,
-			      GFP_KERNEL_ACCOUNT);
+			      TM_GFP);
 	if (err < 0) {
 		tensor->handle = 0;
 		if (place)
