@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "qemu"))
 
 #: What checkpatch says of macros that define sysfs files and of a platform layer.
 CHECKPATCH_IGNORE = "COMPLEX_MACRO,MACRO_WITH_FLOW_CONTROL,NEW_TYPEDEFS,MULTISTATEMENT_MACRO_USE_DO_WHILE"
+#: And of programs of user space: there is no __printf() and no READ_ONCE().
+CHECKPATCH_IGNORE_USER = "EMBEDDED_FUNCTION_NAME,MACRO_ARG_UNUSED,PREFER_DEFINED_ATTRIBUTE_MACRO,VOLATILE"
 #: Tracepoint headers have a layout of their own.
 NOT_FOR_CHECKPATCH = {"trace.h"}
 
@@ -43,13 +45,13 @@ def tracked(*patterns: str) -> list[Path]:
     return [ROOT / line for line in listing.stdout.splitlines() if (ROOT / line).is_file()]
 
 
-def checkpatch() -> str:
+def checkpatch(folder: str, ignore: str) -> str:
     from tmguest import kernels
 
     script = kernels.prepare(kernels.spec("debug")).path / "src/linux-debug/scripts/checkpatch.pl"
-    files = [f for f in tracked("kmod/*.c", "kmod/*.h") if f.name not in NOT_FOR_CHECKPATCH]
-    return run("perl", script, "--no-tree", "--terse", "--quiet", "--show-types",
-               f"--ignore={CHECKPATCH_IGNORE}", "-f", *files)  # fmt: skip
+    files = [f for f in tracked(f"{folder}/*.c", f"{folder}/*.h") if f.name not in NOT_FOR_CHECKPATCH]
+    return run("perl", script, "--no-tree", "--terse", "--quiet", "--no-summary", "--show-types",
+               f"--ignore={ignore}", "-f", *files)  # fmt: skip
 
 
 def uapi_stands_alone() -> str:
@@ -118,7 +120,7 @@ CHECKS: dict[str, Callable[[], str]] = {
         "sh", "-c", f"cd qemu && {sys.executable} -m mypy --no-incremental --strict tmguest"
     ),
     "mypy tests": lambda: tool(
-        "mypy", "--no-incremental", "--strict", "tests/run.py", "tests/bench/measure.py"
+        "mypy", "--no-incremental", "--strict", "tests/run.py", *map(str, tracked("tests/bench/*.py"))
     ),
     "UAPI header alone": uapi_stands_alone,
     "core/ without kernel": core_is_free_of_the_kernel,
@@ -126,7 +128,8 @@ CHECKS: dict[str, Callable[[], str]] = {
     "licences": licences,
     "nothing private": nothing_private,
     "module: W=1, sparse": guest_build("--w1", "--sparse"),
-    "checkpatch": checkpatch,
+    "checkpatch kmod": lambda: checkpatch("kmod", CHECKPATCH_IGNORE),
+    "checkpatch tests": lambda: checkpatch("tests", f"{CHECKPATCH_IGNORE},{CHECKPATCH_IGNORE_USER}"),
 }
 
 
