@@ -440,6 +440,24 @@ def test_close_while_kept() -> None:
     assert settled(dict.fromkeys(USAGE, 0)) == dict.fromkeys(USAGE, 0)
 
 
+def test_close_while_it_is_given_up() -> None:
+    """The shrinker takes from clients that close at the same moment."""
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            DROP_CACHES.write_text("2")
+    dice = random.Random(23)
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        with Raw() as client:
+            sizes = [dice.choice((PAGE, 3 * PAGE, PAGE // 4)) for _ in range(60)]
+            items = client.alloc_batch(sizes, abi.Kind.WEIGHTS, flags=NOZERO)[2]
+            assert client.free_batch([item.handle for item in items[::2]])[0] == 0
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert settled(dict.fromkeys(USAGE, 0)) == dict.fromkeys(USAGE, 0)
+
+
 @pytest.mark.parametrize("size", [2 * PAGE, CHUNK])
 def test_kept_while_somebody_holds_pages_of_it(raw: Raw, size: int) -> None:
     """It may be reused by its client; given up it goes into quarantine."""

@@ -185,6 +185,21 @@ def test_a_page_that_is_held_waits(raw: Raw) -> None:
     assert raw.info().used == 0
 
 
+def test_close_with_others_beside_them() -> None:
+    """Slabs, tensors and what is kept lie side by side in the window, and go together."""
+    dice = random.Random(19)
+    for _ in range(20):
+        client = Raw()
+        handles = []
+        for _ in range(200):
+            item = client.alloc(dice.choice((1, 64, HALF, PAGE, 5 * PAGE)), flags=dice.choice((0, NOZERO)))
+            handles.append(item.handle)
+        dice.shuffle(handles)
+        assert client.free_batch(handles[:100])[0] == 0
+        client.close()
+    assert settled(dict.fromkeys(USAGE, 0)) == dict.fromkeys(USAGE, 0)
+
+
 def churn(seed: int) -> None:
     dice = random.Random(seed)
     client = Raw()
