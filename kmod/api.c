@@ -112,7 +112,7 @@ int tensormem_stats(int node, struct tensormem_stats *stats)
 		.capacity = s.capacity,
 		.total = s.total,
 		.free = s.free,
-		.buddy_pages = s.buddy.used_pages - tm_runcache_pages(),
+		.buddy_pages = s.buddy.used_pages,
 	};
 	for (u32 kind = 0; kind <= TENSORMEM_KIND_PROTOCOL; kind++)
 		stats->bytes[kind] = tm_runcache_used(kind) << PAGE_SHIFT;

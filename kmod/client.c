@@ -220,16 +220,7 @@ void tm_client_count(struct tm_client *client, int tensors)
 	atomic64_add(tensors, &tm_nr_tensors);
 }
 
-/**
- * tm_client_set_quota - bound what the client may hold
- * @client: whose quota
- * @bytes: the new quota
- *
- * Context: never sleeps.
- * Return: 0, -EBUSY below what it holds, -EPERM for a raise above the default
- * quota without CAP_SYS_RESOURCE.
- */
-int tm_client_set_quota(struct tm_client *client, u64 bytes)
+static int tm_client_try_quota(struct tm_client *client, u64 bytes)
 {
 	bool any = bytes <= tm_client_default_quota() ||
 		   capable(CAP_SYS_RESOURCE);
@@ -243,6 +234,24 @@ int tm_client_set_quota(struct tm_client *client, u64 bytes)
 	else
 		client->quota = bytes;
 	spin_unlock(&client->lock);
+	return err;
+}
+
+/**
+ * tm_client_set_quota - bound what the client may hold
+ * @client: whose quota
+ * @bytes: the new quota
+ *
+ * Context: may sleep; takes the client's invalidate_lock.
+ * Return: 0, -EBUSY below what it holds, -EPERM for a raise above the default
+ * quota without CAP_SYS_RESOURCE.
+ */
+int tm_client_set_quota(struct tm_client *client, u64 bytes)
+{
+	int err = tm_client_try_quota(client, bytes);
+
+	if (err == -EBUSY && tm_park_relieve_client(client))
+		err = tm_client_try_quota(client, bytes);
 	return err;
 }
 

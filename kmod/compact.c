@@ -95,14 +95,14 @@ static int tm_compact_node(unsigned int node, u32 *emptied)
 
 /**
  * tm_compact - empty as many chunks of the buddy pool as can be emptied
+ * @nodes: of which memory nodes, a bit each
  * @emptied: how many went back to level 1
  *
  * Context: may sleep; under no lock of ours.
  * Return: 0, -EINTR on a fatal signal.
  */
-int tm_compact(u32 *emptied)
+int tm_compact(u64 nodes, u32 *emptied)
 {
-	u64 nodes = tm_pages_nodes();
 	int err;
 
 	*emptied = 0;

@@ -4,6 +4,6 @@
 
 #include <linux/types.h>
 
-int tm_compact(u32 *emptied);
+int tm_compact(u64 nodes, u32 *emptied);
 
 #endif

@@ -30,6 +30,8 @@ struct tm_extent {
  * @nr_pages: pages in all extents
  * @held: in quarantine: the list of memories that somebody still holds
  * @debtor: in quarantine: who is charged for it
+ * @first: @length: in quarantine for a fork: the pages of the window it was mapped at
+ * @forks: the same: the client's count when the wait began
  * @small: what @extent points to while it suffices
  */
 struct tm_memory {
@@ -40,6 +42,9 @@ struct tm_memory {
 	u32 nr_pages;
 	struct list_head held;
 	struct tm_client *debtor;
+	u64 first;
+	u64 length;
+	int forks;
 	struct tm_extent small[TM_EXTENTS_INLINE];
 };
 

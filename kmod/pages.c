@@ -415,7 +415,7 @@ retry:
 		*zeroed = want_zeroed;
 		err = grow_err = tm_node_take_grown(n, false, owner, form,
 						    want_zeroed, id);
-		/* A cgroup at its limit must not cost the pool its free chunks. */
+		/* A cgroup at its limit is not to cost the pool its free chunks. */
 		if (err == -ENOSPC || (err && !form.charged))
 			err = tm_node_take_grown(n, true, owner, form,
 						 want_zeroed, id);
@@ -608,9 +608,10 @@ bool tm_pages_drain_begin(struct tm_pages_pass *pass)
 		spin_lock(&n->lock);
 		err = tm_compact_choose(&n->buddy, &pass->compact,
 					&pass->drain[pass->nr_drains]);
-		if (!err)
+		if (!err) {
 			pass->nr_drains++;
-		n->pass = pass;
+			n->pass = pass;
+		}
 		spin_unlock(&n->lock);
 	}
 	return pass->nr_drains;
@@ -629,8 +630,15 @@ u32 tm_pages_drain_end(struct tm_pages_pass *pass)
 
 	spin_lock(&n->lock);
 	n->pass = NULL;
-	for (u32 i = 0; i < pass->nr_drains; i++)
-		tm_buddy_drain_cancel(&n->buddy, &pass->drain[i]);
+	for (u32 i = 0; i < pass->nr_drains; i++) {
+		struct tm_page_id left;
+		unsigned int order;
+
+		/* With nothing left, a drain of half a chunk has done its work. */
+		if (!tm_buddy_drain_next(&n->buddy, &pass->drain[i], &left,
+					 &order))
+			tm_buddy_drain_cancel(&n->buddy, &pass->drain[i]);
+	}
 	emptied = n->buddy.emptied - pass->emptied;
 	spin_unlock(&n->lock);
 	return emptied;
@@ -666,7 +674,8 @@ int tm_pages_move_begin(const struct tm_run *from, struct tm_run *to)
 	*to = *from;
 	spin_lock(&n->lock);
 	drain = tm_node_drain(n, from);
-	if (drain)
+	if (drain && !(drain->half &&
+		       from->order == tm_buddy_max_order(&n->buddy)))
 		err = tm_buddy_drain_alloc(&n->buddy, drain, from->order,
 					   &to->page);
 	spin_unlock(&n->lock);

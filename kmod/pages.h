@@ -72,8 +72,11 @@ struct tm_pages_stats {
 	} buddy;
 };
 
-/* Chunks drained at a time: what one sweep over all clients is worth. */
-#define TM_PAGES_DRAINS		16
+/*
+ * Chunks drained at a time. More make a sweep over all clients worth more; but each
+ * is chosen as if it had all the free room for itself.
+ */
+#define TM_PAGES_DRAINS		4
 
 /**
  * struct tm_pages_pass - one compaction of a node's buddy pool

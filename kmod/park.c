@@ -24,6 +24,7 @@
 static DEFINE_SPINLOCK(tm_park_lock);
 static LIST_HEAD(tm_park_list);
 static u64 tm_park_bytes;
+static u32 tm_park_nr;
 static struct tm_shrinker *tm_park_shrinker;
 
 static void tm_park_add(struct tm_client *client, struct tm_tensor *tensor)
@@ -32,6 +33,7 @@ static void tm_park_add(struct tm_client *client, struct tm_tensor *tensor)
 	hash_add(client->parked, &tensor->parked, tensor->region.range.length);
 	list_add_tail(&tensor->parked_all, &tm_park_list);
 	tm_park_bytes += tm_tensor_held(tensor);
+	tm_park_nr++;
 }
 
 static void tm_park_remove(struct tm_tensor *tensor)
@@ -40,6 +42,7 @@ static void tm_park_remove(struct tm_tensor *tensor)
 	hash_del(&tensor->parked);
 	list_del(&tensor->parked_all);
 	tm_park_bytes -= tm_tensor_held(tensor);
+	tm_park_nr--;
 }
 
 /**
@@ -151,12 +154,12 @@ static u64 tm_park_relieve_oldest(void)
  */
 u64 tm_park_relieve(u64 bytes)
 {
-	u64 done = 0, more;
+	u32 tries = READ_ONCE(tm_park_nr);
+	u64 done = 0;
 
-	do {
-		more = tm_park_relieve_oldest();
-		done += more;
-	} while (more && done < bytes);
+	/* Once round: those of a busy client have become the youngest. */
+	while (tries-- && done < bytes)
+		done += tm_park_relieve_oldest();
 	return done;
 }
 

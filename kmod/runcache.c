@@ -128,7 +128,7 @@ static bool tm_runcache_evict(struct tm_runcache *c, unsigned int order)
  * tm_runcache_put - count a run as no longer in use, and keep it if there is room
  * @run: the run
  * @kind: enum tensormem_kind
- * @keeps: it may be kept: an unmovable one of an uncharged chunk, below a chunk
+ * @keeps: it may be kept: unmovable, below a chunk, not asked for with ACCOUNT
  *
  * What is freed now is wanted again sooner than what was freed before: runs of other
  * orders make room for it.

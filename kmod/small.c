@@ -192,7 +192,7 @@ static void tm_small_release(struct tm_client *client,
 	}
 	filemap_invalidate_unlock(mapping);
 	atomic64_sub(range->length, &tm_small_nr_pages);
-	tm_quarantine_free(client, slab->region.memory);
+	tm_quarantine_free(client, &slab->region);
 	kfree(slab);
 }
 

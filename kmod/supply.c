@@ -12,6 +12,7 @@
 #include "limits.h"
 #include "memory.h"
 #include "park.h"
+#include "quarantine.h"
 #include "runcache.h"
 #include "supply.h"
 
@@ -32,22 +33,33 @@ tm_supply_try(struct tm_client *client, const struct tm_memory_request *request)
 	return memory;
 }
 
-/* Make room for what failed with @err. Return: whether to try again. */
-static bool tm_supply_relieve(struct tm_client *client, u64 bytes, int err)
+/*
+ * Make room for what failed with @err, first at the client's own cost. Return:
+ * whether to try again.
+ */
+static bool tm_supply_relieve(struct tm_client *client,
+			      const struct tm_memory_request *request, int err,
+			      bool *compacted)
 {
 	u32 emptied;
 
-	switch (err) {
-	case -EDQUOT:
-		return tm_park_relieve_client(client);
-	case -ENOSPC:
-	case -ENOMEM:
-		if (tm_runcache_drain() || tm_park_relieve(bytes))
-			return true;
-		return !tm_compact(&emptied) && emptied;
-	default:
+	if (err != -EDQUOT && err != -ENOSPC && err != -ENOMEM)
 		return false;
-	}
+	if (tm_park_relieve_client(client))
+		return true;
+	/* Others cannot help a client at its quota or in a cgroup at its limit. */
+	if (err == -EDQUOT ||
+	    (err == -ENOMEM && request->flags & TM_PAGES_CHARGED))
+		return false;
+	if (tm_runcache_drain() ||
+	    tm_park_relieve((u64)request->nr_pages << PAGE_SHIFT))
+		return true;
+	/* Once: what it frees may be taken by others, who compact as well. */
+	if (*compacted)
+		return false;
+	*compacted = true;
+	return tm_quarantine_flush() ||
+	       (!tm_compact(request->numa.nodes, &emptied) && emptied);
 }
 
 /**
@@ -63,6 +75,7 @@ struct tm_memory *tm_supply(struct tm_client *client,
 			    struct tm_memory_request *request)
 {
 	struct tm_memory *memory;
+	bool compacted = false;
 
 	if (request->policy == TM_MEMORY_CHUNKS)
 		request->nr_pages = round_up(request->nr_pages,
@@ -71,12 +84,10 @@ struct tm_memory *tm_supply(struct tm_client *client,
 		request->flags |= TM_PAGES_CHARGED;
 	request->turn = &client->turn;
 
-	/* Each round gives up something that there was: the loop ends. */
 	do {
 		memory = tm_supply_try(client, request);
 	} while (IS_ERR(memory) &&
-		 tm_supply_relieve(client,
-				   (u64)request->nr_pages << PAGE_SHIFT,
-				   PTR_ERR(memory)));
+		 tm_supply_relieve(client, request, PTR_ERR(memory),
+				   &compacted));
 	return memory;
 }

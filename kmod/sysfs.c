@@ -99,7 +99,9 @@ static struct attribute *tm_chunk_attrs[] = {
 
 TM_POOL_RO(buddy, chunks, s.buddy.chunks);
 TM_POOL_RO(buddy, free_pages, s.buddy.free_pages);
-TM_POOL_RO(buddy, used_pages, s.buddy.used_pages - tm_runcache_pages());
+/* Two counters, read one after the other: what one CPU takes meanwhile shows. */
+TM_POOL_RO(buddy, used_pages,
+	   s.buddy.used_pages - min(s.buddy.used_pages, tm_runcache_pages()));
 TM_SHOW(tm_buddy_cached_pages_show, (void)0, tm_runcache_pages())
 TM_RO(buddy, cached_pages);
 TM_POOL_RO(buddy, allocs, s.buddy.allocs);
@@ -117,7 +119,7 @@ static int tm_sysfs_compact(u32 value)
 {
 	u32 emptied;
 
-	return value == 1 ? tm_compact(&emptied) : -EINVAL;
+	return value == 1 ? tm_compact(tm_pages_nodes(), &emptied) : -EINVAL;
 }
 
 TM_STORE(tm_buddy_compact_store, u32, kstrtou32, tm_sysfs_compact)

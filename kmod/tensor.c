@@ -324,9 +324,8 @@ static void tm_tensor_unpublish(struct tm_client *client,
 {
 	tm_tensor_assert_locked(client);
 	xa_erase(&client->tensors, tensor->handle);
-	/* Faults may have found it: it was in the window for everyone to see. */
 	if (!tensor->reused && !tm_tensor_small(tensor))
-		tm_tensor_unmap(client, tensor);
+		tm_window_remove(&client->window, &tensor->region.range);
 }
 
 /**
@@ -381,7 +380,7 @@ void tm_tensor_release(struct tm_client *client, struct tm_tensor *tensor)
 	if (tm_tensor_small(tensor))
 		tm_small_free(client, &tensor->object);
 	else
-		tm_quarantine_free(client, tensor->region.memory);
+		tm_quarantine_free(client, &tensor->region);
 	tm_tensor_destroy(tensor);
 }
 

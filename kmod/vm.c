@@ -98,16 +98,28 @@ static int tm_vm_map_around(struct vm_fault *vmf,
 			    region->memory, first - range->start, last - first);
 }
 
-/* Whether the area has all of the chunk at @vmf, at an address that is fit. */
-static bool tm_vm_block_fits(const struct vm_fault *vmf)
+/*
+ * Whether @region has all of the extent, a whole chunk, at an offset where it can be
+ * a block. A chunk that is only part used is not: the rest of it is not the region's.
+ */
+static bool tm_vm_block_whole(const struct tm_region *region,
+			      const struct tm_extent *extent)
+{
+	u64 pages = tm_chunk_pages(tm_pages_geometry());
+
+	return IS_ALIGNED(region->range.start + extent->first, pages) &&
+	       extent->first + pages <= region->range.length;
+}
+
+/* Whether the area has all of the block that begins @first pages into the window. */
+static bool tm_vm_block_fits(const struct vm_fault *vmf, u64 first)
 {
 	const struct vm_area_struct *vma = vmf->vma;
 	unsigned long start = vmf->address & PMD_MASK;
-	u64 pages = PMD_SIZE >> PAGE_SHIFT;
 	u64 behind = (vmf->address - start) >> PAGE_SHIFT;
 
 	return start >= vma->vm_start && vma->vm_end - start >= PMD_SIZE &&
-	       IS_ALIGNED(vmf->pgoff - behind, pages);
+	       vmf->pgoff - behind == first;
 }
 
 /*
@@ -120,11 +132,13 @@ static bool tm_vm_map_block(struct vm_fault *vmf,
 	const struct tm_extent *extent;
 	pmd_t pmd;
 
-	if (!TM_VM_BLOCKS || !region->huge || !tm_vm_block_fits(vmf))
+	if (!TM_VM_BLOCKS || !region->huge)
 		return false;
 	extent = tm_memory_find(region->memory,
 				vmf->pgoff - region->range.start);
-	if (extent->run.order != tm_pages_geometry().chunk_order)
+	if (extent->run.order != tm_pages_geometry().chunk_order ||
+	    !tm_vm_block_whole(region, extent) ||
+	    !tm_vm_block_fits(vmf, region->range.start + extent->first))
 		return false;
 	pmd = READ_ONCE(*vmf->pmd);
 	if (pmd_none(pmd)) {
@@ -146,7 +160,8 @@ u32 tm_vm_mapping(const struct tm_region *region)
 {
 	if (!region->memory->nr_chunks)
 		return TENSORMEM_MAPPING_PAGES;
-	if (TM_VM_BLOCKS && region->huge)
+	if (TM_VM_BLOCKS && region->huge &&
+	    tm_vm_block_whole(region, &region->memory->extent[0]))
 		return TENSORMEM_MAPPING_BLOCK;
 	return IS_ENABLED(CONFIG_ARM64_CONTPTE) ? TENSORMEM_MAPPING_CONT :
 						  TENSORMEM_MAPPING_PAGES;
@@ -190,6 +205,19 @@ static vm_fault_t tm_vm_fault(struct vm_fault *vmf)
 	return result;
 }
 
+/*
+ * fork() is about to copy a mapping, or one is split in two, which we cannot tell
+ * from that: quarantine.c wants to know.
+ */
+static void tm_vm_open(struct vm_area_struct *vma)
+{
+	struct tm_client *client = vma->vm_file->private_data;
+
+	atomic_inc(&client->forks);
+	/* Pairs with tm_quarantine_forking(): counted before anything is copied. */
+	smp_mb__after_atomic();
+}
+
 /* A moved mapping would leave the addresses that the window promises. */
 static int tm_vm_mremap(struct vm_area_struct *vma)
 {
@@ -197,6 +225,7 @@ static int tm_vm_mremap(struct vm_area_struct *vma)
 }
 
 static const struct vm_operations_struct tm_vm_ops = {
+	.open = tm_vm_open,
 	.fault = tm_vm_fault,
 	.mremap = tm_vm_mremap,
 };

@@ -43,7 +43,7 @@ struct tensormem_run {
  * @capacity: chunks they may hold
  * @total: chunks they hold
  * @free: chunks nobody has
- * @buddy_pages: pages in runs that somebody has
+ * @buddy_pages: pages in runs that somebody has, or that a CPU keeps at hand
  * @bytes: what modules have through tensormem_alloc(), by enum tensormem_kind, on
  *         all nodes
  */
