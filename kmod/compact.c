@@ -80,12 +80,12 @@ static int tm_compact_client(struct tm_client *client, void *unused)
 	return fatal_signal_pending(current) ? -EINTR : 0;
 }
 
-static int tm_compact_node(unsigned int node, u32 *emptied)
+static int tm_compact_pool(unsigned int node, bool charged, u32 *emptied)
 {
 	struct tm_pages_pass pass;
 	int err = 0;
 
-	tm_pages_pass_begin(node, &pass);
+	tm_pages_pass_begin(node, charged, &pass);
 	while (!err && tm_pages_drain_begin(&pass)) {
 		err = tm_clients_visit(tm_compact_client, NULL);
 		*emptied += tm_pages_drain_end(&pass);
@@ -112,7 +112,8 @@ int tm_compact(u64 nodes, u32 *emptied)
 	/* What a CPU keeps does not move, and nobody would miss it. */
 	tm_runcache_drain();
 	for (; nodes && !err; nodes &= nodes - 1)
-		err = tm_compact_node(__ffs64(nodes), emptied);
+		err = tm_compact_pool(__ffs64(nodes), false, emptied) ?:
+		      tm_compact_pool(__ffs64(nodes), true, emptied);
 	mutex_unlock(&tm_compact_mutex);
 	trace_tensormem_compact(*emptied);
 	return err;

@@ -51,6 +51,8 @@ MODULE_PARM_DESC(reserve, "zeroed chunks kept ready (-1: 4, less on small boards
  * @lock: guards everything below but @page's pages, which their owners have
  * @chunk: level 1
  * @buddy: level 2
+ * @charged_buddy: the same in charged chunks, for those who pay: a cgroup neither
+ *                 lives on the pages of those who do not, nor pays for theirs
  * @page: first page of a chunk, by chunk id
  * @charged: owned chunks that are on a memory cgroup's bill
  * @pass: the compaction that is going on, or NULL
@@ -62,6 +64,7 @@ struct tm_node {
 	spinlock_t lock;
 	struct tm_chunk_pool chunk;
 	struct tm_buddy buddy;
+	struct tm_buddy charged_buddy;
 	struct page **page;
 	u32 charged;
 	struct tm_pages_pass *pass;
@@ -79,9 +82,16 @@ static struct {
 
 u64 tm_pages_node_mask __read_mostly;
 
+/* The node at or after @i that has memory, or NULL. */
+static struct tm_node *tm_node_from(unsigned int i)
+{
+	while (i < TM_MAX_NODES && !tm_pools.node[i])
+		i++;
+	return i < TM_MAX_NODES ? tm_pools.node[i] : NULL;
+}
+
 #define tm_for_each_node(n)						\
-	for (unsigned int i_ = 0; i_ < TM_MAX_NODES; i_++)		\
-		if (((n) = tm_pools.node[i_]))
+	for ((n) = tm_node_from(0); (n); (n) = tm_node_from((n)->nid + 1))
 
 struct tm_geometry tm_pages_geometry(void)
 {
@@ -102,21 +112,35 @@ struct page *tm_pages_page(const struct tm_run *run)
 	       tm_page_index(g, run->page);
 }
 
-static void tm_node_add_stats(struct tm_node *n, struct tm_pages_stats *stats)
+static void tm_node_add_buddy(const struct tm_buddy *buddy, u32 free_chunks,
+			      struct tm_pages_stats *stats)
 {
-	const struct tm_chunk_pool *chunk = &n->chunk;
-	const struct tm_buddy *buddy = &n->buddy;
-	u32 free_chunks, free;
+	u64 free = buddy->free_pages +
+		   ((u64)free_chunks << tm_pools.geometry.chunk_order);
 
-	spin_lock(&n->lock);
-	free_chunks = tm_chunk_free_count(chunk);
-	free = buddy->free_pages +
-	       (free_chunks << tm_pools.geometry.chunk_order);
-	stats->buddy.fragmentation +=
-		(u64)tm_fragmentation(buddy, free_chunks) * free;
+	stats->served += buddy->allocs - buddy->moved_runs;
+	stats->buddy.chunks += buddy->nr_chunks;
+	stats->buddy.free_pages += buddy->free_pages;
+	stats->buddy.used_pages += tm_buddy_used_pages(buddy);
+	stats->buddy.allocs += buddy->allocs;
+	stats->buddy.frees += buddy->frees;
+	stats->buddy.splits += buddy->splits;
+	stats->buddy.merges += buddy->merges;
 	stats->buddy.moved_pages += buddy->moved_pages;
 	stats->buddy.emptied += buddy->emptied;
 	stats->buddy.given_up += buddy->given_up + buddy->starved;
+	/* Parts that cannot be had as chunks; a fraction once all are summed up. */
+	stats->buddy.fragmentation +=
+		(u64)tm_fragmentation(buddy, free_chunks) * free;
+}
+
+static void tm_node_add_stats(struct tm_node *n, struct tm_pages_stats *stats)
+{
+	const struct tm_chunk_pool *chunk = &n->chunk;
+
+	spin_lock(&n->lock);
+	tm_node_add_buddy(&n->buddy, tm_chunk_free_count(chunk), stats);
+	tm_node_add_buddy(&n->charged_buddy, 0, stats);
 	stats->capacity += chunk->capacity;
 	stats->reserve += chunk->reserve;
 	stats->total += tm_chunk_total(chunk);
@@ -128,15 +152,7 @@ static void tm_node_add_stats(struct tm_node *n, struct tm_pages_stats *stats)
 	stats->shrunk += chunk->shrunk;
 	stats->grow_failed += chunk->grow_failed;
 	stats->recast += chunk->recast;
-	stats->served += chunk->taken[TM_OWNER_TENSOR] + buddy->allocs -
-			 buddy->moved_runs;
-	stats->buddy.chunks += buddy->nr_chunks;
-	stats->buddy.free_pages += buddy->free_pages;
-	stats->buddy.used_pages += tm_buddy_used_pages(buddy);
-	stats->buddy.allocs += buddy->allocs;
-	stats->buddy.frees += buddy->frees;
-	stats->buddy.splits += buddy->splits;
-	stats->buddy.merges += buddy->merges;
+	stats->served += chunk->taken[TM_OWNER_TENSOR];
 	spin_unlock(&n->lock);
 }
 
@@ -468,13 +484,29 @@ static int tm_node_alloc_chunk(struct tm_node *n, unsigned int flags,
 	return err;
 }
 
+static struct tm_buddy *tm_node_buddy(struct tm_node *n, bool charged)
+{
+	return charged ? &n->charged_buddy : &n->buddy;
+}
+
+/* The buddy pool that a run is from: its owner keeps the chunk where it is. */
+static struct tm_buddy *tm_node_buddy_of(struct tm_node *n,
+					 struct tm_page_id page)
+{
+	u32 id = tm_page_chunk(tm_pools.geometry, page).v;
+
+	return tm_node_buddy(n, n->chunk.chunks[id].form.charged);
+}
+
 static int tm_node_buddy_alloc(struct tm_node *n, unsigned int order,
 			       unsigned int flags, struct tm_page_id *page)
 {
+	struct tm_buddy *buddy = tm_node_buddy(n, flags & TM_PAGES_CHARGED);
+
 	lockdep_assert_held(&n->lock);
 	return flags & TM_PAGES_UNMOVABLE ?
-	       tm_buddy_alloc_unmovable(&n->buddy, order, page) :
-	       tm_buddy_alloc(&n->buddy, order, page);
+	       tm_buddy_alloc_unmovable(buddy, order, page) :
+	       tm_buddy_alloc(buddy, order, page);
 }
 
 static int tm_node_alloc_run(struct tm_node *n, unsigned int order,
@@ -499,7 +531,8 @@ static int tm_node_alloc_run(struct tm_node *n, unsigned int order,
 	err = tm_node_buddy_alloc(n, order, flags, &run->page);
 	spare = !err;
 	if (!spare) {
-		tm_buddy_add_chunk(&n->buddy, id);
+		tm_buddy_add_chunk(tm_node_buddy(n, flags & TM_PAGES_CHARGED),
+				   id);
 		err = tm_node_buddy_alloc(n, order, flags, &run->page);
 	}
 	spin_unlock(&n->lock);
@@ -539,7 +572,7 @@ int tm_pages_alloc(unsigned int node, unsigned int order, unsigned int flags,
 static bool tm_node_emptied(struct tm_node *n, struct tm_page_id page)
 {
 	lockdep_assert_held(&n->lock);
-	return !tm_buddy_remove_chunk(&n->buddy,
+	return !tm_buddy_remove_chunk(tm_node_buddy_of(n, page),
 				      tm_page_chunk(tm_pools.geometry, page));
 }
 
@@ -563,7 +596,8 @@ void tm_pages_free(const struct tm_run *run, bool zeroed)
 		return;
 	}
 	spin_lock(&n->lock);
-	WARN_ON_ONCE(tm_buddy_free(&n->buddy, run->page, run->order, &empty));
+	WARN_ON_ONCE(tm_buddy_free(tm_node_buddy_of(n, run->page), run->page,
+				   run->order, &empty));
 	if (empty)
 		empty = tm_node_emptied(n, run->page);
 	spin_unlock(&n->lock);
@@ -574,17 +608,22 @@ void tm_pages_free(const struct tm_run *run, bool zeroed)
 /**
  * tm_pages_pass_begin - begin to compact the buddy pool of a node
  * @node: one of tm_pages_nodes()
+ * @charged: the one in charged chunks
  * @pass: what the calls below want
  *
  * Context: never sleeps; the caller excludes other passes.
  */
-void tm_pages_pass_begin(unsigned int node, struct tm_pages_pass *pass)
+void tm_pages_pass_begin(unsigned int node, bool charged,
+			 struct tm_pages_pass *pass)
 {
 	struct tm_node *n = tm_pools.node[node];
 
-	*pass = (struct tm_pages_pass){ .node = n };
+	*pass = (struct tm_pages_pass){
+		.node = n,
+		.buddy = tm_node_buddy(n, charged),
+	};
 	spin_lock(&n->lock);
-	tm_compact_begin(&n->buddy, &pass->compact);
+	tm_compact_begin(pass->buddy, &pass->compact);
 	spin_unlock(&n->lock);
 }
 
@@ -601,12 +640,12 @@ bool tm_pages_drain_begin(struct tm_pages_pass *pass)
 
 	pass->nr_drains = 0;
 	spin_lock(&n->lock);
-	pass->emptied = n->buddy.emptied;
+	pass->emptied = pass->buddy->emptied;
 	spin_unlock(&n->lock);
 	while (err != -ENOENT && pass->nr_drains < TM_PAGES_DRAINS) {
 		cond_resched();
 		spin_lock(&n->lock);
-		err = tm_compact_choose(&n->buddy, &pass->compact,
+		err = tm_compact_choose(pass->buddy, &pass->compact,
 					&pass->drain[pass->nr_drains]);
 		if (!err) {
 			pass->nr_drains++;
@@ -635,11 +674,11 @@ u32 tm_pages_drain_end(struct tm_pages_pass *pass)
 		unsigned int order;
 
 		/* With nothing left, a drain of half a chunk has done its work. */
-		if (!tm_buddy_drain_next(&n->buddy, &pass->drain[i], &left,
+		if (!tm_buddy_drain_next(pass->buddy, &pass->drain[i], &left,
 					 &order))
-			tm_buddy_drain_cancel(&n->buddy, &pass->drain[i]);
+			tm_buddy_drain_cancel(pass->buddy, &pass->drain[i]);
 	}
-	emptied = n->buddy.emptied - pass->emptied;
+	emptied = pass->buddy->emptied - pass->emptied;
 	spin_unlock(&n->lock);
 	return emptied;
 }
@@ -675,8 +714,8 @@ int tm_pages_move_begin(const struct tm_run *from, struct tm_run *to)
 	spin_lock(&n->lock);
 	drain = tm_node_drain(n, from);
 	if (drain && !(drain->half &&
-		       from->order == tm_buddy_max_order(&n->buddy)))
-		err = tm_buddy_drain_alloc(&n->buddy, drain, from->order,
+		       from->order == tm_buddy_max_order(n->pass->buddy)))
+		err = tm_buddy_drain_alloc(n->pass->buddy, drain, from->order,
 					   &to->page);
 	spin_unlock(&n->lock);
 	return err;
@@ -689,7 +728,7 @@ void tm_pages_move_end(const struct tm_run *from, const struct tm_run *to)
 	bool empty = false;
 
 	spin_lock(&n->lock);
-	WARN_ON_ONCE(tm_buddy_drain_moved(&n->buddy, from->page, to->page,
+	WARN_ON_ONCE(tm_buddy_drain_moved(tm_node_buddy_of(n, from->page), from->page, to->page,
 					  from->order, &empty));
 	if (empty)
 		empty = tm_node_emptied(n, from->page);
@@ -708,7 +747,7 @@ void tm_pages_move_fail(const struct tm_run *from, const struct tm_run *to)
 	spin_lock(&n->lock);
 	drain = tm_node_drain(n, from);
 	if (drain)
-		tm_buddy_drain_cancel(&n->buddy, drain);
+		tm_buddy_drain_cancel(n->pass->buddy, drain);
 	spin_unlock(&n->lock);
 	tm_pages_free(to, false);
 }
@@ -823,6 +862,7 @@ static void tm_node_destroy(struct tm_node *n)
 	n->chunk.reserve = 0;
 	tm_node_trim(n, U32_MAX);
 	kvfree(n->page);
+	tm_buddy_destroy(&n->charged_buddy);
 	tm_buddy_destroy(&n->buddy);
 	tm_chunk_pool_destroy(&n->chunk);
 	kfree(n);
@@ -846,13 +886,19 @@ static struct tm_node *__init tm_node_create(int nid, u32 slots)
 	err = tm_buddy_init(&n->buddy, tm_pools.geometry, slots, &n->lock);
 	if (err)
 		goto err_chunk;
+	err = tm_buddy_init(&n->charged_buddy, tm_pools.geometry, slots,
+			    &n->lock);
+	if (err)
+		goto err_buddy;
 	n->page = kvcalloc(slots, sizeof(*n->page), GFP_KERNEL);
 	if (!n->page) {
 		err = -ENOMEM;
-		goto err_buddy;
+		goto err_charged;
 	}
 	return n;
 
+err_charged:
+	tm_buddy_destroy(&n->charged_buddy);
 err_buddy:
 	tm_buddy_destroy(&n->buddy);
 err_chunk:

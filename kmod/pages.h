@@ -81,12 +81,14 @@ struct tm_pages_stats {
 /**
  * struct tm_pages_pass - one compaction of a node's buddy pool
  * @node: the node
+ * @buddy: which of its buddy pools
  * @compact: which chunks have been looked at
  * @drain: chunks being emptied, @nr_drains long
  * @emptied: the pool's count when they were chosen
  */
 struct tm_pages_pass {
 	struct tm_node *node;
+	struct tm_buddy *buddy;
 	struct tm_compact compact;
 	struct tm_buddy_drain drain[TM_PAGES_DRAINS];
 	u32 nr_drains;
@@ -113,7 +115,8 @@ int __must_check tm_pages_alloc(unsigned int node, unsigned int order,
 void tm_pages_free(const struct tm_run *run, bool zeroed);
 void tm_pages_zero(const struct tm_run *run);
 
-void tm_pages_pass_begin(unsigned int node, struct tm_pages_pass *pass);
+void tm_pages_pass_begin(unsigned int node, bool charged,
+			 struct tm_pages_pass *pass);
 bool __must_check tm_pages_drain_begin(struct tm_pages_pass *pass);
 u32 tm_pages_drain_end(struct tm_pages_pass *pass);
 int __must_check tm_pages_move_begin(const struct tm_run *from,

@@ -95,16 +95,18 @@ static void tm_park_destroy(struct tm_client *client, struct tm_tensor *tensor)
 	tm_tensor_release(client, tensor);
 }
 
-/* Empty the mappings of @tensor if its client's lock can be had at once. */
-static bool tm_park_try_unmap(struct tm_client *client,
-			      struct tm_tensor *tensor)
+/* Empty the mappings of @tensor; without @wait only if the lock can be had at once. */
+static bool tm_park_unmap(struct tm_client *client, struct tm_tensor *tensor,
+			  bool wait)
 {
 	struct address_space *mapping = client->inode->i_mapping;
 
-	if (!down_write_trylock(&mapping->invalidate_lock))
+	if (wait)
+		filemap_invalidate_lock(mapping);
+	else if (!down_write_trylock(&mapping->invalidate_lock))
 		return false;
 	tm_tensor_unmap(client, tensor);
-	up_write(&mapping->invalidate_lock);
+	filemap_invalidate_unlock(mapping);
 	return true;
 }
 
@@ -112,7 +114,7 @@ static bool tm_park_try_unmap(struct tm_client *client,
  * Give up the oldest parked tensor. Return: its bytes, 0 when there is none, or
  * when its client is busy: then it is the youngest now.
  */
-static u64 tm_park_relieve_oldest(void)
+static u64 tm_park_relieve_oldest(bool wait)
 {
 	struct tm_tensor *tensor;
 	struct tm_client *client;
@@ -130,7 +132,7 @@ static u64 tm_park_relieve_oldest(void)
 	spin_unlock(&tm_park_lock);
 
 	bytes = tm_tensor_held(tensor);
-	if (!tm_park_try_unmap(client, tensor)) {
+	if (!tm_park_unmap(client, tensor, wait)) {
 		spin_lock(&tm_park_lock);
 		/* A closing client has no mappings any more. */
 		if (!client->closing) {
@@ -148,18 +150,19 @@ static u64 tm_park_relieve_oldest(void)
 /**
  * tm_park_relieve - give up parked tensors of all clients, oldest first
  * @bytes: how much memory to free; more, because tensors are not divided
+ * @wait: also for clients that are busy; not from reclaim
  *
- * Context: may sleep, under any lock that reclaim may run under.
+ * Context: may sleep; without @wait under any lock that reclaim may run under.
  * Return: bytes freed; less than asked for when there are no more.
  */
-u64 tm_park_relieve(u64 bytes)
+u64 tm_park_relieve(u64 bytes, bool wait)
 {
 	u32 tries = READ_ONCE(tm_park_nr);
 	u64 done = 0;
 
 	/* Once round: those of a busy client have become the youngest. */
 	while (tries-- && done < bytes)
-		done += tm_park_relieve_oldest();
+		done += tm_park_relieve_oldest(wait);
 	return done;
 }
 
@@ -238,7 +241,7 @@ static unsigned long tm_park_count(struct shrinker *shrinker,
 static unsigned long tm_park_scan(struct shrinker *shrinker,
 				  struct shrink_control *sc)
 {
-	u64 done = tm_park_relieve((u64)sc->nr_to_scan << PAGE_SHIFT);
+	u64 done = tm_park_relieve((u64)sc->nr_to_scan << PAGE_SHIFT, false);
 
 	sc->nr_scanned = done >> PAGE_SHIFT;
 	return done ? done >> PAGE_SHIFT : SHRINK_STOP;

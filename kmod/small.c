@@ -110,11 +110,13 @@ static void tm_small_zero(struct tm_client *client,
 /* The client's slabs, made when it first needs them. */
 static struct tm_smalls *tm_smalls_get(struct tm_client *client)
 {
-	struct tm_smalls *smalls = smp_load_acquire(&client->smalls), *other;
 	struct tm_geometry g = tm_pages_geometry();
+	struct tm_smalls *smalls, *other;
 	u32 line = cache_line_size();
 	u32 n = tm_slab_classes(g, line);
 
+	/* Pairs with the cmpxchg below: the pools are ready when they are seen. */
+	smalls = smp_load_acquire(&client->smalls);
 	if (smalls)
 		return smalls;
 	smalls = kvzalloc(struct_size(smalls, pool, n), TM_GFP);

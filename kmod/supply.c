@@ -33,10 +33,18 @@ tm_supply_try(struct tm_client *client, const struct tm_memory_request *request)
 	return memory;
 }
 
-/*
- * Make room for what failed with @err, first at the client's own cost. Return:
- * whether to try again.
- */
+/* Whether what was asked for could be had if only there were room. */
+static bool tm_supply_possible(struct tm_client *client,
+			       const struct tm_memory_request *request)
+{
+	struct tm_client_usage usage;
+
+	tm_client_usage(client, &usage);
+	return (u64)request->nr_pages << PAGE_SHIFT <= usage.quota &&
+	       tm_pages_could_hold(request->numa.nodes, request->nr_pages);
+}
+
+/* Make room for what failed with @err. Return: whether to try again. */
 static bool tm_supply_relieve(struct tm_client *client,
 			      const struct tm_memory_request *request, int err,
 			      bool *compacted)
@@ -45,14 +53,15 @@ static bool tm_supply_relieve(struct tm_client *client,
 
 	if (err != -EDQUOT && err != -ENOSPC && err != -ENOMEM)
 		return false;
-	if (tm_park_relieve_client(client))
-		return true;
+	/* What can never be had is to cost nobody anything. */
+	if (!tm_supply_possible(client, request))
+		return false;
 	/* Others cannot help a client at its quota or in a cgroup at its limit. */
 	if (err == -EDQUOT ||
 	    (err == -ENOMEM && request->flags & TM_PAGES_CHARGED))
-		return false;
+		return tm_park_relieve_client(client);
 	if (tm_runcache_drain() ||
-	    tm_park_relieve((u64)request->nr_pages << PAGE_SHIFT))
+	    tm_park_relieve((u64)request->nr_pages << PAGE_SHIFT, true))
 		return true;
 	/* Once: what it frees may be taken by others, who compact as well. */
 	if (*compacted)

@@ -52,6 +52,8 @@ class KernelLog:
 
 @pytest.fixture(scope="session")
 def kernel_log() -> KernelLog:
+    # dropping caches says so each time, unless told (once) to be quiet
+    Path("/proc/sys/vm/drop_caches").write_text("4")
     return KernelLog()
 
 

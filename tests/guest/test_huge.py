@@ -621,3 +621,77 @@ def test_a_block_needs_a_whole_chunk_of_the_system(raw: Raw, settings: None) -> 
     mapping = raw.map_tensor(item)
     assert mapping[:] == bytes(4 * CHUNK)
     mapping.close()
+
+
+@pytest.mark.parametrize("size", [PAGE, 75 * PAGE, CHUNK + 3 * PAGE])
+def test_a_chunk_that_is_part_used_is_no_block(raw: Raw, size: int) -> None:
+    """A tensor of the chunk pool holds whole chunks; the rest of its last one is not in the window."""
+    window = raw.map_window()
+    items = []
+    for value in range(4):
+        result, item = raw.try_alloc(size, abi.Kind.WEIGHTS, abi.Pool.CHUNK, flags=HUGE)
+        assert result == 0
+        window[item.offset : item.offset + size] = bytes([value + 1]) * size
+        items.append(item)
+    for value, item in enumerate(items):
+        assert window[item.offset : item.offset + size] == bytes([value + 1]) * size
+        own = raw.map_tensor(item)
+        assert own[:size] == bytes([value + 1]) * size
+        own.close()
+    first, rest = items[0], items[1:]
+    assert raw.free(first.handle) == 0
+    for value, item in enumerate(rest, 1):
+        assert window[item.offset : item.offset + size] == bytes([value + 1]) * size
+    assert dies(lambda: window[first.offset]) == signal.SIGBUS
+    assert dies(lambda: window[rest[-1].offset + size]) in (signal.SIGBUS, 0)
+    window.close()
+
+
+def test_a_fork_never_keeps_a_block_that_was_freed(raw: Raw) -> None:
+    """Blocks are freed and given to others while processes fork: nobody sees another's bytes."""
+    window = raw.map_window()
+    stop = threading.Event()
+    failures = []
+
+    def forks() -> None:
+        while not stop.is_set():
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            if os.waitpid(pid, 0)[1]:
+                failures.append("a child failed")
+
+    forker = threading.Thread(target=forks)
+    forker.start()
+    try:
+        with Raw() as other:
+            theirs = other.map_window()
+            for turn in range(60):
+                result, item = raw.try_alloc(4 * CHUNK, abi.Kind.WEIGHTS, flags=HUGE)
+                assert result == 0
+                for at in range(0, 4 * CHUNK, CHUNK):
+                    window[item.offset + at] = 0xA5
+                pid = os.fork()
+                if pid == 0:
+                    # what was freed is gone here too, or still what it was: never theirs
+                    time.sleep(0.05)
+                    signal.signal(signal.SIGBUS, signal.SIG_DFL)
+                    os._exit(window[item.offset] not in (0, 0xA5))
+                assert raw.free(item.handle) == 0
+                mine = other.alloc(4 * CHUNK, abi.Kind.WEIGHTS)
+                for at in range(0, 4 * CHUNK, CHUNK):
+                    assert theirs[mine.offset + at] == 0, turn
+                    theirs[mine.offset + at] = 0x5A
+                status = os.waitpid(pid, 0)[1]
+                assert status in (0, signal.SIGBUS), (turn, status)
+                assert other.free(mine.handle) == 0
+            theirs.close()
+    finally:
+        stop.set()
+        forker.join()
+    assert not failures
+    window.close()
+    end = time.monotonic() + 10
+    while read("chunk/quarantined"):
+        assert time.monotonic() < end, "what waited for a fork waits still"
+        time.sleep(0.05)

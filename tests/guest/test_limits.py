@@ -196,7 +196,6 @@ def test_others_are_not_affected(raw: Raw, cgroup: Path) -> None:
     assert happened(cgroup)["oom_kill"] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="whoever is short of memory has all of what is kept given up")
 def test_others_keep_what_would_not_help(raw: Raw, cgroup: Path) -> None:
     """Giving up memory that is not on the cgroup's bill makes no room on it."""
     cgroup.joinpath("memory.max").write_text(str(LIMIT))
@@ -233,7 +232,6 @@ def test_the_ready_chunks_are_not_a_way_around(cgroup: Path) -> None:
     assert read("chunk/free") >= 32  # not at their cost
 
 
-@pytest.mark.xfail(strict=True, reason="the buddy pool does not tell charged chunks from others")
 def test_pages_of_others_are_not_a_way_around(raw: Raw, cgroup: Path) -> None:
     """Nor are the free pages of chunks that others have begun."""
     cgroup.joinpath("memory.max").write_text(str(LIMIT))
@@ -257,7 +255,6 @@ def test_pages_of_others_are_not_a_way_around(raw: Raw, cgroup: Path) -> None:
     assert held <= LIMIT
 
 
-@pytest.mark.xfail(strict=True, reason="the buddy pool does not tell charged chunks from others")
 def test_others_do_not_live_at_a_cgroups_cost(raw: Raw, cgroup: Path) -> None:
     """A cgroup pays for the pages it has, and not for what others put beside them."""
 

@@ -356,3 +356,36 @@ def test_small_runs_fall_back_too(raw: Raw, settings: None) -> None:
     assert gained("fallbacks", before) == dict.fromkeys(NODES, 0)
     assert nodes_of(raw, raw.alloc(CHUNK // 4)) == {NODES[1]}
     assert gained("fallbacks", before)[NODES[1]] == 1
+
+
+def test_compaction_of_every_node(raw: Raw) -> None:
+    """Two at once, on pools that both have something to move; and again with nothing."""
+    rng = random.Random(11)
+    items = []
+    for node in NODES:
+        for _ in range(900):
+            result, item = raw.try_alloc(
+                PAGE << rng.randrange(3), pool=abi.Pool.BUDDY, numa=abi.Numa.BIND, nodes=1 << node
+            )
+            assert result == 0
+            items.append(item)
+    rng.shuffle(items)
+    window = raw.map_window()
+    kept, loose = items[:300], items[300:]
+    for item in kept:
+        window[item.offset : item.offset + 4] = item.handle.to_bytes(4, "little")
+    result, _ = raw.free_batch([item.handle for item in loose])
+    assert result == 0
+    chunks = read("buddy/chunks")
+    for _ in range(2):
+        children = []
+        for _ in range(2):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(write("buddy/compact", 1))
+            children.append(pid)
+        assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
+    assert read("buddy/chunks") < chunks
+    for item in kept:
+        assert window[item.offset : item.offset + 4] == item.handle.to_bytes(4, "little")
+    window.close()

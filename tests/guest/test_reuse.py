@@ -296,7 +296,6 @@ def test_scattered_pages_are_given_up_for_a_chunk(raw: Raw, settings: None) -> N
         assert raw.free(item.handle) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="a request above the capacity has all that is kept given up")
 def test_not_given_up_for_nothing(raw: Raw, settings: None) -> None:
     """What can never be had costs nobody what is kept."""
     assert write("chunk/capacity", 8) == 0
@@ -311,7 +310,6 @@ def test_not_given_up_for_nothing(raw: Raw, settings: None) -> None:
     assert kept == CHUNK + PAGE
 
 
-@pytest.mark.xfail(reason="giving up ends at the first client that is busy")
 def test_given_up_while_its_client_is_busy(raw: Raw, settings: None) -> None:
     """Faults of the client that keeps it, at the same time, make nobody's allocation fail."""
     assert write("chunk/reserve", 0) == 0
@@ -552,3 +550,12 @@ def test_sigkill_at_random_moments() -> None:
         for pid in pids:
             assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
         assert settled(dict.fromkeys(USAGE, 0)) == dict.fromkeys(USAGE, 0)
+
+
+def test_a_lower_quota_costs_what_is_kept(raw: Raw) -> None:
+    result, item = raw.try_alloc(CHUNK, flags=abi.AllocFlag.NOZERO)
+    assert result == 0
+    assert raw.free(item.handle) == 0
+    assert raw.info().used == raw.info().kept == CHUNK
+    assert raw.set_quota(PAGE) == 0
+    assert raw.info().used == raw.info().kept == 0
