@@ -224,8 +224,9 @@ void tm_quarantine_exit(void)
 {
 	struct tm_memory *memory, *next;
 
-	/* Nobody forks what has no mapping: once is enough. */
-	flush_work(&tm_forking_work);
+	/* Nobody forks what has no mapping: a round that began before is the last. */
+	while (tm_quarantine_flush())
+		cond_resched();
 	cancel_delayed_work_sync(&tm_quarantine_work);
 	tm_quarantine_poll(NULL);
 	cancel_delayed_work_sync(&tm_quarantine_work);
