@@ -60,15 +60,24 @@ def pytest(name: str, *where: str) -> Stage:
     return Stage(name, command, junit=True)
 
 
-def guest(kernel: str, select: str, nodes: int = 1) -> Stage:
-    """The guest suite on one kernel, or with more memory nodes the tests that want them.
+#: Parts of the guest suite: the files, all when there are none, and the guest's memory nodes.
+PARTS: dict[str, tuple[tuple[str, ...], int]] = {
+    "guest": ((), 1),
+    "numa": (("numa",), 2),
+    "pages": (("abi", "compact", "huge", "kernel_api", "mapping", "reuse", "small", "sysfs"), 1),
+}
+
+
+def guest(kernel: str, select: str, part: str = "guest") -> Stage:
+    """The guest suite on one kernel: all of it, what wants memory nodes, or what page sizes matter to.
 
     Its report comes back through a shared folder.
     """
-    name = f"guest-{kernel}" if nodes == 1 else f"numa-{kernel}"
-    where = "tests/guest" if nodes == 1 else "tests/guest/test_numa.py"
+    name = f"{part}-{kernel}"
+    files, nodes = PARTS[part]
+    where = [f"tests/guest/test_{file}.py" for file in files] or ["tests/guest"]
     inside = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-              f"--junitxml=/share/{name}/junit.xml", where)  # fmt: skip
+              f"--junitxml=/share/{name}/junit.xml", *where)  # fmt: skip
     options = ("--kernel", kernel, "--cpus", "2", "--memory", "1G", "--numa", str(nodes),
                "--timeout", str(GUEST_TIMEOUT.get(kernel, 900)),
                "--share", str(RESULTS / name))  # fmt: skip
@@ -91,8 +100,9 @@ def stages(select: str) -> list[Stage]:
         pytest("qemu", "qemu/tests"),
         pytest("runner", "tests/runner"),
         guest("6.12", select),
-        guest("6.12", select, nodes=2),
+        guest("6.12", select, "numa"),
         guest("debug", select),
+        guest("6.12-16k", select, "pages"),
         *(smoke(kernel) for kernel in SMOKE),
         smoke("6.12", "raspi3b"),
     ]
