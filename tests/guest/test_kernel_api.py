@@ -11,11 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from device import PAGE, read
+from device import PAGE, read, write
 
 MODULES = Path(__file__).parents[2] / "kmod/tests"
 DEBUGFS = Path("/sys/kernel/debug")
 RESULTS = DEBUGFS / "kunit/tensormem/results"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_kept() -> Iterator[None]:
+    """CPUs keep runs for the next module; compaction gives them back."""
+    yield
+    assert read("buddy/cached_pages")
+    assert write("buddy/compact", 1) == 0
+    assert read("buddy/cached_pages") == 0
+    assert read("buddy/chunks") == 0
 
 
 @contextmanager

@@ -203,10 +203,14 @@ def test_no_other_client_sees_it(raw: Raw, settings: None, end: str) -> None:
         signal.pause()
     assert os.read(ready, 1) == b"x"
     if end == "killed":
+        # all of it, before anything else is asked for: what is on its way back is nobody's
         os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        wait_for(lambda: read("clients/count") == 1)
     assert search(raw, capacity) == 0
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    if end != "killed":
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     let_go((ready, tell))
 
 
