@@ -144,6 +144,26 @@ void tm_client_destroy(struct tm_client *client)
 }
 
 /**
+ * tm_client_unmap - take a range out of the window and empty its mappings
+ * @client: whose window; its invalidate_lock is held for writing
+ * @range: the range
+ *
+ * Nothing is done for a client that is closing: its window is nobody's any more.
+ *
+ * Context: may sleep.
+ */
+void tm_client_unmap(struct tm_client *client, struct tm_range *range)
+{
+	struct address_space *mapping = client->inode->i_mapping;
+
+	lockdep_assert_held_write(&mapping->invalidate_lock);
+	if (client->closing)
+		return;
+	tm_window_remove(&client->window, range);
+	unmap_mapping_pages(mapping, range->start, range->length, true);
+}
+
+/**
  * tm_clients_visit - call a function for every open client
  * @visit: the function; anything but 0 ends the visit
  * @data: for @visit

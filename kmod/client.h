@@ -90,6 +90,7 @@ void tm_client_destroy(struct tm_client *client);
 struct tm_client *tm_client_get(struct tm_client *client);
 void tm_client_put(struct tm_client *client);
 
+void tm_client_unmap(struct tm_client *client, struct tm_range *range);
 int tm_clients_visit(int (*visit)(struct tm_client *client, void *data),
 		     void *data);
 

@@ -48,8 +48,7 @@ static void tm_compact_extent(struct address_space *mapping,
 
 	if (tm_pages_move_begin(&from, &to))
 		return;
-	unmap_mapping_range(mapping, (loff_t)first << PAGE_SHIFT,
-			    (loff_t)PAGE_SIZE << from.order, 1);
+	unmap_mapping_pages(mapping, first, 1u << from.order, true);
 	if (tm_memory_held(&from)) {
 		tm_pages_move_fail(&from, &to);
 		return;

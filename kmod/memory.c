@@ -208,6 +208,13 @@ bool tm_memory_free(struct tm_memory *memory)
 	return true;
 }
 
+static void tm_memory_give_back(struct tm_memory *memory, bool zeroed)
+{
+	for (u32 i = 0; i < memory->nr_extents; i++)
+		tm_pages_free(&memory->extent[i].run, zeroed);
+	tm_memory_destroy(memory);
+}
+
 /**
  * tm_memory_discard - give back memory that nobody has seen
  * @memory: what to give back; consumed
@@ -216,9 +223,7 @@ bool tm_memory_free(struct tm_memory *memory)
  */
 void tm_memory_discard(struct tm_memory *memory)
 {
-	for (u32 i = 0; i < memory->nr_extents; i++)
-		tm_pages_free(&memory->extent[i].run, true);
-	tm_memory_destroy(memory);
+	tm_memory_give_back(memory, true);
 }
 
 /**
@@ -232,7 +237,5 @@ void tm_memory_discard(struct tm_memory *memory)
  */
 void tm_memory_abandon(struct tm_memory *memory)
 {
-	for (u32 i = 0; i < memory->nr_extents; i++)
-		tm_pages_free(&memory->extent[i].run, false);
-	tm_memory_destroy(memory);
+	tm_memory_give_back(memory, false);
 }

@@ -105,7 +105,7 @@ static bool tm_park_unmap(struct tm_client *client, struct tm_tensor *tensor,
 		filemap_invalidate_lock(mapping);
 	else if (!down_write_trylock(&mapping->invalidate_lock))
 		return false;
-	tm_tensor_unmap(client, tensor);
+	tm_client_unmap(client, &tensor->region.range);
 	filemap_invalidate_unlock(mapping);
 	return true;
 }
@@ -200,7 +200,7 @@ bool tm_park_relieve_client(struct tm_client *client)
 		return false;
 	filemap_invalidate_lock(mapping);
 	list_for_each_entry(tensor, &doomed, doomed)
-		tm_tensor_unmap(client, tensor);
+		tm_client_unmap(client, &tensor->region.range);
 	filemap_invalidate_unlock(mapping);
 	list_for_each_entry_safe(tensor, next, &doomed, doomed)
 		tm_park_destroy(client, tensor);

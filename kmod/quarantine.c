@@ -127,9 +127,8 @@ static bool tm_quarantine_passed(struct tm_memory *memory)
 {
 	struct tm_client *client = memory->debtor;
 
-	unmap_mapping_range(client->inode->i_mapping,
-			    (loff_t)memory->first << PAGE_SHIFT,
-			    (loff_t)memory->length << PAGE_SHIFT, 1);
+	unmap_mapping_pages(client->inode->i_mapping, memory->first,
+			    memory->length, true);
 	/* A fork since then may have copied from one that had just mapped it. */
 	smp_mb();
 	if (atomic_read(&client->forks) != memory->forks)

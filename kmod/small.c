@@ -187,11 +187,7 @@ static void tm_small_release(struct tm_client *client,
 	struct tm_range *range = &slab->region.range;
 
 	filemap_invalidate_lock(mapping);
-	if (!client->closing) {
-		tm_window_remove(&client->window, range);
-		unmap_mapping_range(mapping, (loff_t)range->start << PAGE_SHIFT,
-				    (loff_t)range->length << PAGE_SHIFT, 1);
-	}
+	tm_client_unmap(client, range);
 	filemap_invalidate_unlock(mapping);
 	atomic64_sub(range->length, &tm_small_nr_pages);
 	tm_quarantine_free(client, &slab->region);

@@ -277,26 +277,6 @@ static int tm_tensor_place(struct tm_client *client, struct tm_tensor *tensor)
 				tensor->region.memory->nr_chunks);
 }
 
-/**
- * tm_tensor_unmap - take a tensor's place away and empty its mappings
- * @client: whose it is; its invalidate_lock is held for writing
- * @tensor: the tensor
- *
- * Context: may sleep.
- */
-void tm_tensor_unmap(struct tm_client *client, struct tm_tensor *tensor)
-{
-	struct tm_range *range = &tensor->region.range;
-
-	tm_tensor_assert_locked(client);
-	if (client->closing)
-		return;
-	tm_window_remove(&client->window, range);
-	unmap_mapping_range(client->inode->i_mapping,
-			    (loff_t)range->start << PAGE_SHIFT,
-			    (loff_t)range->length << PAGE_SHIFT, 1);
-}
-
 static int tm_tensor_publish_one(struct tm_client *client,
 				 struct tm_tensor *tensor)
 {
@@ -430,7 +410,7 @@ int tm_tensor_free(struct tm_client *client, const u32 *handles, u32 count,
 	list_for_each_entry(tensor, &doomed, doomed) {
 		xa_erase(&client->tensors, tensor->handle);
 		if (!tm_tensor_parks(tensor) && !tm_tensor_small(tensor))
-			tm_tensor_unmap(client, tensor);
+			tm_client_unmap(client, &tensor->region.range);
 		cond_resched();
 	}
 	filemap_invalidate_unlock(mapping);

@@ -84,7 +84,6 @@ int __must_check tm_tensor_query(struct tm_client *client,
 				 struct tensormem_query *query);
 
 bool tm_tensor_alike(const struct tm_tensor *a, const struct tm_tensor *b);
-void tm_tensor_unmap(struct tm_client *client, struct tm_tensor *tensor);
 void tm_tensor_release(struct tm_client *client, struct tm_tensor *tensor);
 
 #endif

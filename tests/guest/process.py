@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +48,26 @@ def dies(action: Callable[[], object]) -> int:
     if os.WIFEXITED(status):
         assert os.WEXITSTATUS(status) == 0
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def killed_at_random(
+    work: Callable[[int], object], dice: random.Random, least: float, most: float
+) -> None:
+    """Two children do endless work, with seeds of their own, until they are killed so many seconds later."""
+    children = []
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work(dice.randrange(1 << 30) + os.getpid())
+            finally:
+                os._exit(98)
+        children.append(pid)
+    time.sleep(dice.uniform(least, most))
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    for pid in children:
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
 def smaps(address: int) -> dict[str, int]:

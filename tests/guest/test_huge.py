@@ -22,7 +22,7 @@ import pytest
 
 from conftest import USAGE, settled
 from device import CHUNK, KINDS, PAGE, Raw, address_of, events, read, write
-from process import FAILED, Iovec, dies, hold, let_go, libc, smaps
+from process import FAILED, Iovec, dies, hold, killed_at_random, let_go, libc, smaps
 from tensormem import abi
 
 READ, WRITE = mmap.PROT_READ, mmap.PROT_WRITE
@@ -588,20 +588,7 @@ def churn(seed: int) -> None:
 def test_sigkill_at_random_moments() -> None:
     dice = random.Random(11)
     for _ in range(12):
-        pids = []
-        for _ in range(2):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    churn(dice.randrange(1 << 30) + os.getpid())
-                finally:
-                    os._exit(98)
-            pids.append(pid)
-        time.sleep(dice.uniform(0.05, 0.5))
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        for pid in pids:
-            assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        killed_at_random(churn, dice, 0.05, 0.5)
         assert settled(dict.fromkeys(USAGE, 0)) == dict.fromkeys(USAGE, 0)
 
 

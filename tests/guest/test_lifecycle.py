@@ -19,6 +19,7 @@ import pytest
 
 from conftest import USAGE, settled
 from device import CHUNK, PAGE, Raw, read, write
+from process import killed_at_random
 from tensormem import abi
 
 
@@ -95,20 +96,7 @@ def test_sigkill_at_random_moments() -> None:
     """Children die in the middle of batches, faults and frees; nothing of them stays."""
     dice = random.Random(7)
     for _ in range(25):
-        children = []
-        for _ in range(2):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    churn(dice.randrange(1 << 30) + os.getpid())
-                finally:
-                    os._exit(98)
-            children.append(pid)
-        time.sleep(dice.uniform(0.01, 0.4))
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-        for pid in children:
-            assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        killed_at_random(churn, dice, 0.01, 0.4)
         assert settled(dict.fromkeys(USAGE, 0)) == dict.fromkeys(USAGE, 0)
 
 

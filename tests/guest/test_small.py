@@ -14,7 +14,7 @@ import pytest
 
 from conftest import USAGE, settled
 from device import CHUNK, KINDS, PAGE, Raw, address_of, read, wait_for, write
-from process import hold, let_go
+from process import hold, killed_at_random, let_go
 from tensormem import abi
 
 SLAB, NOZERO = abi.Pool.SLAB, abi.AllocFlag.NOZERO
@@ -219,18 +219,5 @@ def churn(seed: int) -> None:
 def test_sigkill_at_random_moments() -> None:
     dice = random.Random(17)
     for _ in range(8):
-        pids = []
-        for _ in range(2):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    churn(dice.randrange(1 << 30) + os.getpid())
-                finally:
-                    os._exit(98)
-            pids.append(pid)
-        time.sleep(dice.uniform(0.05, 0.4))
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        for pid in pids:
-            assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        killed_at_random(churn, dice, 0.05, 0.4)
         assert settled(dict.fromkeys(USAGE, 0)) == dict.fromkeys(USAGE, 0)

@@ -263,15 +263,18 @@ void chunk_do_grow_abort(struct chunk_model *model, struct tm_chunk_pool *pool,
 	model->grow_failed++;
 }
 
-int chunk_do_recast_begin(struct chunk_model *model, struct tm_chunk_pool *pool,
-			  struct tm_chunk_id *id)
+/* @call lets the free chunk go that is missed least: it is @to afterwards. */
+static int let_go(struct chunk_model *model, struct tm_chunk_pool *pool,
+		  int (*call)(struct tm_chunk_pool *pool,
+			      struct tm_chunk_id *id),
+		  enum tm_chunk_state to, struct tm_chunk_id *id)
 {
 	u32 want = least(model);
 	struct chunk_snapshot before;
 	int err;
 
 	chunk_snapshot_take(&before, pool);
-	err = tm_chunk_recast_begin(pool, id);
+	err = call(pool, id);
 	CHECK_EQ(err, want == TM_NONE ? -ENOENT : 0);
 	if (err) {
 		CHECK(chunk_snapshot_same(&before, pool));
@@ -279,10 +282,19 @@ int chunk_do_recast_begin(struct chunk_model *model, struct tm_chunk_pool *pool,
 	}
 	CHECK_EQ(id->v, want);
 	check_form(model, pool, id->v);
-	enter(model, id->v, TM_CHUNK_GROWING);
+	enter(model, id->v, to);
 	model->shrunk++;
-	model->recast++;
 	return 0;
+}
+
+int chunk_do_recast_begin(struct chunk_model *model, struct tm_chunk_pool *pool,
+			  struct tm_chunk_id *id)
+{
+	int err = let_go(model, pool, tm_chunk_recast_begin, TM_CHUNK_GROWING,
+			 id);
+
+	model->recast += !err;
+	return err;
 }
 
 int chunk_do_take(struct chunk_model *model, struct tm_chunk_pool *pool,
@@ -374,20 +386,5 @@ void chunk_do_zero_end(struct chunk_model *model, struct tm_chunk_pool *pool,
 int chunk_do_remove(struct chunk_model *model, struct tm_chunk_pool *pool,
 		    struct tm_chunk_id *id)
 {
-	u32 want = least(model);
-	struct chunk_snapshot before;
-	int err;
-
-	chunk_snapshot_take(&before, pool);
-	err = tm_chunk_remove(pool, id);
-	CHECK_EQ(err, want == TM_NONE ? -ENOENT : 0);
-	if (err) {
-		CHECK(chunk_snapshot_same(&before, pool));
-		return err;
-	}
-	CHECK_EQ(id->v, want);
-	check_form(model, pool, id->v);
-	enter(model, id->v, TM_CHUNK_ABSENT);
-	model->shrunk++;
-	return 0;
+	return let_go(model, pool, tm_chunk_remove, TM_CHUNK_ABSENT, id);
 }
