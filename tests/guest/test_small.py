@@ -7,8 +7,6 @@ import errno
 import itertools
 import os
 import random
-import signal
-import time
 
 import pytest
 
