@@ -9,14 +9,17 @@
 #include <linux/errno.h>
 #include <linux/lockdep.h>
 #include <linux/mm.h>
+#include <linux/rwsem.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
 #include <linux/string.h>
 #include <linux/types.h>
 
 typedef spinlock_t tm_lock_t;
+typedef struct rw_semaphore tm_sleep_lock_t;
 
-#define tm_assert_locked(lock)	lockdep_assert_held(lock)
+#define tm_assert_locked(lock)		lockdep_assert_held(lock)
+#define tm_assert_sleep_locked(lock)	lockdep_assert_held(lock)
 #define tm_warn_on(cond)	WARN_ON_ONCE(cond)
 #define tm_static_assert	static_assert
 

@@ -234,7 +234,7 @@ static void tm_kv_put_page(struct tm_kv_pool *pool, u32 page)
 }
 
 int tm_kv_pool_init(struct tm_kv_pool *pool, const struct tm_kv_geometry *geo,
-		    u32 nr_slots, tm_lock_t *lock)
+		    u32 nr_slots, tm_sleep_lock_t *lock)
 {
 	u32 smallest = TM_KV_MAX_BLOCK_PAGES, nr_pages;
 
@@ -299,7 +299,7 @@ int tm_kv_add_chunk(struct tm_kv_pool *pool, struct tm_chunk_id id)
 	u32 v = pool->free_slot;
 	struct tm_kv_chunk *c;
 
-	tm_assert_locked(pool->lock);
+	tm_assert_sleep_locked(pool->lock);
 	if (v == TM_NONE)
 		return -ENOSPC;
 	c = &pool->chunks[v];
@@ -321,7 +321,7 @@ int tm_kv_remove_chunk(struct tm_kv_pool *pool, struct tm_chunk_id *id)
 	u32 v = pool->head[pages];
 	struct tm_kv_chunk *c;
 
-	tm_assert_locked(pool->lock);
+	tm_assert_sleep_locked(pool->lock);
 	if (v == TM_NONE)
 		return -ENOENT;
 	c = &pool->chunks[v];
@@ -338,7 +338,7 @@ u64 tm_kv_missing(const struct tm_kv_pool *pool, const u32 *count)
 {
 	u64 need = 0;
 
-	tm_assert_locked(pool->lock);
+	tm_assert_sleep_locked(pool->lock);
 	for (u32 i = 0; i < pool->geo.nr_groups; i++)
 		need += (u64)count[i] * pool->geo.block_pages[i];
 	if (need <= pool->free_pages)
@@ -378,7 +378,7 @@ static struct tm_kv_block tm_kv_alloc_one(struct tm_kv_pool *pool, u32 group)
 int tm_kv_alloc(struct tm_kv_pool *pool, const u32 *count,
 		struct tm_kv_block *blocks)
 {
-	tm_assert_locked(pool->lock);
+	tm_assert_sleep_locked(pool->lock);
 	if (tm_kv_missing(pool, count))
 		return -ENOMEM;
 	for (u32 i = 0; i < pool->geo.nr_groups; i++)
@@ -399,7 +399,7 @@ int tm_kv_free(struct tm_kv_pool *pool, struct tm_kv_block block)
 	struct tm_kv_record *record;
 	u32 link;
 
-	tm_assert_locked(pool->lock);
+	tm_assert_sleep_locked(pool->lock);
 	if (!tm_kv_is_block(pool, block))
 		return -EINVAL;
 	record = &pool->blocks[block.v];
@@ -448,7 +448,7 @@ static struct tm_page_id tm_kv_page_id(const struct tm_kv_pool *pool, u32 page)
 int tm_kv_walk_start(const struct tm_kv_pool *pool, struct tm_kv_block block,
 		     struct tm_kv_walk *walk)
 {
-	tm_assert_locked(pool->lock);
+	tm_assert_sleep_locked(pool->lock);
 	if (!tm_kv_is_block(pool, block))
 		return -EINVAL;
 	walk->link = pool->blocks[block.v].link;
@@ -458,7 +458,7 @@ int tm_kv_walk_start(const struct tm_kv_pool *pool, struct tm_kv_block block,
 bool tm_kv_walk_next(const struct tm_kv_pool *pool, struct tm_kv_walk *walk,
 		     struct tm_page_id *page)
 {
-	tm_assert_locked(pool->lock);
+	tm_assert_sleep_locked(pool->lock);
 	if (walk->link & TM_KV_END)
 		return false;
 	*page = tm_kv_page_id(pool, walk->link - 1);
@@ -495,7 +495,7 @@ int tm_kv_move_begin(struct tm_kv_pool *pool, struct tm_kv_move *move)
 	struct tm_kv_moving *moving = &pool->moving;
 	u32 victim, link, index = 0, prev = 0;
 
-	tm_assert_locked(pool->lock);
+	tm_assert_sleep_locked(pool->lock);
 	if (moving->active)
 		return -EBUSY;
 	if (pool->free_pages < pages || pool->head[pages] != TM_NONE)
@@ -534,7 +534,7 @@ int tm_kv_move_end(struct tm_kv_pool *pool, bool copied)
 {
 	struct tm_kv_moving moving = pool->moving;
 
-	tm_assert_locked(pool->lock);
+	tm_assert_sleep_locked(pool->lock);
 	if (!moving.active)
 		return -EINVAL;
 	pool->moving.active = false;

@@ -22,7 +22,11 @@
  *    hole, so tm_kv_move_begin() can go on until less than one chunk is free.
  *
  * A block's pages are a chain of links, 4 bytes for each page of a chunk; a block
- * has a dense number, by which its user keeps what else there is to know of it.
+ * has a dense number, by which its user keeps what else there is to know of it. Most
+ * blocks are one run, and are known to be: any page of such a one is found at once.
+ *
+ * A block may be made to hold fewer pages for a while (tm_kv_shrink()) and keeps its
+ * number: that is what compressed contents lie in.
  *
  * Context: all functions but init and destroy need pool->lock and never sleep.
  */
@@ -95,16 +99,19 @@ struct tm_kv_geometry {
  * @groups: the groups
  * @nr_groups: how many
  * @block_tokens: tokens of a block; 0 for the number, of TM_KV_MIN_TOKENS or more,
- *                with which a sequence of TM_KV_USUAL_TOKENS wastes least: what is
- *                lost to whole pages, and half of the last block
+ *                with which a sequence of TM_KV_USUAL_TOKENS wastes least, which is
+ *                the fewest that fill whole pages
+ *
+ * A plane of a block is whole pages, because the arrays that blocks are strung into are
+ * to have one stride from end to end. Only a state's is rounded up: nothing follows it.
  *
  * Few tokens, because a prefix is found in whole blocks only and the last block
  * of a sequence is on average half empty. (vLLM pads all groups to one block size;
  * blocks grow to hundreds of tokens and short prefixes are never found.)
  *
  * Context: any. Return: 0, or -EINVAL for no or too many groups, a group that is
- * empty or whose rule and window do not fit, or a block above
- * TM_KV_MAX_BLOCK_PAGES.
+ * empty or whose rule and window do not fit, a plane that is not whole pages (for 0: with
+ * no number up to TM_KV_USUAL_TOKENS), or a block above TM_KV_MAX_BLOCK_PAGES.
  */
 int __must_check tm_kv_geometry_init(struct tm_kv_geometry *geo,
 				     struct tm_geometry pages,
@@ -152,10 +159,14 @@ struct tm_kv_chunk {
  * struct tm_kv_record - a block, or room for one
  * @link: to the first page; of a record not in use, the next such record
  * @group: its group, or TM_NONE when not in use
+ * @pages: pages it has: fewer than its group's blocks while it is shrunk
+ * @run: they follow each other, in order
  */
 struct tm_kv_record {
 	u32 link;
 	u32 group;
+	u32 pages;
+	bool run;
 };
 
 /**
@@ -214,7 +225,7 @@ struct tm_kv_pool {
 	u64 gathered;
 	u64 moved;
 	struct tm_kv_moving moving;
-	tm_lock_t *lock;
+	tm_sleep_lock_t *lock;
 };
 
 /**
@@ -229,7 +240,7 @@ struct tm_kv_pool {
  */
 int __must_check tm_kv_pool_init(struct tm_kv_pool *pool,
 				 const struct tm_kv_geometry *geo, u32 nr_slots,
-				 tm_lock_t *lock);
+				 tm_sleep_lock_t *lock);
 /* Every chunk must have been removed. Context: may sleep; no lock. */
 void tm_kv_pool_destroy(struct tm_kv_pool *pool);
 
@@ -287,6 +298,46 @@ int __must_check tm_kv_alloc(struct tm_kv_pool *pool, const u32 *count,
  * Return: 0, or -EINVAL when there is no such block (nothing changed).
  */
 int __must_check tm_kv_free(struct tm_kv_pool *pool, struct tm_kv_block block);
+
+/* Pages a block has now; 0 when there is no such block. */
+u32 tm_kv_pages(const struct tm_kv_pool *pool, struct tm_kv_block block);
+
+/**
+ * tm_kv_shrink - keep only the first pages of a block
+ * @pool: the pool
+ * @block: the block
+ * @pages: how many; at least 1, fewer than it has
+ *
+ * A move of one of the others is over: tm_kv_move_end() says so.
+ * Return: 0, or -EINVAL when there is no such block or @pages is none of these.
+ */
+int __must_check tm_kv_shrink(struct tm_kv_pool *pool,
+			      struct tm_kv_block block, u32 pages);
+
+/**
+ * tm_kv_regrow - give a shrunk block all its pages again, behind those it has
+ * @pool: the pool
+ * @block: the block
+ *
+ * Return: 0, -EINVAL when there is no such block or it is not shrunk, -ENOMEM when the
+ * pool has not enough free pages (nothing changed).
+ */
+int __must_check tm_kv_regrow(struct tm_kv_pool *pool,
+			      struct tm_kv_block block);
+
+/**
+ * tm_kv_page - one page of a block
+ * @pool: the pool
+ * @block: the block
+ * @index: which, from 0, in the order of tm_kv_walk_next()
+ * @page: the page
+ *
+ * One step for a block in one run, else one for each page before it.
+ * Return: 0, or -EINVAL when there is no such block or page.
+ */
+int __must_check tm_kv_page(const struct tm_kv_pool *pool,
+			    struct tm_kv_block block, u32 index,
+			    struct tm_page_id *page);
 
 /**
  * struct tm_kv_walk - a place in a block

@@ -9,7 +9,8 @@
  *   results     __must_check, the errno constants
  *   bits        tm_ctz64(), tm_fls32() (index of the highest set bit)
  *   memory      tm_table_alloc(), tm_table_free(): zeroed tables, may sleep
- *   locks       tm_lock_t, tm_assert_locked()
+ *   locks       tm_lock_t, tm_assert_locked(); tm_sleep_lock_t, tm_assert_sleep_locked()
+ *               for what may be held for long
  *   assertions  tm_warn_on(), tm_static_assert()
  */
 #ifndef TM_CORE_PLATFORM_H

@@ -51,7 +51,10 @@ typedef struct {
 	bool held;
 } tm_lock_t;
 
-#define tm_assert_locked(lock)	tm_host_require((lock)->held)
+typedef tm_lock_t tm_sleep_lock_t;
+
+#define tm_assert_locked(lock)		tm_host_require((lock)->held)
+#define tm_assert_sleep_locked(lock)	tm_host_require((lock)->held)
 
 static inline void tm_host_lock(tm_lock_t *lock)
 {

@@ -78,6 +78,49 @@
  *              RLIMIT_MEMLOCK without CAP_IPC_LOCK.
  *     EINTR    A fatal signal ended the call.
  *     ENOTTY   Not a tensormem ioctl.
+ *
+ *   These come from KV caches only:
+ *
+ *     ERANGE   The sequence would have more tokens than tensormem_kv_create::max_tokens.
+ *              Truncate it, or create a cache for longer ones.
+ *     ENODATA  The KV asked for is not there, or not any more: no block is published
+ *              under this hash, a window has moved past it, or a state has moved on.
+ *              Compute it.
+ *     EOPNOTSUPP  The kernel has no codec to pack KV with. Load the module it names in
+ *              kv/codec in sysfs.
+ *
+ *   and EDQUOT, ENOSPC (the cache is at its limit, too), ENOMEM as above; ENOENT for
+ *   no such sequence, ENOBUFS for max_sequences open already, EBUSY for a reset
+ *   while sequences hold blocks.
+ *
+ * A KV cache
+ *
+ *   TENSORMEM_IOC_KV_CREATE makes one for a model's geometry and returns a descriptor
+ *   of its own, which can be mapped, polled, and sent over a Unix socket. It is on
+ *   its client's bill and outlives the client's descriptor; closing the last
+ *   descriptor and mapping of it frees everything.
+ *
+ *   Its window has a place for each sequence, of tensormem_kv_info::sequence_size bytes.
+ *   In it each plane (K or V of a layer) is one array: number t of a
+ *   sequence's tokens begins at
+ *
+ *     sequence offset + group offset + plane * group stride + t * token_bytes
+ *
+ *   so that attention code reads plain contiguous memory. Behind the addresses lie
+ *   blocks of block_tokens tokens. A sequence shares blocks with those it was
+ *   forked from and with every other that begins alike (TENSORMEM_IOC_KV_LOOKUP).
+ *   Who writes to a block that somebody else can see gets a copy of it: nobody ever
+ *   sees another sequence's writes.
+ *
+ *   mmap(2) of the descriptor takes the whole window, or a part of one open sequence's
+ *   place (else EINVAL, or ENOENT for a sequence that is not open). Touching what
+ *   a sequence does not hold raises SIGBUS: tokens past its length (to the end of
+ *   their block), those that have left the window of a group, all of a closed one.
+ *   So does a touch that needs memory (a copy, or unpacking) when there is none: within
+ *   the quota, the limit and after giving up cached blocks. Wrong data is never
+ *   seen. These mappings cannot be pinned (O_DIRECT from or to them fails with EFAULT;
+ *   read(2) and write(2) copy and work), because who may write to a page is known
+ *   page by page.
  */
 #ifndef _UAPI_LINUX_TENSORMEM_H
 #define _UAPI_LINUX_TENSORMEM_H
@@ -296,6 +339,362 @@ struct tensormem_set_numa {
 	__u64 nodes;
 };
 
+/* Which tokens a group of layers keeps. */
+enum tensormem_kv_rule {
+	TENSORMEM_KV_FULL	= 1,	/* all */
+	TENSORMEM_KV_WINDOW	= 2,	/* at least the last @window */
+	TENSORMEM_KV_STATE	= 3,	/* none: a state of fixed size */
+};
+
+/**
+ * struct tensormem_kv_group - layers that share one KV shape and one rule
+ * @rule: in: enum tensormem_kv_rule
+ * @planes: in: arrays: K and V of each layer, so usually twice the layers
+ * @token_bytes: in: bytes of a token in one plane; for KV_STATE bytes of a state's plane
+ * @window: in: tokens, for KV_WINDOW; else 0
+ * @element: in: bytes of one number (1, 2, 4 or 8), for packing; 0 is 1
+ * @pad: in: must be 0
+ * @offset: out (KV_INFO): where its first plane lies in a sequence's place
+ * @stride: out (KV_INFO): bytes from one plane to the next
+ */
+struct tensormem_kv_group {
+	__u32 rule;
+	__u32 planes;
+	__u32 token_bytes;
+	__u32 window;
+	__u32 element;
+	__u32 pad;
+	__u64 offset;
+	__u64 stride;
+};
+
+/* Most groups of a cache. */
+#define TENSORMEM_KV_MAX_GROUPS	16
+
+/* tensormem_kv_create::flags: keep events for read(2). */
+#define TENSORMEM_KV_EVENTS	(1u << 0)
+
+/**
+ * struct tensormem_kv_create - make a KV cache
+ * @groups: in: address of the first struct tensormem_kv_group
+ * @nr_groups: in: 1 to TENSORMEM_KV_MAX_GROUPS
+ * @group_size: in: bytes from one group to the next
+ * @max_tokens: in: of one sequence, at least 1
+ * @max_sequences: in: open at a time, 1 to 65535
+ * @block_tokens: in: tokens of a block, or 0 for the fewest (8 or more) that waste
+ *                little; block_tokens * token_bytes has to be whole pages in every
+ *                group but those of KV_STATE
+ * @flags: in: TENSORMEM_KV_EVENTS
+ * @limit: in: bytes of memory it may hold, rounded up to chunks; 0 for what
+ *         max_sequences of max_tokens take. It is taken as it is needed
+ * @fd: out: the descriptor, close-on-exec
+ * @pad: in: must be 0
+ *
+ * EINVAL also for a geometry that overflows, or a limit below one block of each group.
+ */
+struct tensormem_kv_create {
+	__u64 groups;
+	__u32 nr_groups;
+	__u32 group_size;
+	__u32 max_tokens;
+	__u32 max_sequences;
+	__u32 block_tokens;
+	__u32 flags;
+	__u64 limit;
+	__s32 fd;
+	__u32 pad;
+};
+
+/**
+ * struct tensormem_kv_info - layout and counters of a KV cache
+ * @groups: in: address for @nr_groups struct tensormem_kv_group, or 0
+ * @nr_groups: in: room at @groups; out: groups of the cache
+ * @group_size: in: bytes from one group to the next
+ * @max_tokens: as created
+ * @max_sequences: as created
+ * @block_tokens: tokens of a block
+ * @sequences: open now
+ * @window_size: bytes of the window
+ * @sequence_size: bytes of a sequence's place in it
+ * @limit: most bytes it may hold
+ * @held: bytes it holds, in whole chunks
+ * @used: bytes in blocks: of sequences and cached
+ * @cached: bytes in blocks that no sequence holds, kept for their hash
+ * @packed: bytes that packed blocks take; they are in @used
+ * @unpacked: bytes they take unpacked
+ * @lookups: blocks asked for by hash
+ * @hits: those found
+ * @copies: blocks copied: at a fork, before a write, of a partial match
+ * @evictions: cached blocks given up
+ * @packs: @unpacks: blocks packed and unpacked
+ * @events_lost: events that nobody read in time
+ * @moved: pages moved so that chunks fell empty
+ */
+struct tensormem_kv_info {
+	__u64 groups;
+	__u32 nr_groups;
+	__u32 group_size;
+	__u32 max_tokens;
+	__u32 max_sequences;
+	__u32 block_tokens;
+	__u32 sequences;
+	__u64 window_size;
+	__u64 sequence_size;
+	__u64 limit;
+	__u64 held;
+	__u64 used;
+	__u64 cached;
+	__u64 packed;
+	__u64 unpacked;
+	__u64 lookups;
+	__u64 hits;
+	__u64 copies;
+	__u64 evictions;
+	__u64 packs;
+	__u64 unpacks;
+	__u64 events_lost;
+	__u64 moved;
+};
+
+/**
+ * struct tensormem_kv_open - begin a sequence
+ * @sequence: out: its name, never 0
+ * @flags: in: must be 0
+ * @tenant: in: whose it is: blocks published by one tenant are found by no other.
+ *          A number that others cannot guess, where tenants must not probe
+ *          each other's cache
+ * @offset: out: its place in the window
+ */
+struct tensormem_kv_open {
+	__u32 sequence;
+	__u32 flags;
+	__u64 tenant;
+	__u64 offset;
+};
+
+/**
+ * struct tensormem_kv_close - end a sequence
+ * @sequence: in: which
+ * @flags: in: must be 0
+ *
+ * Published blocks stay cached until their memory is needed.
+ */
+struct tensormem_kv_close {
+	__u32 sequence;
+	__u32 flags;
+};
+
+/**
+ * struct tensormem_kv_extend - make room for more tokens at the end of a sequence
+ * @sequence: in: which
+ * @tokens: in: how many, at least 1
+ * @flags: in: must be 0
+ * @length: out: tokens it has now
+ *
+ * New blocks are zero, and mapped at once where the caller has mapped the window.
+ * A window group gives back the blocks that the new length has moved past. Blocks that
+ * were full before the call count as written: they are mapped read-only from
+ * time to time, which a later write notices only by a fault.
+ *
+ * ENOSPC at the cache's limit with nothing left to evict.
+ */
+struct tensormem_kv_extend {
+	__u32 sequence;
+	__u32 tokens;
+	__u32 flags;
+	__u32 length;
+};
+
+/**
+ * struct tensormem_kv_truncate - drop tokens from the end of a sequence
+ * @sequence: in: which
+ * @length: in: tokens to keep; EINVAL for more than it has
+ * @flags: in: must be 0
+ * @pad: in: must be 0
+ *
+ * ENODATA when a window group no longer has what @length needs, or there is a state
+ * and @length is neither 0 nor the present length.
+ */
+struct tensormem_kv_truncate {
+	__u32 sequence;
+	__u32 length;
+	__u32 flags;
+	__u32 pad;
+};
+
+/**
+ * struct tensormem_kv_fork - begin a sequence with the tokens of another
+ * @sequence: in: which
+ * @at: in: how many of its tokens; EINVAL for more than it has
+ * @flags: in: must be 0
+ * @child: out: the new sequence, of the same tenant
+ * @offset: out: its place in the window
+ *
+ * Full blocks are shared, the rest is copied. ENODATA as for truncate. What a thread
+ * writes meanwhile, to the tokens that are not in full blocks, may be in the child
+ * or not.
+ */
+struct tensormem_kv_fork {
+	__u32 sequence;
+	__u32 at;
+	__u32 flags;
+	__u32 child;
+	__u64 offset;
+};
+
+/* The name of a block's contents and of all before it: chain it over the tokens. */
+struct tensormem_kv_hash {
+	__u8 bytes[16];
+};
+
+/* tensormem_kv_hashes::flags of KV_LOOKUP: say what matches and change nothing. */
+#define TENSORMEM_KV_PEEK	(1u << 0)
+
+/**
+ * struct tensormem_kv_hashes - name a sequence's blocks, or begin it with those named
+ * @sequence: in: which
+ * @first: in: KV_PUBLISH: the first block, counted from the start; KV_LOOKUP: 0
+ * @count: in: hashes, 1 to tensormem_info::max_batch
+ * @flags: in: KV_LOOKUP: TENSORMEM_KV_PEEK; KV_PUBLISH: 0
+ * @hashes: in: address of the first struct tensormem_kv_hash
+ * @matched: out: KV_LOOKUP: blocks that the sequence begins with now
+ * @pad: in: must be 0
+ *
+ * KV_PUBLISH: others of the same tenant may find the blocks from now on. They have to
+ * be full (EINVAL) and written. A block has one hash: to publish it under another
+ * is EINVAL, under the same again is nothing. A state is published where the
+ * sequence ends with the last of the blocks, as a copy.
+ *
+ * KV_LOOKUP: the sequence must be empty (EINVAL). It gets the longest prefix of
+ * @hashes that every group has: all blocks in a full group, those of its window in a
+ * window group, the state at that very place in a state group. No match is no
+ * error: @matched is 0.
+ */
+struct tensormem_kv_hashes {
+	__u32 sequence;
+	__u32 first;
+	__u32 count;
+	__u32 flags;
+	__u64 hashes;
+	__u32 matched;
+	__u32 pad;
+};
+
+/**
+ * struct tensormem_kv_adopt - put a published block into a sequence
+ * @sequence: in: which
+ * @block: in: where: a full block it has, which is replaced, or the one after its last
+ *         full block when it ends there
+ * @tokens: in: how many of the block's tokens, counted from its start; fewer than
+ *          block_tokens are copied and only at the end; 0 means all
+ * @flags: in: must be 0
+ * @hash: in: the block's
+ * @length: out: tokens of the sequence now
+ * @pad: in: must be 0
+ *
+ * ENODATA when a group does not have the block.
+ */
+struct tensormem_kv_adopt {
+	__u32 sequence;
+	__u32 block;
+	__u32 tokens;
+	__u32 flags;
+	struct tensormem_kv_hash hash;
+	__u32 length;
+	__u32 pad;
+};
+
+/**
+ * struct tensormem_kv_query - describe a sequence
+ * @sequence: in: which
+ * @flags: in: must be 0
+ * @length: out: tokens
+ * @pad: in: must be 0
+ * @offset: out: its place in the window
+ * @held: out: bytes in its blocks, shared ones too
+ * @shared: out: bytes of @held that another sequence holds as well
+ * @packed: out: bytes that its packed blocks take; they are in @held
+ * @unpacked: out: bytes they take unpacked
+ */
+struct tensormem_kv_query {
+	__u32 sequence;
+	__u32 flags;
+	__u32 length;
+	__u32 pad;
+	__u64 offset;
+	__u64 held;
+	__u64 shared;
+	__u64 packed;
+	__u64 unpacked;
+};
+
+/* tensormem_kv_pack::flags: bring everything back instead, or fail with an errno. */
+#define TENSORMEM_KV_UNPACK	(1u << 0)
+
+/**
+ * struct tensormem_kv_pack - compress the blocks that only this sequence holds
+ * @sequence: in: which
+ * @flags: in: TENSORMEM_KV_UNPACK
+ * @blocks: out: blocks packed, or unpacked
+ * @pad: in: must be 0
+ * @before: out: bytes they took
+ * @after: out: bytes they take now
+ *
+ * Lossless, and undone by a touch. The cache does so by itself with sequences that
+ * are idle, when it is nearly full. Blocks that would not get smaller stay as they are.
+ */
+struct tensormem_kv_pack {
+	__u32 sequence;
+	__u32 flags;
+	__u32 blocks;
+	__u32 pad;
+	__u64 before;
+	__u64 after;
+};
+
+/**
+ * struct tensormem_kv_reset - forget all published blocks
+ * @flags: in: must be 0
+ * @pad: in: must be 0
+ *
+ * EBUSY while any sequence holds a block.
+ */
+struct tensormem_kv_reset {
+	__u32 flags;
+	__u32 pad;
+};
+
+enum tensormem_kv_event_type {
+	TENSORMEM_KV_STORED	= 1,	/* a block was published */
+	TENSORMEM_KV_REMOVED	= 2,	/* it is not to be found any more */
+	TENSORMEM_KV_CLEARED	= 3,	/* nothing is: a reset */
+};
+
+/**
+ * struct tensormem_kv_event - what read(2) of a cache's descriptor returns, whole ones
+ * @type: enum tensormem_kv_event_type
+ * @block: KV_STORED: which block of its sequence, counted from the start
+ * @group: which group's block; each group has its own
+ * @pad: 0
+ * @tenant: whose it is
+ * @hash: its name
+ * @parent: KV_STORED: the name of the block before it in its sequence; 0 for none
+ *
+ * read() gives EAGAIN when there is none and the descriptor does not block, EINVAL
+ * for a buffer too small for one or a cache created without TENSORMEM_KV_EVENTS.
+ * poll(2) says when there are some. The oldest are dropped when nobody reads, and
+ * counted in tensormem_kv_info::events_lost.
+ */
+struct tensormem_kv_event {
+	__u32 type;
+	__u32 block;
+	__u32 group;
+	__u32 pad;
+	__u64 tenant;
+	struct tensormem_kv_hash hash;
+	struct tensormem_kv_hash parent;
+};
+
 #define TENSORMEM_IOC_MAGIC		0xB7
 
 #define TENSORMEM_IOC_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x00, struct tensormem_info)
@@ -308,5 +707,22 @@ struct tensormem_set_numa {
 #define TENSORMEM_IOC_ALLOC_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x20, struct tensormem_batch)
 #define TENSORMEM_IOC_FREE_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x21, struct tensormem_batch)
 #define TENSORMEM_IOC_QUERY_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x22, struct tensormem_batch)
+#define TENSORMEM_IOC_KV_CREATE		_IOWR(TENSORMEM_IOC_MAGIC, 0x30, struct tensormem_kv_create)
+
+/* Of a KV cache's descriptor. */
+#define TENSORMEM_IOC_KV_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x40, struct tensormem_kv_info)
+#define TENSORMEM_IOC_KV_OPEN		_IOWR(TENSORMEM_IOC_MAGIC, 0x41, struct tensormem_kv_open)
+#define TENSORMEM_IOC_KV_CLOSE		_IOWR(TENSORMEM_IOC_MAGIC, 0x42, struct tensormem_kv_close)
+#define TENSORMEM_IOC_KV_EXTEND		_IOWR(TENSORMEM_IOC_MAGIC, 0x43, struct tensormem_kv_extend)
+/* A struct tensormem_batch of struct tensormem_kv_extend, each of another sequence. */
+#define TENSORMEM_IOC_KV_EXTEND_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x44, struct tensormem_batch)
+#define TENSORMEM_IOC_KV_TRUNCATE	_IOWR(TENSORMEM_IOC_MAGIC, 0x45, struct tensormem_kv_truncate)
+#define TENSORMEM_IOC_KV_FORK		_IOWR(TENSORMEM_IOC_MAGIC, 0x46, struct tensormem_kv_fork)
+#define TENSORMEM_IOC_KV_PUBLISH	_IOWR(TENSORMEM_IOC_MAGIC, 0x47, struct tensormem_kv_hashes)
+#define TENSORMEM_IOC_KV_LOOKUP		_IOWR(TENSORMEM_IOC_MAGIC, 0x48, struct tensormem_kv_hashes)
+#define TENSORMEM_IOC_KV_ADOPT		_IOWR(TENSORMEM_IOC_MAGIC, 0x49, struct tensormem_kv_adopt)
+#define TENSORMEM_IOC_KV_QUERY		_IOWR(TENSORMEM_IOC_MAGIC, 0x4a, struct tensormem_kv_query)
+#define TENSORMEM_IOC_KV_PACK		_IOWR(TENSORMEM_IOC_MAGIC, 0x4b, struct tensormem_kv_pack)
+#define TENSORMEM_IOC_KV_RESET		_IOWR(TENSORMEM_IOC_MAGIC, 0x4c, struct tensormem_kv_reset)
 
 #endif /* _UAPI_LINUX_TENSORMEM_H */
