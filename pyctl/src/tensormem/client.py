@@ -38,9 +38,10 @@ from typing import Any, SupportsIndex, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from . import abi, errors
+from . import abi, errors, kv
 from .abi import AllocFlag, Kind, Mapping, Numa, Pool
 from .device import DEFAULT_PATH, Device, KernelDevice
+from .kv import KVCache, KVGroup
 from .session import BatchError, Event, Export, Held, Session, address
 from .units import format_size
 
@@ -825,6 +826,50 @@ class Client:
         """Allocate tensors of these sizes in bytes, all or none; see :meth:`alloc`."""
         items = [_item(_size(size), kind, pool, huge, reuse, pinned, numa) for size in sizes]
         return [Tensor(block) for block in self._session.allocate(items)]
+
+    # -- KV caches -----------------------------------------------------------
+
+    def kv_cache(
+        self,
+        groups: Sequence[KVGroup],
+        max_tokens: int,
+        max_sequences: int = 16,
+        limit: int | None = None,
+        block_tokens: int | None = None,
+        *,
+        events: bool = False,
+        hash_seed: bytes = b"",
+    ) -> KVCache:
+        """Make a KV cache on this client's bill. It outlives the client.
+
+        Args:
+            groups: the model's layers: see :class:`KVGroup`.
+            max_tokens: of one sequence.
+            max_sequences: open at a time, 1 to 65535.
+            limit: bytes of memory it may hold, rounded up to chunks; None for what
+                ``max_sequences`` of ``max_tokens`` take. Memory is taken as it is needed.
+            block_tokens: tokens of a block; None for few that waste little. They have
+                to make whole pages in every group's planes.
+            events: keep events for :meth:`KVCache.events`.
+            hash_seed: goes into all hashes of token ids, so that who does not know it
+                cannot tell what a prefix is from its hash.
+
+        Raises:
+            InvalidArgument: a geometry or limit that is not possible.
+            QuotaExceeded, OutOfMemory: there is no room for its tables.
+            IncompatibleModule: the module has no KV caches.
+            Closed: the client was closed.
+        """
+        return kv.create(
+            self._session,
+            groups,
+            max_tokens,
+            max_sequences,
+            limit,
+            block_tokens,
+            events,
+            hash_seed,
+        )
 
     # -- questions -----------------------------------------------------------
 
