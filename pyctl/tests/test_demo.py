@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from importlib.resources import files
@@ -14,7 +15,8 @@ import numpy.typing as npt
 import pytest
 
 from fake import FakeDevice
-from tensormem import Client, errors, safetensors
+from fakekv import FakeKV
+from tensormem import Client, abi, errors, safetensors
 from tensormem.demo import run
 from tensormem.demo.model import (
     ArrayKV,
@@ -424,7 +426,7 @@ def test_run_puts_everything_on_the_client() -> None:
         assert result.text == decode(seen)
         assert [(h.kind, h.pool) for h in result.holdings] == [
             ("weights", "chunk"),
-            ("kv", "buddy"),
+            ("kv", "kv"),
             ("activations", "buddy"),
             ("activations", "slab"),
         ]
@@ -433,14 +435,19 @@ def test_run_puts_everything_on_the_client() -> None:
         assert size - 8192 < held["weights"].size <= size + 64 * 50
         assert held["weights"].tensors == 1
         assert (held["weights"].chunks, held["weights"].runs) == (1, 4)
-        c = result.config
-        assert held["kv"].tensors == 2 * c.layers
-        assert held["kv"].size == 2 * c.layers * c.kv_heads * c.context * c.head_dim * 4
+        # the last token is not computed any more
+        length, each = len(encode(run.PROMPT)) + 5, run.token_bytes(result.config)
+        (kv,) = device.caches.values()
+        blocks = -(-length // kv.state.block_tokens)
+        assert (held["kv"].tensors, held["kv"].size) == (1, length * each)
+        assert (held["kv"].chunks, held["kv"].runs) == (0, blocks)
+        assert held["kv"].held == blocks * kv.state.block_tokens * each
         assert sum(h.tensors for h in result.holdings[2:]) > 10
         assert sum(h.held for h in result.holdings) >= sum(h.size for h in result.holdings)
         assert result.speed > 0
         assert result.numpy_speed > 0
         assert not device.tensors, "all of it is released afterwards"
+        assert kv.fd == -1
 
 
 def test_run_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,15 +476,48 @@ def test_run_refuses_what_does_not_fit(prompt: str, count: int) -> None:
     assert not device.tensors
 
 
-def test_run_out_of_memory_leaves_nothing() -> None:
-    # beyond it is the first time weights, then KV, then activations
-    for quota in (1 << 20, 3 << 20, 3600 << 10):
-        device = FakeDevice(quota=quota)
-        with Client(device) as client:
-            with pytest.raises(errors.QuotaExceeded) as info:
-                run.run(client, count=3)
-            del info
-            assert not device.tensors
+@pytest.mark.parametrize("quota", [1 << 20, 3 << 20])
+def test_run_out_of_memory_leaves_nothing(quota: int) -> None:
+    # beyond it are the weights, and then the activations
+    device = FakeDevice(quota=quota)
+    with Client(device) as client:
+        with pytest.raises(errors.QuotaExceeded) as info:
+            run.run(client, count=3)
+        del info
+        assert not device.tensors
+        assert all(kv.fd == -1 for kv in device.caches.values())
+
+
+class Refusing(FakeDevice):
+    """Its KV caches refuse one call."""
+
+    def __init__(self, call: int, number: int) -> None:
+        super().__init__()
+        self.refused = {call: number}
+
+    def other(self, fd: int) -> FakeKV:
+        kv = super().other(fd)
+        kv.fail = self.refused
+        return kv
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "expected"),
+    [
+        (abi.IOC_KV_OPEN, errno.ENOMEM, errors.OutOfMemory),
+        (abi.IOC_KV_EXTEND, errno.ENOSPC, errors.CacheFull),
+    ],
+)
+def test_run_without_kv_leaves_nothing(
+    call: int, number: int, expected: type[errors.TensormemError]
+) -> None:
+    device = Refusing(call, number)
+    with Client(device) as client:
+        with pytest.raises(expected) as info:
+            run.run(client, count=3)
+        del info
+        assert not device.tensors
+        assert [kv.fd for kv in device.caches.values()] == [-1]
 
 
 # -- what it says ------------------------------------------------------------------------
