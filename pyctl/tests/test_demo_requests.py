@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import mmap
 import random
 from dataclasses import replace
 from typing import Any
@@ -10,11 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fake import FakeDevice
+from fakekv import State
 from kv_model import ModelCache
-from tensormem import errors, safetensors
+from tensormem import Client, abi, errors, safetensors
+from tensormem import client as client_module
+from tensormem.cli import cli
 from tensormem.demo import REQUESTS, requests, run
 from tensormem.demo.model import Config, Decoder, HeapMemory, Model
 from tensormem.demo.requests import Moment, Report, Request, Trace, alone, serve, trace
+from test_cli import narrow, runner
 from test_demo import SMALL, Weights, random_weights
 
 
@@ -259,3 +267,129 @@ def test_moments() -> None:
     assert Moment.mean([a, b]) == Moment(3, 30, 2, 40, 150)
     assert a.per_sequence() == Moment(1, 10, 2, 15, 50)
     assert np.isclose(Moment.mean([a]).held, 20)
+
+
+# -- on a client -------------------------------------------------------------------------
+
+
+def test_replay_counts_as_the_model_does(demo: tuple[Weights, Config]) -> None:
+    """What the library makes of the device's counters is what the blocks come to."""
+    device = FakeDevice(max_batch=64)
+    seen: list[int] = []
+    with Client(device) as client:
+        found = requests.replay(client, trace(), each=seen.append)
+        assert not device.tensors
+    assert [kv.fd for kv in device.caches.values()] == [-1]
+    assert found.different == []
+    assert sum(seen) == 2 * found.generated
+    assert min(found.seconds, found.alone) > 0
+    cache = cache_of(demo[1], running=requests.RUNNING, limit=requests.LIMIT, page=mmap.PAGESIZE)
+    model = run_on(cache, *demo, trace(), requests.RUNNING)
+    for name in (
+        "block_tokens", "block_bytes", "max_tokens", "requests", "generated", "asked",
+        "matched", "forks", "forked", "computed", "recomputed", "preempted", "most", "peak",
+        "mean", "sequences",
+    ):  # fmt: skip
+        assert getattr(found, name) == getattr(model, name), name
+    for name in ("limit", "used", "cached", "copies", "evictions"):
+        assert getattr(found.info, name) == getattr(model.info, name), name
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    device = FakeDevice(max_batch=64)
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: device)
+    return device
+
+
+def test_command(served: FakeDevice) -> None:
+    result = runner().invoke(cli, ["demo", "--requests", "12"])
+    assert result.exit_code == 0, result.output
+    assert narrow(result.stdout)
+    assert result.stderr.startswith("serving")
+    assert "12 requests from one KV cache: a pool of 2 MiB" in result.stdout
+    lines = {line.split("  ")[1]: line for line in result.stdout.splitlines() if line[:2] == "  "}
+    assert "verdict" in lines
+    assert "equal: all 12 answers are those of numpy" in lines["verdict"]
+    for what in ("memory", "at once", "prefixes", "computed", "blocks", "put back", "time"):
+        assert what in lines
+    assert "4 would fit contiguous" in lines["at once"]
+    assert "512 KiB" in lines["contiguous"]
+    assert served.fd == -1
+    assert not served.tensors
+
+
+def test_command_json(served: FakeDevice) -> None:
+    result = runner().invoke(cli, ["demo", "--requests", "6", "--checkpoint", "a", "--json"])
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    document = json.loads(result.stdout)
+    assert document["equal"] is True
+    assert document["different"] == []
+    assert document["requests"] == 6
+    assert document["generated"] == sum(request.tokens for request in trace(6).requests)
+    assert document["info"]["limit"] == requests.LIMIT
+    assert document["hit_rate"] == document["matched"] / document["asked"]
+    mean = document["mean"]
+    assert document["against_contiguous"] == mean["held"] / mean["contiguous"]
+    assert document["against_private"] == mean["held"] / mean["private"]
+    assert mean["per_sequence"]["contiguous"] == 512 << 10
+    assert document["ms_per_token"]["tensormem"] > 0
+    lengths = {request.name: request.tokens for request in trace(6).requests}
+    assert {name: len(text) for name, text in document["answers"].items()} == lengths
+
+
+def test_command_that_differs(served: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(client: Client, path: Any) -> Weights:
+        weights = safetensors.load_into(client, path)
+        weights["model.norm.weight"][:] *= -1
+        return weights
+
+    monkeypatch.setattr(requests, "load_into", damaged)
+    result = runner().invoke(cli, ["demo", "--requests", "2"])
+    assert result.exit_code == 1
+    assert "verdict      DIFFERENT: flood, bread" in result.stdout
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: FakeDevice(max_batch=64))
+    result = runner().invoke(cli, ["demo", "--requests", "1", "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["equal"] is False
+
+
+def test_command_sees_a_block_that_is_wrong(
+    served: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros in place of a cached block: whoever finds it says something else."""
+    publish = State.publish
+
+    def wrong(self: State, block: Any, key: Any, data: list[bytes], at: int, parent: bytes) -> None:
+        if at == 2:
+            data = [bytes(len(plane)) for plane in data]
+        publish(self, block, key, data, at, parent)
+
+    monkeypatch.setattr(State, "publish", wrong)
+    result = runner().invoke(cli, ["demo", "--requests", "12", "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["different"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--requests", "0"],
+        ["--requests", "33"],
+        ["--requests", "2", "--tokens", "4"],
+        ["--requests", "2", "--prompt", "a"],
+    ],
+)
+def test_wrong_usage(served: FakeDevice, arguments: list[str]) -> None:
+    result = runner().invoke(cli, ["demo", *arguments])
+    assert result.exit_code == 2
+    assert "Usage:" in result.stderr
+    assert served.calls == []
+
+
+def test_refusals(served: FakeDevice) -> None:
+    served.fail[abi.IOC_KV_CREATE] = errno.ENOTTY
+    result = runner().invoke(cli, ["demo", "--requests", "1", "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["type"] == "IncompatibleModule"

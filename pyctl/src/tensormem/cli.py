@@ -20,7 +20,7 @@ from .demo import CHECKPOINTS, PROMPT, REQUESTS, TOKENS
 from .units import format_quota, format_size, parse_size
 
 if TYPE_CHECKING:
-    from .demo.requests import Moment, Report
+    from .demo.requests import Moment, Report, Trace
     from .demo.run import Holding, Result
 
 __all__ = ["cli", "main"]
@@ -609,27 +609,31 @@ def _demo_requests(count: int, checkpoint: str, as_json: bool) -> None:
     from . import client as client_module
     from .demo import requests
 
-    work = 2 * sum(request.tokens for request in requests.trace(count).requests)
+    trace = requests.trace(count)
     with client_module.open() as client:
         if as_json:
-            report = requests.replay(client, checkpoint=checkpoint, count=count)
-            emit(_requests_document(report))
+            report = requests.replay(client, trace, checkpoint=checkpoint)
+            emit(_requests_document(report, trace))
         else:
+            # on the device and on numpy memory
+            work = 2 * sum(request.tokens for request in trace.requests)
             with click.progressbar(length=work, label="serving", file=sys.stderr) as bar:
-                report = requests.replay(
-                    client, checkpoint=checkpoint, count=count, each=bar.update
-                )
+                report = requests.replay(client, trace, checkpoint=checkpoint, each=bar.update)
             _requests_report(report)
     if report.different:
         click.get_current_context().exit(1)
 
 
-def _requests_document(report: Report) -> dict[str, Any]:
+def _requests_document(report: Report, trace: Trace) -> dict[str, Any]:
+    from .demo.model import decode
+
     def moment(m: Moment) -> dict[str, Any]:
         return {**asdict(m), "per_sequence": asdict(m.per_sequence())}
 
+    fields = asdict(report)
+    sequences = fields.pop("sequences")
     return {
-        **asdict(report),
+        **fields,
         "hit_rate": report.hit_rate,
         "peak": moment(report.peak),
         "mean": moment(report.mean),
@@ -640,6 +644,7 @@ def _requests_document(report: Report) -> dict[str, Any]:
             "numpy": 1000 * report.alone / report.generated,
         },
         "equal": not report.different,
+        "answers": {r.name: decode(sequences[r.name][-r.tokens :]) for r in trace.requests},
     }
 
 
@@ -674,8 +679,8 @@ def _requests_report(report: Report) -> None:
         "computed": f"{report.computed} tokens, {report.recomputed} of them again",
         "blocks": f"{info.evictions} evicted, {info.copies} copied, {info.packs} packed",
         "put back": f"{report.preempted} requests, because the pool was full",
-        "time": f"{ours:.1f} ms for each of {report.generated} tokens,"
-        f" {theirs:.1f} ms on numpy memory",
+        "time": f"{ours:.1f} ms for each of {report.generated} tokens;"
+        f" {theirs:.1f} ms on numpy, each alone",
     }
     for what, words in facts.items():
         click.echo(f"  {what:<11}  {words}")

@@ -435,19 +435,19 @@ def alone(
 
 def replay(
     client: Client,
+    trace: Trace,
     *,
     checkpoint: str = "b",
-    count: int = REQUESTS,
     running: int = RUNNING,
     limit: int = LIMIT,
     each: Callable[[int], None] = lambda _: None,
 ) -> Report:
-    """Serve the trace on a client's memory, and compare with numpy's.
+    """Serve a trace on a client's memory, and compare with numpy's.
 
     Args:
         client: where weights, KV cache and activations live.
+        trace: the requests.
         checkpoint: ``a`` or ``b``.
-        count: requests, the first ones of the trace.
         running: how many run at a time.
         limit: bytes that the cache may hold.
         each: called with the number of tokens generated since the last call; each is
@@ -458,15 +458,14 @@ def replay(
         SafetensorsError: the checkpoint is damaged.
         TensormemError: the memory could not be had.
     """
-    requests = trace(count)
     with opened(checkpoint) as (path, config, _):
         ours, theirs = load_into(client, path), load(path)
     with kv_cache(client, config, max_sequences=running, limit=limit) as cache:
         model = Model(ours, config, client)
-        report = serve(model, cache, requests, running=running, each=each)
+        report = serve(model, cache, trace, running=running, each=each)
     decoder = Decoder(theirs, config, HeapMemory())
     begin = time.perf_counter()
-    expected = alone(decoder, requests, each)
+    expected = alone(decoder, trace, each)
     report.alone = time.perf_counter() - begin
     report.different = [n for n, ids in expected.items() if report.sequences[n] != ids]
     return report
