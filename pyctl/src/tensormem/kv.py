@@ -719,7 +719,8 @@ class KVSequence:
             InvalidArgument: it has fewer.
             NotHeld: a window has moved past what ``n`` tokens need, or there is a
                 state, which cannot go back (but for 0 tokens).
-            CacheInUse: there is a state and arrays show it.
+            CacheInUse: arrays show the tokens, and there is a state, or a window that has
+                moved.
             NoSuchSequence: the sequence was closed.
         """
         with self._calling():
@@ -730,15 +731,16 @@ class KVSequence:
             try:
                 settled = self._settle()
                 for number, group in enumerate(() if settled else self._cache.groups):
-                    if group.state is not None:
-                        raise errors.CacheInUse(
-                            f"arrays show the state of sequence {self.handle}",
-                            "drop them before you truncate",
-                        )
-                    now, then = (self._cache._first(number, x) for x in (was, n))
-                    if n and then < now:
+                    lost = self._cache._first(number, n) < self._cache._first(number, was)
+                    if lost and n:
                         raise self._place.session.error(
                             errno.ENODATA, f"cannot truncate sequence {self.handle} to {n} tokens"
+                        )
+                    # what comes anew then must not begin with what is there
+                    if lost or group.state is not None:
+                        raise errors.CacheInUse(
+                            f"cannot begin sequence {self.handle} anew, arrays show its tokens",
+                            "drop the arrays before you truncate",
                         )
             except BaseException:
                 self._length = was
