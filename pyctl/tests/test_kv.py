@@ -1072,6 +1072,27 @@ def test_info_and_events(kv: KVCache, client: Client) -> None:
     assert repr(seq).endswith(", closed>")
 
 
+def test_reading_a_real_descriptor() -> None:
+    ours, theirs = os.pipe()
+    device = KernelDevice.of(ours)
+    assert device.fileno() == ours
+    assert device.read(8, 0) == b""
+    assert device.read(8, 0.001) == b""
+    os.write(theirs, b"0123456789")
+    assert device.read(8, None) == b"01234567"
+    assert device.read(8, 0) == b"89"
+    os.set_blocking(ours, False)
+    os.close(theirs)
+    assert device.read(8, None) == b""
+    other = device.other(os.dup(ours))
+    device.close()
+    device.close()
+    assert device.fileno() == -1
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(ours)
+    other.close()
+
+
 def test_tenants_are_64_bits(kv: KVCache) -> None:
     top = kv.sequence((1 << 64) - 1)
     put(top, ids((0, 20)))

@@ -1404,7 +1404,8 @@ class KVCache:
     def events(self, timeout: float | None = None) -> Iterator[KVEvent]:
         """Yield what was published, removed and cleared, as it happens.
 
-        Whoever reads an event takes it: of several readers each gets a part.
+        Whoever reads an event takes it: of several readers each gets a part. One that
+        waits keeps the descriptor open, also after :meth:`close`.
 
         Args:
             timeout: seconds without an event that end the iteration; 0: only those
