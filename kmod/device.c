@@ -17,6 +17,7 @@
 #include "client.h"
 #include "core/geometry.h"
 #include "device.h"
+#include "kv_file.h"
 #include "pages.h"
 #include "sysfs.h"
 #include "tensor.h"
@@ -231,6 +232,8 @@ static long tm_device_ioctl(struct file *file, unsigned int cmd,
 		return tm_args_batch(client, user, size, tm_device_free);
 	case _IOC_NR(TENSORMEM_IOC_QUERY_BATCH):
 		return tm_args_batch(client, user, size, tm_device_query);
+	case _IOC_NR(TENSORMEM_IOC_KV_CREATE):
+		return tm_kv_file_create(client, user, size);
 	default:
 		return -ENOTTY;
 	}

@@ -171,6 +171,15 @@ tm_cache_seq(const struct tm_cache *cache, u32 place)
 	return &cache->seqs[place];
 }
 
+/* The name of the open sequence at @place. */
+static inline struct tm_seq_id tm_cache_name(const struct tm_cache *cache,
+					     u32 place)
+{
+	return (struct tm_seq_id){
+		(u32)cache->seqs[place].generation << 16 | place,
+	};
+}
+
 /* The blocks [first, end) of @group that a sequence of @tokens has; none for 0. */
 void tm_cache_span(const struct tm_cache *cache, u32 group, u32 tokens,
 		   u32 *first, u32 *end);
