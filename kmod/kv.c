@@ -21,6 +21,7 @@
 
 #include "client.h"
 #include "kv.h"
+#include "kv_compact.h"
 #include "kv_pack.h"
 #include "kv_vm.h"
 #include "memory.h"
@@ -223,6 +224,7 @@ struct tm_kv *tm_kv_create(struct tm_client *client,
 		goto err_tables;
 	}
 	tm_kv_pack_init(kv);
+	tm_kv_compact_init(kv);
 	kv->client = tm_client_get(client);
 	kv->id = atomic_inc_return(&tm_kv_ids);
 	atomic64_inc(&tm_nr_kvs);
@@ -299,6 +301,10 @@ static void tm_kv_copy(struct tm_kv *kv, const struct tm_cache_copies *copies)
 		struct tm_kv_walk from, to;
 		struct tm_page_id a, b;
 
+		trace_tensormem_kv_copy(kv->client->id, kv->id, copy->group,
+					copy->index,
+					(u64)pool->geo.block_pages[copy->group]
+					<< PAGE_SHIFT);
 		if (tm_cache_packed(&kv->cache, copy->from)) {
 			tm_kv_unpack_to(kv, copy->group, copy->from,
 					copy->to);
@@ -476,17 +482,35 @@ void tm_kv_trim(struct tm_kv *kv)
 	} while (memory);
 }
 
+/**
+ * tm_kv_settle - blocks have been freed
+ * @kv: the cache
+ *
+ * Empty chunks go back; where much is free but no chunk is empty, they are made so, later.
+ *
+ * Context: may sleep; takes kv->lock.
+ */
+void tm_kv_settle(struct tm_kv *kv)
+{
+	tm_kv_trim(kv);
+	tm_kv_compact_wake(kv);
+}
+
 /* Return: what @call does, or -EINTR on a fatal signal. */
 static int tm_kv_once(struct tm_kv *kv, tm_kv_call call, void *args, bool evict,
 		      u64 *wanting)
 {
-	u64 events;
+	u64 events, evictions;
 	int err;
 
 	if (down_write_killable(&kv->lock))
 		return -EINTR;
 	events = kv->cache.event_head;
+	evictions = kv->cache.stats.evictions;
 	err = call(kv, args, evict);
+	evictions = kv->cache.stats.evictions - evictions;
+	if (evictions)
+		trace_tensormem_kv_evict(kv->client->id, kv->id, evictions);
 	*wanting = kv->cache.wanting;
 	events = kv->cache.event_head - events;
 	up_write(&kv->lock);
@@ -579,7 +603,7 @@ int tm_kv_close(struct tm_kv *kv, struct tm_seq_id id)
 	err = tm_cache_close(&kv->cache, id);
 	up_write(&kv->lock);
 	if (!err)
-		tm_kv_trim(kv);
+		tm_kv_settle(kv);
 	return err;
 }
 
@@ -680,13 +704,19 @@ int tm_kv_extend(struct tm_kv *kv, struct tm_cache_extend *items, u32 nr,
 	struct tm_kv_extend_args args = {
 		.items = items, .nr = nr, .failed = failed,
 	};
+	u64 start = trace_tensormem_kv_extend_enabled() ? ktime_get_ns() : 0;
 	int err = tm_kv_do(kv, tm_kv_call_extend, &args);
 
 	if (err)
 		return err;
 	for (u32 i = 0; i < nr; i++)
 		tm_kv_vm_map_ahead(kv, &items[i]);
-	tm_kv_trim(kv);
+	for (u32 i = 0; start && i < nr; i++)
+		trace_tensormem_kv_extend(kv->client->id, kv->id,
+					  items[i].id.v, items[i].tokens,
+					  items[i].length + items[i].tokens,
+					  ktime_get_ns() - start);
+	tm_kv_settle(kv);
 	tm_kv_pack_wake(kv, false);
 	return 0;
 }
@@ -726,7 +756,7 @@ int tm_kv_truncate(struct tm_kv *kv, struct tm_seq_id id, u32 length)
 	err = tm_cache_truncate(&kv->cache, id, length);
 	up_write(&kv->lock);
 	if (!err)
-		tm_kv_trim(kv);
+		tm_kv_settle(kv);
 	return err;
 }
 
@@ -755,6 +785,8 @@ static int tm_kv_call_fork(struct tm_kv *kv, void *args, bool evict)
 		return err;
 	tm_kv_touch(kv, tm_cache_find(&kv->cache, *fork->child));
 	tm_kv_copy(kv, &copies);
+	trace_tensormem_kv_fork(kv->client->id, kv->id, fork->id.v,
+				fork->child->v, fork->at);
 	return 0;
 }
 
@@ -840,6 +872,8 @@ static int tm_kv_call_lookup(struct tm_kv *kv, void *args, bool evict)
 		return err;
 	tm_kv_touch(kv, place);
 	tm_kv_copy(kv, &copies);
+	trace_tensormem_kv_lookup(kv->client->id, kv->id, lookup->id.v,
+				  lookup->nr, *lookup->matched);
 	return 0;
 }
 
@@ -936,7 +970,7 @@ int tm_kv_adopt(struct tm_kv *kv, struct tm_seq_id id, u32 index,
 	int err = tm_kv_do(kv, tm_kv_call_adopt, &args);
 
 	if (!err)
-		tm_kv_trim(kv);
+		tm_kv_settle(kv);
 	return err;
 }
 
@@ -956,7 +990,7 @@ int tm_kv_reset(struct tm_kv *kv)
 	int err = tm_kv_do(kv, tm_kv_call_reset, NULL);
 
 	if (!err)
-		tm_kv_trim(kv);
+		tm_kv_settle(kv);
 	return err;
 }
 
@@ -1034,6 +1068,7 @@ void tm_kv_destroy(struct tm_kv *kv)
 	struct tm_memory *memory;
 
 	tm_kv_pack_exit(kv);
+	tm_kv_compact_exit(kv);
 	down_write(&kv->lock);
 	for (u32 i = 0; i < kv->cache.max_seqs; i++) {
 		struct tm_seq_id id = tm_cache_name(&kv->cache, i);

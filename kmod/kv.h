@@ -66,6 +66,7 @@ struct tm_kv_layout {
  * @tried: as @used was when its blocks were packed last, by place
  * @pack_target: used pages that packing goes on above
  * @pack_work: packs what is idle (kv_pack.c)
+ * @compact_work: moves pages together (kv_compact.c)
  * @id: names the cache in traces
  * @readers: one read(2) at a time
  * @unread: events taken out of the ring and not delivered; under @readers
@@ -87,6 +88,7 @@ struct tm_kv {
 	unsigned long *tried;
 	u64 pack_target;
 	struct delayed_work pack_work;
+	struct delayed_work compact_work;
 	u32 id;
 	struct mutex readers;
 	struct tm_cache_event unread[TM_KV_UNREAD];
@@ -113,6 +115,7 @@ typedef int (*tm_kv_call)(struct tm_kv *kv, void *args, bool evict);
 
 int __must_check tm_kv_do(struct tm_kv *kv, tm_kv_call call, void *args);
 void tm_kv_trim(struct tm_kv *kv);
+void tm_kv_settle(struct tm_kv *kv);
 
 void *tm_kv_address(const struct tm_kv *kv, struct tm_page_id page);
 void tm_kv_mark_dirty(struct tm_kv *kv, struct tm_page_id page);

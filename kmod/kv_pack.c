@@ -13,16 +13,19 @@
  */
 #include <linux/crc32.h>
 #include <linux/jiffies.h>
+#include <linux/ktime.h>
 #include <linux/mm.h>
 #include <linux/mutex.h>
 #include <linux/slab.h>
 #include <linux/workqueue.h>
 
+#include "client.h"
 #include "codec.h"
 #include "core/planes.h"
 #include "kv.h"
 #include "kv_pack.h"
 #include "pages.h"
+#include "trace.h"
 
 /* Bytes that are taken apart and compressed at a time. */
 #define TM_PACK_UNIT		TM_CODEC_MAX
@@ -344,6 +347,7 @@ static int tm_kv_call_unpack(struct tm_kv *kv, void *args, bool evict)
 {
 	const struct tm_kv_geometry *geo = &kv->cache.pool.geo;
 	struct tm_kv_unpack_args *unpack = args;
+	u64 start = trace_tensormem_kv_unpack_enabled() ? ktime_get_ns() : 0;
 	struct tm_cache_page page;
 	u32 bytes;
 	int err;
@@ -366,6 +370,11 @@ static int tm_kv_call_unpack(struct tm_kv *kv, void *args, bool evict)
 		.blocks = 1, .before = bytes,
 		.after = tm_kv_block_bytes(kv, unpack->group),
 	};
+	if (start)
+		trace_tensormem_kv_unpack(kv->client->id, kv->id,
+					  unpack->group, bytes,
+					  unpack->packed->after,
+					  ktime_get_ns() - start);
 out:
 	mutex_unlock(&tm_packer_mutex);
 	return err;
@@ -398,22 +407,27 @@ int tm_kv_unpack(struct tm_kv *kv, u32 place, u32 group, u32 index,
 static void tm_kv_pack_block(struct tm_kv *kv, u32 place, u32 group,
 			     u32 index, struct tm_kv_packed *packed)
 {
-	u64 before = tm_kv_block_bytes(kv, group);
-	u32 after;
+	u64 start = trace_tensormem_kv_pack_enabled() ? ktime_get_ns() : 0;
+	u64 before = tm_kv_block_bytes(kv, group), after = before;
 	struct tm_kv_block block;
+	u32 bytes;
 
 	if (before > tm_packer.room ||
 	    tm_cache_packable(&kv->cache, place, group, index, &block))
 		return;
 	/* Nothing is written while it is read, nor after. */
 	tm_kv_zap(kv, place, group, index, index + 1);
-	after = tm_kv_encode(kv, group, block);
-	if (!after)
-		return;
-	tm_kv_store(kv, block, after);
-	packed->blocks++;
-	packed->before += before;
-	packed->after += round_up(after, PAGE_SIZE);
+	bytes = tm_kv_encode(kv, group, block);
+	if (bytes) {
+		tm_kv_store(kv, block, bytes);
+		after = round_up(bytes, PAGE_SIZE);
+		packed->blocks++;
+		packed->before += before;
+		packed->after += after;
+	}
+	if (start)
+		trace_tensormem_kv_pack(kv->client->id, kv->id, group, before,
+					after, ktime_get_ns() - start);
 }
 
 /* Return: 0, -ENOENT for no such sequence, -ERANGE past its end in this group. */
@@ -486,7 +500,7 @@ int tm_kv_pack(struct tm_kv *kv, struct tm_seq_id id,
 		if (err == -ERANGE)
 			err = 0;
 	}
-	tm_kv_trim(kv);
+	tm_kv_settle(kv);
 	return err;
 }
 
