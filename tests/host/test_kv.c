@@ -949,7 +949,7 @@ TEST(kv_exhaustive_sequences)
 	CHECK_EQ(alloc_one(0), 0);
 	CHECK_EQ(alloc_one(1), 0);
 	CHECK_EQ(alloc_one(0), 0);
-	descend(6);
+	descend(5);
 	CHECK(sequences > 10000);
 	teardown();
 }
