@@ -40,8 +40,8 @@
 
 /* Most sequences: a name has 16 bits for the place and 16 for how often it was used. */
 #define TM_CACHE_MAX_SEQS	65535
-/* Most entries of all tables together: 256 MiB of them. */
-#define TM_CACHE_MAX_ENTRIES	(1u << 26)
+/* Most entries of all tables together: 64 MiB of them. */
+#define TM_CACHE_MAX_ENTRIES	(1u << 24)
 
 /* An open sequence: place | generation << 16, never 0. */
 struct tm_seq_id {
