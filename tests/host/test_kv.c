@@ -87,7 +87,7 @@ TEST(kv_geometry_of_models)
 	} models[] = {
 		/* TinyLlama-1.1B, Qwen2.5-0.5B, Llama 3.2 Vision, Gemma-2-2B */
 		{ 22, 512, { { 8, 44 }, { 32, 44 }, { 128, 44 } },
-		  { { 8, 44 }, { 8, 11 }, { 29, 10 } } },
+		  { { 8, 44 }, { 8, 11 }, { 32, 11 } } },
 		{ 24, 256, { { 16, 48 }, { 64, 48 }, { 256, 48 } },
 		  { { 8, 24 }, { 8, 6 }, { 16, 3 } } },
 		{ 40, 2048, { { 8, 320 }, { 8, 80 }, { 32, 80 } },
@@ -118,73 +118,87 @@ TEST(kv_geometry_of_models)
 		}
 }
 
-/* Half tokens of 512 that blocks of @tokens waste: for whole pages, at the end. */
-static u32 cost(const struct tm_kv_group *groups, u32 nr, u32 page, u32 tokens)
+/* Whether blocks of @tokens are whole pages in each plane, and not too many. */
+static bool even(const struct tm_kv_group *groups, u32 nr, u32 page, u32 tokens)
 {
-	u64 held = 0, lost = 0;
+	for (u32 i = 0; i < nr; i++)
+		if (groups[i].rule != TM_KV_STATE &&
+		    ((u64)groups[i].token_bytes * tokens % page ||
+		     (u64)groups[i].token_bytes * tokens / page *
+		     groups[i].planes > 1u << 20))
+			return false;
+	return true;
+}
 
+static void random_groups(struct tm_rng *rng, struct tm_kv_group *groups, u32 nr)
+{
 	for (u32 i = 0; i < nr; i++) {
-		u64 used = (u64)groups[i].token_bytes * tokens;
-		u64 whole = (used / page + (used % page != 0)) * page;
+		u32 planes = 1 + tm_rand_below(rng, 64);
+		u32 bytes = (1 + tm_rand_below(rng, 99)) <<
+			    tm_rand_below(rng, 14);
 
-		if (groups[i].rule == TM_KV_STATE)
-			continue;
-		held += groups[i].planes * whole;
-		lost += groups[i].planes * (whole - used);
+		groups[i] = full(planes, bytes);
+		if (tm_rand_one_in(rng, 3))
+			groups[i] = window(planes, bytes, 7);
+		if (tm_rand_one_in(rng, 4))
+			groups[i] = state(planes, bytes);
 	}
-	return (held ? lost * 1024 / held : 0) + tokens;
+}
+
+static void check_geometry(const struct tm_kv_geometry *geo, u32 page,
+			   const struct tm_kv_group *groups, u32 nr, u32 tokens)
+{
+	CHECK_EQ(geo->block_tokens, tokens);
+	CHECK_EQ(geo->nr_groups, nr);
+	for (u32 i = 0; i < nr; i++) {
+		u64 bytes = groups[i].token_bytes;
+
+		if (groups[i].rule != TM_KV_STATE)
+			bytes *= tokens;
+		CHECK(!memcmp(&geo->group[i], &groups[i], sizeof(groups[i])));
+		CHECK_EQ(geo->plane_pages[i], bytes / page + !!(bytes % page));
+		CHECK_EQ(geo->block_pages[i],
+			 groups[i].planes * geo->plane_pages[i]);
+	}
 }
 
 TEST_PAGE_SIZES(kv_geometry_random)
 {
+	struct tm_geometry g = tm_geometry(page_shift);
+	u32 page = 1u << page_shift, chosen = 0, given = 0;
 	struct tm_round round;
 
 	tm_for_each_round(&round, 4, 400) {
 		for (u32 step = 0; step < round.steps; step++) {
 			u32 nr = 1 + tm_rand_below(&round.rng, 4);
+			u32 tokens = 1 + tm_rand_below(&round.rng, 100);
 			struct tm_kv_group groups[4];
 			struct tm_kv_geometry geo;
 			u32 want = 8;
+			int err;
 
-			for (u32 i = 0; i < nr; i++) {
-				u32 planes = 1 + tm_rand_below(&round.rng, 64);
-				u32 bytes = 1 + tm_rand_below(
-					&round.rng,
-					2u << tm_rand_below(&round.rng, 13));
-
-				groups[i] = full(planes, bytes);
-				if (tm_rand_one_in(&round.rng, 3))
-					groups[i] = window(planes, bytes, 7);
-				if (tm_rand_one_in(&round.rng, 4))
-					groups[i] = state(planes, bytes);
-			}
+			random_groups(&round.rng, groups, nr);
 			tm_op("%u groups, %u planes of %u bytes", nr,
 			      groups[0].planes, groups[0].token_bytes);
-			for (u32 t = 8; t <= 512; t++)
-				if (cost(groups, nr, 1u << page_shift, t) <
-				    cost(groups, nr, 1u << page_shift, want))
-					want = t;
-			CHECK_EQ(tm_kv_geometry_init(&geo,
-						     tm_geometry(page_shift),
-						     groups, nr, 0), 0);
-			CHECK_EQ(geo.block_tokens, want);
-			CHECK_EQ(geo.nr_groups, nr);
-			for (u32 i = 0; i < nr; i++) {
-				u64 bytes = groups[i].token_bytes;
-
-				if (groups[i].rule != TM_KV_STATE)
-					bytes *= want;
-				CHECK(!memcmp(&geo.group[i], &groups[i],
-					      sizeof(groups[i])));
-				CHECK((u64)geo.plane_pages[i] << page_shift >=
-				      bytes);
-				CHECK((geo.plane_pages[i] - 1ull) <<
-				      page_shift < bytes);
-				CHECK_EQ(geo.block_pages[i], groups[i].planes *
-					 geo.plane_pages[i]);
+			while (want <= 512 && !even(groups, nr, page, want))
+				want++;
+			err = tm_kv_geometry_init(&geo, g, groups, nr, 0);
+			CHECK_EQ(err, want <= 512 ? 0 : -EINVAL);
+			if (!err) {
+				check_geometry(&geo, page, groups, nr, want);
+				chosen += want > 8;
+			}
+			tokens <<= tm_rand_below(&round.rng, page_shift);
+			err = tm_kv_geometry_init(&geo, g, groups, nr, tokens);
+			CHECK_EQ(err, even(groups, nr, page, tokens) ?
+				 0 : -EINVAL);
+			if (!err) {
+				check_geometry(&geo, page, groups, nr, tokens);
+				given += tokens > 512;
 			}
 		}
 	}
+	CHECK(round.nr < 4 || (chosen && given));
 }
 
 static int geometry(struct tm_kv_group group, u32 tokens)
@@ -216,40 +230,46 @@ TEST(kv_geometry_refuses)
 	CHECK_EQ(tm_kv_geometry_init(&geo, tm_geometry(12), groups,
 				     TM_KV_GROUPS, 1), -EINVAL);
 
-	CHECK_EQ(geometry(full(0, 1), 1), -EINVAL);
+	CHECK_EQ(geometry(full(0, 4096), 1), -EINVAL);
 	CHECK_EQ(geometry(full(1, 0), 1), -EINVAL);
-	CHECK_EQ(geometry(window(1, 1, 0), 1), -EINVAL);
-	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_FULL, 1, 1, 1 }, 1),
+	CHECK_EQ(geometry(state(1, 0), 1), -EINVAL);
+	CHECK_EQ(geometry(window(1, 4096, 1), 1), 0);
+	CHECK_EQ(geometry(window(1, 4096, 0), 1), -EINVAL);
+	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_FULL, 1, 4096, 1 }, 1),
 		 -EINVAL);
-	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_STATE, 1, 1, 1 }, 1),
+	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_STATE, 1, 4096, 1 }, 1),
 		 -EINVAL);
-	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_RULES, 1, 1, 0 }, 1),
+	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_RULES, 1, 4096, 0 }, 1),
 		 -EINVAL);
-	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_RULES, 1, 1, 1 }, 1),
+	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_RULES, 1, 4096, 1 }, 1),
 		 -EINVAL);
+	/* A plane is whole pages, but not a state's; of what is chosen 512 is most. */
+	CHECK_EQ(geometry(full(1, 4095), 1), -EINVAL);
+	CHECK_EQ(geometry(full(1, 1024), 6), -EINVAL);
+	CHECK_EQ(geometry(full(1, 1024), 12), 0);
+	CHECK_EQ(geometry(full(1, 4097), 4096), 0);
+	CHECK_EQ(geometry(full(1, 8), 0), 0);
+	CHECK_EQ(geometry(full(1, 4), 0), -EINVAL);
+	CHECK_EQ(geometry(full(1, 4), 1024), 0);
+	CHECK_EQ(geometry(full(1, 1), 0), -EINVAL);
 	/* 2^20 pages of 4K are the most, also when products overflow. */
 	CHECK_EQ(geometry(full(1u << 20, 4096), 1), 0);
 	CHECK_EQ(geometry(full(1u << 20, 4096), 0), -EINVAL);
-	CHECK_EQ(geometry(full(1u << 20, 1), 0), 0);
-	CHECK_EQ(geometry(full((1u << 20) + 1, 1), 0), -EINVAL);
-	CHECK_EQ(geometry(full((1u << 20) + 1, 1), 1), -EINVAL);
+	CHECK_EQ(geometry(full(1u << 20, 512), 0), 0);
+	CHECK_EQ(geometry(full((1u << 20) + 1, 512), 0), -EINVAL);
+	CHECK_EQ(geometry(full((1u << 20) + 1, 4096), 1), -EINVAL);
 	CHECK_EQ(geometry(full(1u << 20, 4096), 2), -EINVAL);
-	CHECK_EQ(geometry(full(1, ~0u), 1), 0);
-	CHECK_EQ(geometry(full(1, ~0u), 2), -EINVAL);
-	CHECK_EQ(geometry(full(2, ~0u), 1), -EINVAL);
-	CHECK_EQ(geometry(full(~0u, ~0u), 1), -EINVAL);
-	CHECK_EQ(geometry(full(~0u, ~0u), 0), -EINVAL);
-	CHECK_EQ(geometry(full(~0u, 1), 0), -EINVAL);
-	CHECK_EQ(geometry(full(1u << 31, 2), 1), -EINVAL);
+	CHECK_EQ(geometry(full(1, 1u << 31), 2), 0);
+	CHECK_EQ(geometry(full(1, 1u << 31), 4), -EINVAL);
+	CHECK_EQ(geometry(full(2, 1u << 31), 2), -EINVAL);
+	CHECK_EQ(geometry(full(~0u, 1u << 31), 2), -EINVAL);
+	CHECK_EQ(geometry(full(~0u, 512), 0), -EINVAL);
+	CHECK_EQ(geometry(full(1u << 31, 4096), 2), -EINVAL);
 	CHECK_EQ(geometry(full(1, 4096), ~0u), -EINVAL);
 	CHECK_EQ(geometry(full(16, 1u << 28), 1), 0);
-	CHECK_EQ(geometry(full(16, 1u << 28), ~0u), -EINVAL);
-	CHECK_EQ(geometry(full(4096, 1), ~0u), -EINVAL);
+	CHECK_EQ(geometry(full(16, 1u << 28), 1u << 31), -EINVAL);
+	CHECK_EQ(geometry(full(4096, 1), 1u << 31), -EINVAL);
 	CHECK_EQ(geometry(full(1u << 14, 1u << 31), 1u << 31), -EINVAL);
-	/* Bytes beyond 32 bits: 9 tokens lose 7 bytes in 10 pages of 64K. */
-	groups[0] = full(1u << 16, 72817);
-	CHECK_EQ(tm_kv_geometry_init(&geo, tm_geometry(16), groups, 1, 0), 0);
-	CHECK_EQ(geo.block_tokens, 9);
 	/* A state has no tokens: it is as large with any number of them. */
 	CHECK_EQ(geometry(state(1, ~0u), ~0u), 0);
 	CHECK_EQ(geometry(state(1, 1), 0), 0);
@@ -260,14 +280,14 @@ TEST(kv_held_blocks)
 {
 	static const u32 block_tokens[] = { 1, 3, 8, 16, 63 };
 	static const u32 windows[] = { 1, 2, 7, 8, 9, 64, 100, 4096 };
-	struct tm_kv_group groups[2] = { full(1, 1), state(1, 1) };
+	struct tm_kv_group groups[2] = { full(1, 4096), state(1, 1) };
 	struct tm_kv_geometry geo;
 	u32 first;
 
 	for (u32 b = 0; b < 5; b++)
 		for (u32 w = 0; w < 8; w++) {
 			struct tm_kv_group three[3] = {
-				groups[0], groups[1], window(1, 1, windows[w]),
+				groups[0], groups[1], window(1, 4096, windows[w]),
 			};
 			u32 t = block_tokens[b];
 
@@ -307,7 +327,7 @@ TEST(kv_init_refuses)
 	CHECK_EQ(tm_kv_pool_init(&pool, &geo, 1, &lock), -EINVAL);
 	CHECK_EQ(tm_host_tables(), 0);
 	setup(&geo, 2, 2);
-	CHECK_EQ(pool.nr_blocks, 1);
+	CHECK_EQ(pool.nr_blocks, 2);
 	CHECK_EQ(alloc_one(1), -ENOMEM);
 	CHECK_EQ(alloc_one(0), 0);
 	teardown();
@@ -330,7 +350,7 @@ TEST(kv_init_without_memory)
 	}
 	setup(&geo, 4, 0);
 	CHECK_EQ(tm_host_tables(), 3);
-	CHECK_EQ(pool.nr_blocks, 4 * 128 / 3);
+	CHECK_EQ(pool.nr_blocks, 4 * 128 / 3 * 2);
 	teardown();
 }
 
