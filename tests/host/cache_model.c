@@ -181,10 +181,8 @@ static void get_contents(struct cache_model *m, u32 block, u32 *data)
 
 /* Mappings */
 
-static void unmap(struct cache_model *m, struct cache_model_seq *s, u32 group,
-		  u32 index)
+static void unmap(struct cache_model_seq *s, u32 group, u32 index)
 {
-	(void)m;
 	if (!s->mapped[group][index])
 		return;
 	s->mapped[group][index] = 0;
@@ -192,11 +190,11 @@ static void unmap(struct cache_model *m, struct cache_model_seq *s, u32 group,
 	       sizeof(s->map[group][index]));
 }
 
-static void unmap_range(struct cache_model *m, struct cache_model_seq *s,
-			u32 group, u32 first, u32 end)
+static void unmap_range(struct cache_model_seq *s, u32 group, u32 first,
+			u32 end)
 {
 	for (u32 i = first; i < end; i++)
-		unmap(m, s, group, i);
+		unmap(s, group, i);
 }
 
 static void map(struct cache_model_seq *s, const struct tm_cache_page *page,
@@ -266,6 +264,7 @@ static void free_block(struct cache_model *m, u32 block)
 	struct cache_model_block *b = &m->block[block];
 
 	m->used_pages -= b->pages;
+	m->nr_used--;
 	if (m->moving && m->move.block.v == block)
 		m->move_counts = false;
 	b->used = false;
@@ -285,6 +284,7 @@ static void take(struct cache_model *m, u32 block, u32 group)
 	b->pages = m->geo.block_pages[group];
 	b->refs = 0;
 	m->used_pages += b->pages;
+	m->nr_used++;
 }
 
 static void get(struct cache_model *m, u32 block)
@@ -326,24 +326,30 @@ static bool among(u32 block, const u32 *blocks, u32 nr)
 }
 
 /*
- * Whether there is room for @need pages, and who has to go for it: the oldest, none
- * of @keep.
+ * Whether there is room for @need pages in @blocks blocks, and who has to go for it: the
+ * oldest, none of @keep.
  */
-static int room(struct cache_model *m, u32 need, bool evict, const u32 *keep,
-		u32 nr_keep)
+static int room(struct cache_model *m, u32 need, u32 blocks, bool evict,
+		const u32 *keep, u32 nr_keep)
 {
 	u32 free = cache_free_pages(m);
+	u32 unused = m->cache.pool.nr_blocks - m->nr_used;
 
-	if (need <= free)
+	m->nr_victims = 0;
+	if (need <= free && blocks <= unused)
 		return 0;
-	m->wanting = (need - free - 1) / chunk_pages(m) + 1;
-	for (u32 i = 0; evict && free < need && i < m->nr_lru; i++) {
+	m->wanting = need <= free ? 0 : (need - free - 1) / chunk_pages(m) + 1;
+	if (blocks > unused)
+		m->wanting = TM_KV_NEVER;
+	for (u32 i = 0; evict && (free < need || unused < blocks) &&
+	     i < m->nr_lru; i++) {
 		if (among(m->lru[i], keep, nr_keep))
 			continue;
 		m->victims[m->nr_victims++] = m->lru[i];
 		free += m->block[m->lru[i]].pages;
+		unused++;
 	}
-	if (need <= free)
+	if (need <= free && blocks <= unused)
 		return 0;
 	m->nr_victims = 0;
 	return -ENOMEM;
@@ -953,7 +959,7 @@ int cache_do_close(struct cache_model *m, struct tm_seq_id id)
 		want(&w, -ENOENT);
 	expect(m, &w);
 	for (u32 g = 0; s && g < m->geo.nr_groups; g++)
-		unmap_range(m, s, g, 0, m->max_blocks);
+		unmap_range(s, g, 0, m->max_blocks);
 	err = tm_cache_close(&m->cache, id);
 	if (refused(m, &w, err))
 		return err;
@@ -968,7 +974,7 @@ int cache_do_close(struct cache_model *m, struct tm_seq_id id)
 /* Whether item @nth's last block is to be copied in @group. */
 static bool extend_copies(struct cache_model *m,
 			  const struct tm_cache_extend *items, u32 nr, u32 nth,
-			  u32 group, u32 *index)
+			  u32 group, u32 *index, bool others)
 {
 	struct cache_model_seq *s = cache_seq(m, items[nth].id);
 	u32 tokens = m->geo.block_tokens, refs, block, first, end, old;
@@ -984,7 +990,7 @@ static bool extend_copies(struct cache_model *m,
 		return true;
 	/* Who leaves the block behind has it no more; who has a copy neither. */
 	refs = m->block[block].refs;
-	for (u32 i = 0; i < nr; i++) {
+	for (u32 i = 0; others && i < nr; i++) {
 		struct cache_model_seq *o = cache_seq(m, items[i].id);
 		u32 last = o->length / tokens;
 
@@ -998,12 +1004,92 @@ static bool extend_copies(struct cache_model *m,
 	return refs > 1;
 }
 
+/* Room is needed as if each item were the only one. */
+static int extend_room(struct cache_model *m,
+		       const struct tm_cache_extend *items, u32 nr, bool evict)
+{
+	u32 need = 0, blocks = 0, first, end, old_first, old_end;
+
+	for (u32 i = 0; i < nr; i++) {
+		struct cache_model_seq *s = cache_seq(m, items[i].id);
+
+		for (u32 g = 0; g < m->geo.nr_groups; g++) {
+			u32 index, n;
+
+			span(m, g, s->length, &old_first, &old_end);
+			span(m, g, s->length + items[i].tokens, &first, &end);
+			n = end - (first > old_end ? first : old_end) +
+			    extend_copies(m, &items[i], 1, 0, g, &index, false);
+			need += n * m->geo.block_pages[g];
+			blocks += n;
+		}
+	}
+	return room(m, need, blocks, evict, NULL, 0);
+}
+
+/* What is left behind by the new length, and what is to be copied. */
+static void extend_unmap(struct cache_model *m,
+			 const struct tm_cache_extend *item)
+{
+	struct cache_model_seq *s = cache_seq(m, item->id);
+	u32 first, end, old_first, old_end;
+
+	for (u32 g = 0; g < m->geo.nr_groups; g++) {
+		span(m, g, s->length, &old_first, &old_end);
+		span(m, g, s->length + item->tokens, &first, &end);
+		unmap_range(s, g, old_first, first < old_end ? first : old_end);
+		if (!is_state(m, g) && s->length % m->geo.block_tokens &&
+		    tm_cache_shared(&m->cache, (struct tm_kv_block){
+				    s->block[g][old_end - 1] }))
+			unmap(s, g, old_end - 1);
+	}
+}
+
+/* Let go of what is in no window any more, the last one first. */
+static void leave(struct cache_model *m, struct cache_model_seq *s, u32 length)
+{
+	u32 first, end;
+
+	for (u32 i = m->max_blocks; i--;)
+		for (u32 g = 0; g < m->geo.nr_groups; g++) {
+			span(m, g, length, &first, &end);
+			if (i < first)
+				set(m, s, g, i, TM_NONE);
+		}
+}
+
+static void extended(struct cache_model *m, const struct tm_cache_extend *item,
+		     const bool *copy, const u32 *index)
+{
+	struct cache_model_seq *s = cache_seq(m, item->id);
+	u32 copies = 0, first, end, old_first, old_end;
+
+	CHECK_EQ(item->length, s->length);
+	for (u32 g = 0; g < m->geo.nr_groups; g++) {
+		span(m, g, s->length, &old_first, &old_end);
+		span(m, g, s->length + item->tokens, &first, &end);
+		for (u32 n = first > old_end ? first : old_end; n < end; n++) {
+			set(m, s, g, n, new_block(m, s, g, n));
+			zero(m, s, g, n);
+		}
+		if (copy[g]) {
+			u32 to = new_block(m, s, g, index[g]);
+
+			CHECK_EQ(copy_to(&item->copies, g, index[g],
+					 s->block[g][index[g]]), to);
+			set(m, s, g, index[g], to);
+			copies++;
+		}
+	}
+	CHECK_EQ(item->copies.nr, copies);
+	s->length += item->tokens;
+}
+
 int cache_do_extend_many(struct cache_model *m, struct tm_cache_extend *items,
 			 u32 nr, bool evict)
 {
 	bool copy[CACHE_ITEMS][CACHE_GROUPS] = { { false } };
-	u32 index[CACHE_ITEMS][CACHE_GROUPS], failed = TM_NONE, need = 0;
-	u32 bad[CACHE_ITEMS], where = nr, first, end, old_first, old_end;
+	u32 index[CACHE_ITEMS][CACHE_GROUPS], bad[CACHE_ITEMS], failed = nr;
 	struct wants w = { 0 };
 	int err;
 
@@ -1020,92 +1106,40 @@ int cache_do_extend_many(struct cache_model *m, struct tm_cache_extend *items,
 		else if (items[i].tokens > m->max_tokens - s->length)
 			wrong = -ERANGE;
 		for (u32 o = 0; s && o < i; o++)
-			if (items[o].id.v == items[i].id.v && !wrong)
+			if (items[o].id.v == items[i].id.v)
 				wrong = -EINVAL;
 		if (wrong) {
 			bad[w.nr] = i;
 			want(&w, wrong);
+			break;
 		}
 	}
+	for (u32 i = 0; !w.nr && i < nr; i++)
+		if (extend_room(m, items, i + 1, evict)) {
+			bad[w.nr] = i;
+			want(&w, -ENOMEM);
+		}
 	for (u32 i = 0; !w.nr && i < nr; i++) {
-		struct cache_model_seq *s = cache_seq(m, items[i].id);
-
-		for (u32 g = 0; g < m->geo.nr_groups; g++) {
-			u32 blocks;
-
-			span(m, g, s->length, &old_first, &old_end);
-			span(m, g, s->length + items[i].tokens, &first, &end);
-			blocks = end - (first > old_end ? first : old_end);
+		for (u32 g = 0; g < m->geo.nr_groups; g++)
 			copy[i][g] = extend_copies(m, items, nr, i, g,
-						   &index[i][g]);
-			need += (blocks + copy[i][g]) * m->geo.block_pages[g];
-			unmap_range(m, s, g, old_first,
-				    first < old_end ? first : old_end);
-			if (!is_state(m, g) &&
-			    s->length % m->geo.block_tokens &&
-			    tm_cache_shared(&m->cache, (struct tm_kv_block){
-					    s->block[g][old_end - 1] }))
-				unmap(m, s, g, old_end - 1);
-		}
-		if (where == nr && need > cache_free_pages(m))
-			where = i;
+						   &index[i][g], true);
+		extend_unmap(m, &items[i]);
 	}
-	if (!w.nr && room(m, need, evict, NULL, 0))
-		want(&w, -ENOMEM);
 	expect(m, &w);
 	err = tm_cache_extend(&m->cache, items, nr, evict, &failed);
 	if (refused(m, &w, err)) {
-		if (err == -ENOMEM) {
-			CHECK(failed >= where && failed < nr);
-			return err;
-		}
-		for (u32 i = 0; i < w.nr; i++)
-			if (w.err[i] == err && bad[i] == failed)
-				return err;
 		CHECK_EQ(failed, bad[0]);
 		return err;
 	}
 	forget_victims(m);
-	/* All that is new is there before anything is let go. */
-	for (u32 i = 0; i < nr; i++) {
-		struct cache_model_seq *s = cache_seq(m, items[i].id);
-		u32 copies = 0;
-
-		CHECK_EQ(items[i].length, s->length);
-		for (u32 g = 0; g < m->geo.nr_groups; g++) {
-			span(m, g, s->length, &old_first, &old_end);
-			span(m, g, s->length + items[i].tokens, &first, &end);
-			for (u32 n = first > old_end ? first : old_end; n < end;
-			     n++) {
-				set(m, s, g, n, new_block(m, s, g, n));
-				zero(m, s, g, n);
-			}
-			copies += copy[i][g];
-			if (copy[i][g])
-				take(m, copy_to(&items[i].copies, g,
-						index[i][g],
-						s->block[g][index[i][g]]), g);
-		}
-		CHECK_EQ(items[i].copies.nr, copies);
-	}
+	for (u32 i = 0; i < nr; i++)
+		leave(m, cache_seq(m, items[i].id),
+		      items[i].length + items[i].tokens);
+	for (u32 i = 0; i < nr; i++)
+		extended(m, &items[i], copy[i], index[i]);
+	/* No source of a copy is gone, whoever else let go of it. */
 	for (u32 i = 0; i < nr; i++)
 		carry_out(m, &items[i].copies);
-	for (u32 i = 0; i < nr; i++) {
-		struct cache_model_seq *s = cache_seq(m, items[i].id);
-
-		for (u32 g = 0; g < m->geo.nr_groups; g++) {
-			u32 n = index[i][g];
-
-			if (copy[i][g])
-				set(m, s, g, n,
-				    copy_to(&items[i].copies, g, n,
-					    s->block[g][n]));
-			span(m, g, s->length + items[i].tokens, &first, &end);
-			for (n = first; n--;)
-				set(m, s, g, n, TM_NONE);
-		}
-		s->length += items[i].tokens;
-	}
 	finish(m);
 	return 0;
 }
@@ -1152,7 +1186,7 @@ int cache_do_truncate(struct cache_model *m, struct tm_seq_id id, u32 length)
 	expect(m, &w);
 	for (u32 g = 0; !w.nr && g < m->geo.nr_groups; g++)
 		if (!is_state(m, g) || !length)
-			unmap_range(m, s, g, length / tokens, m->max_blocks);
+			unmap_range(s, g, length / tokens, m->max_blocks);
 	err = tm_cache_truncate(&m->cache, id, length);
 	if (refused(m, &w, err))
 		return err;
@@ -1195,7 +1229,7 @@ int cache_do_fork(struct cache_model *m, struct tm_seq_id id, u32 at,
 {
 	struct cache_model_seq *s = cache_seq(m, id), *c;
 	u32 tokens = m->geo.block_tokens, full = at / tokens;
-	u32 need = 0, nr = 0, first, end;
+	u32 need = 0, blocks = 0, nr = 0, first, end;
 	struct tm_cache_copies copies;
 	struct wants w = { 0 };
 	int err;
@@ -1214,9 +1248,11 @@ int cache_do_fork(struct cache_model *m, struct tm_seq_id id, u32 at,
 	if (m->nr_open == m->max_seqs)
 		want(&w, -ENOBUFS);
 	for (u32 g = 0; !w.nr && at && g < m->geo.nr_groups; g++)
-		if (is_state(m, g) || at % tokens)
+		if (is_state(m, g) || at % tokens) {
 			need += m->geo.block_pages[g];
-	if (!w.nr && room(m, need, evict, NULL, 0))
+			blocks++;
+		}
+	if (!w.nr && room(m, need, blocks, evict, NULL, 0))
 		want(&w, -ENOMEM);
 	expect(m, &w);
 	err = tm_cache_fork(&m->cache, id, at, evict, child, &copies);
@@ -1266,11 +1302,11 @@ int cache_do_write(struct cache_model *m, u32 place, u32 group, u32 index,
 		want(&w, -ENOENT);
 	} else {
 		shared = m->block[block].published || m->block[block].refs > 1;
-		if (shared && room(m, m->geo.block_pages[group], evict, NULL,
-				   0))
+		if (shared && room(m, m->geo.block_pages[group], 1, evict,
+				   NULL, 0))
 			want(&w, -ENOMEM);
 		if (shared)
-			unmap(m, s, group, index);
+			unmap(s, group, index);
 	}
 	expect(m, &w);
 	err = tm_cache_write(&m->cache, place, group, index, evict, &copies);
@@ -1343,7 +1379,7 @@ int cache_do_publish(struct cache_model *m, struct tm_seq_id id, u32 first,
 	struct cache_model_seq *s = cache_seq(m, id);
 	struct tm_cache_copies copies = { .nr = TM_NONE };
 	struct tm_hash parent = { { 0, 0 } };
-	u32 need = 0, nr_copies = 0, end = 0;
+	u32 need = 0, blocks = 0, end = 0;
 	struct wants w = { 0 };
 	bool states = false;
 	int err;
@@ -1363,8 +1399,10 @@ int cache_do_publish(struct cache_model *m, struct tm_seq_id id, u32 first,
 	for (u32 g = 0; s && end && g < m->geo.nr_groups; g++) {
 		if (is_state(m, g)) {
 			if (states && choice(m, s->tenant, g,
-					     &hashes[nr - 1]) == TM_NONE)
+					     &hashes[nr - 1]) == TM_NONE) {
 				need += m->geo.block_pages[g];
+				blocks++;
+			}
 			continue;
 		}
 		for (u32 i = first; i < end; i++) {
@@ -1378,7 +1416,7 @@ int cache_do_publish(struct cache_model *m, struct tm_seq_id id, u32 first,
 			}
 		}
 	}
-	if (!w.nr && room(m, need, evict, NULL, 0))
+	if (!w.nr && room(m, need, blocks, evict, NULL, 0))
 		want(&w, -ENOMEM);
 	expect(m, &w);
 	err = tm_cache_publish(&m->cache, id, first, hashes, nr, evict,
@@ -1409,7 +1447,8 @@ int cache_do_publish(struct cache_model *m, struct tm_seq_id id, u32 first,
 		if (i < end - 1)
 			parent = *hash;
 	}
-	for (u32 i = 0; states && i < copies.nr && i < CACHE_GROUPS; i++) {
+	CHECK_EQ(copies.nr, blocks);
+	for (u32 i = 0; i < blocks; i++) {
 		u32 g = copies.copy[i].group, to = copies.copy[i].to.v;
 
 		CHECK(g < m->geo.nr_groups && is_state(m, g));
@@ -1419,9 +1458,8 @@ int cache_do_publish(struct cache_model *m, struct tm_seq_id id, u32 first,
 		publish(m, to, s->tenant, g, &hashes[nr - 1], end - 1, parent,
 			s->data[g][0]);
 		release(m, to, TM_NONE, 0);
-		nr_copies++;
 	}
-	CHECK_EQ(copies.nr, nr_copies);
+	/* Each of those that there have to be, once. */
 	CHECK_EQ(need, 0);
 	carry_out(m, &copies);
 	finish(m);
@@ -1472,7 +1510,7 @@ int cache_do_lookup(struct cache_model *m, struct tm_seq_id id,
 	struct cache_model_seq *s = cache_seq(m, id);
 	u32 hits[CACHE_GROUPS][CACHE_BLOCKS], keep[CACHE_POOL], nr_keep = 0;
 	struct tm_cache_copies copies = { .nr = TM_NONE };
-	u32 need = 0, blocks = 0, nr_copies = 0, first, end;
+	u32 need = 0, blocks = 0, nr_copies = 0, first, end, nr_new = 0;
 	struct wants w = { 0 };
 	int err;
 
@@ -1485,8 +1523,10 @@ int cache_do_lookup(struct cache_model *m, struct tm_seq_id id,
 		blocks = match(m, s->tenant, hashes, nr);
 	for (u32 g = 0; blocks && g < m->geo.nr_groups; g++) {
 		span(m, g, blocks * m->geo.block_tokens, &first, &end);
-		if (is_state(m, g))
+		if (is_state(m, g)) {
 			need += m->geo.block_pages[g];
+			nr_new++;
+		}
 		for (u32 i = first; i < end; i++) {
 			hits[g][i] = choice(m, s->tenant, g,
 					    &hashes[is_state(m, g) ?
@@ -1494,7 +1534,7 @@ int cache_do_lookup(struct cache_model *m, struct tm_seq_id id,
 			keep[nr_keep++] = hits[g][i];
 		}
 	}
-	if (!w.nr && room(m, need, evict, keep, nr_keep))
+	if (!w.nr && room(m, need, nr_new, evict, keep, nr_keep))
 		want(&w, -ENOMEM);
 	expect(m, &w);
 	*matched = TM_NONE;
@@ -1537,7 +1577,7 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 {
 	struct cache_model_seq *s = cache_seq(m, id);
 	u32 all = m->geo.block_tokens, length = 0, first, end, need = 0;
-	u32 hits[CACHE_GROUPS], nr_hits = 0, nr_copies = 0;
+	u32 hits[CACHE_GROUPS], nr_hits = 0, nr_copies = 0, nr_new = 0;
 	struct tm_cache_copies copies = { .nr = TM_NONE };
 	bool append = false, at_end = false;
 	struct wants w = { 0 };
@@ -1570,8 +1610,10 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 			break;
 		}
 		nr_hits++;
-		if (tokens < all || (is_state(m, g) && !s->length))
+		if (tokens < all || (is_state(m, g) && !s->length)) {
 			need += m->geo.block_pages[g];
+			nr_new++;
+		}
 	}
 	if (!w.nr) {
 		u32 keep[CACHE_GROUPS];
@@ -1580,21 +1622,23 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 		for (u32 g = 0; g < m->geo.nr_groups; g++)
 			if (hits[g] != TM_NONE)
 				keep[nr_hits++] = hits[g];
-		if (room(m, need, evict, keep, nr_hits))
+		if (room(m, need, nr_new, evict, keep, nr_hits))
 			want(&w, -ENOMEM);
 	}
 	expect(m, &w);
 	for (u32 g = 0; s && !w.nr && g < m->geo.nr_groups; g++) {
 		span(m, g, length, &first, &end);
 		if (hits[g] != TM_NONE)
-			unmap(m, s, g, is_state(m, g) ? 0 : index);
-		unmap_range(m, s, g, 0, first);
+			unmap(s, g, is_state(m, g) ? 0 : index);
+		unmap_range(s, g, 0, first);
 	}
 	err = tm_cache_adopt(&m->cache, id, index, hash, tokens, evict,
 			     &copies);
 	if (refused(m, &w, err))
 		return err;
+	/* What is hit leaves the order before it could be let go. */
 	forget_victims(m);
+	leave(m, s, length);
 	for (u32 g = 0; g < m->geo.nr_groups; g++) {
 		u32 i = is_state(m, g) ? 0 : index, hit = hits[g];
 
@@ -1617,16 +1661,7 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 	}
 	CHECK_EQ(copies.nr, nr_copies);
 	carry_out(m, &copies);
-	for (u32 g = 0; g < m->geo.nr_groups; g++) {
-		span(m, g, length, &first, &end);
-		for (u32 i = first; i--;)
-			set(m, s, g, i, TM_NONE);
-	}
 	s->length = length;
-	if (append && tokens == all && s->sealed == index)
-		s->sealed++;
-	m->stats.lookups++;
-	m->stats.hits++;
 	finish(m);
 	return 0;
 }
@@ -1706,7 +1741,7 @@ int cache_do_pack(struct cache_model *m, u32 place, u32 group, u32 index,
 	b = &m->block[block.v];
 	if (!pages || pages >= b->pages)
 		want(&w, -EINVAL);
-	unmap(m, s, group, index);
+	unmap(s, group, index);
 	memset(b->aside, 0, sizeof(b->aside));
 	get_contents(m, block.v, b->aside);
 	expect(m, &w);
@@ -1739,7 +1774,7 @@ int cache_do_unpack(struct cache_model *m, u32 block, bool evict)
 	begin(m);
 	if (!b->packed)
 		want(&w, -EINVAL);
-	else if (room(m, pages - b->pages, evict, &block, 1))
+	else if (room(m, pages - b->pages, 0, evict, &block, 1))
 		want(&w, -ENOMEM);
 	expect(m, &w);
 	err = tm_cache_unpack(&m->cache, (struct tm_kv_block){ block }, evict);

@@ -30,7 +30,7 @@
 #define CACHE_POOL	1024
 #define CACHE_EVENTS	64
 #define CACHE_ITEMS	4
-/* Names kept of blocks that a sequence had. */
+/* Bytes of all tables. */
 #define CACHE_SNAPSHOT	(1u << 20)
 
 /* A page of the model: few words stand for what a page holds. */
@@ -91,6 +91,7 @@ struct cache_model {
 	u32 limit;
 	bool in_pool[CACHE_CHUNKS];
 	u32 used_pages;
+	u32 nr_used;
 	struct tm_kv_move move;
 	bool moving;
 	bool move_counts;

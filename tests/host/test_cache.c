@@ -188,7 +188,7 @@ static bool again(int err, bool *evict)
 
 	if (err != -ENOMEM || *evict)
 		return false;
-	if (!one_in(8))
+	if (wanting != TM_KV_NEVER && !one_in(8))
 		while (wanting && !cache_do_add(&m))
 			wanting--;
 	*evict = wanting;
@@ -672,4 +672,47 @@ TEST_PAGE_SIZES(cache_random)
 
 	tm_for_each_round(&round, rounds, 2000)
 		random_round(&round, page_shift);
+}
+
+/* One behaviour each, of those that caches of other projects have tests for */
+
+/* The next to go, by eviction, are the blocks of @want, in this order. */
+static void expect_evicted(const u32 *want, u32 nr)
+{
+	for (u32 i = 0; i < nr; i++) {
+		CHECK(m.block[want[i]].used);
+		CHECK_EQ(m.lru[0], want[i]);
+		CHECK_EQ(cache_do_evict(&m), 0);
+		CHECK(!m.block[want[i]].used);
+	}
+}
+
+/* Least recently used first, and of one sequence the last block first. */
+TEST(cache_eviction_order)
+{
+	struct tm_seq_id a, b, c;
+	u32 was_a[3], was_b[2];
+
+	setup_full(1, 4, 4, 1);
+	add_chunks(1);
+	a = write_seq(1, 3);
+	b = write_seq(1, 2);
+	publish_all(b, 2);
+	publish_all(a, 1);
+	for (u32 i = 0; i < 3; i++)
+		was_a[i] = block_of(a, 0, i);
+	for (u32 i = 0; i < 2; i++)
+		was_b[i] = block_of(b, 0, i);
+	/* What counts is when they were let go, not when they were made. */
+	CHECK_EQ(cache_do_close(&m, a), 0);
+	CHECK_EQ(cache_do_close(&m, b), 0);
+	/* Used again: the first two of the older. */
+	c = open_seq(1);
+	CHECK_EQ(lookup(c, 1, 2, false), 2);
+	CHECK_EQ(cache_do_close(&m, c), 0);
+	CHECK_EQ(match(1, 1, 3), 3);
+	expect_evicted((u32[]){ was_a[2], was_b[1], was_b[0], was_a[1],
+				was_a[0] }, 5);
+	CHECK_EQ(cache_do_evict(&m), -ENOENT);
+	cache_teardown(&m);
 }
