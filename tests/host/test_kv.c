@@ -585,6 +585,112 @@ TEST_PAGE_SIZES(kv_moves_that_fail)
 	teardown();
 }
 
+/* A shrunk block keeps its first pages, and what was freed serves others. */
+TEST_PAGE_SIZES(kv_shrink_and_regrow)
+{
+	u32 pages = TM_CHUNK_SIZE >> page_shift;
+	u32 size[2] = { pages / 2, pages + 3 };
+	struct tm_kv_geometry geo = sized(page_shift, size, 2);
+	struct tm_page_id first, page;
+
+	setup(&geo, 3, 2);
+	CHECK_EQ(alloc_one(0), 0);
+	CHECK_EQ(alloc_one(1), 0);
+	CHECK_EQ(pool.gathered, 1);
+	CHECK(pool.blocks[model.blocks[0].v].run);
+	CHECK(!pool.blocks[model.blocks[1].v].run);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 0), -EINVAL);
+	CHECK_EQ(kv_do_shrink(&model, &pool, 0, 0), -EINVAL);
+	CHECK_EQ(kv_do_shrink(&model, &pool, 0, size[0]), -EINVAL);
+	CHECK_EQ(kv_do_shrink(&model, &pool, 0, ~0u), -EINVAL);
+	CHECK_EQ(tm_kv_page(&pool, model.blocks[0], 0, &first), 0);
+	CHECK_EQ(kv_do_shrink(&model, &pool, 0, size[0] - 1), 0);
+	CHECK_EQ(kv_do_shrink(&model, &pool, 0, 2), 0);
+	kv_model_compare(&model, &pool);
+	CHECK_EQ(tm_kv_page(&pool, model.blocks[0], 1, &page), 0);
+	CHECK_EQ(page.v, first.v + 1);
+	CHECK_EQ(tm_kv_page(&pool, model.blocks[0], 2, &page), -EINVAL);
+	CHECK_EQ(tm_kv_page(&pool, model.blocks[0], ~0u, &page), -EINVAL);
+	/* The rest is not enough for one of its kind: for it, it is. */
+	CHECK_EQ(kv_do_shrink(&model, &pool, 1, 1), 0);
+	CHECK_EQ(alloc_one(1), 0);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 1), -ENOMEM);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 0), 0);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 0), -EINVAL);
+	kv_model_compare(&model, &pool);
+	CHECK_EQ(kv_do_add(&model, &pool), 0);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 1), 0);
+	kv_model_compare(&model, &pool);
+	CHECK_EQ(pool.gathered, 2);
+	teardown();
+}
+
+/* There are twice as many numbers as blocks fit, for blocks that are shrunk. */
+TEST(kv_numbers_run_out)
+{
+	u32 size[2] = { 20, 30 };
+	struct tm_kv_geometry geo = sized(16, size, 2);
+	u32 most = 3 * 32 / 20 * 2;
+
+	setup(&geo, 3, 3);
+	CHECK_EQ(pool.nr_blocks, most);
+	for (u32 i = 0; i < most; i++) {
+		CHECK_EQ(alloc_one(0), 0);
+		CHECK_EQ(kv_do_shrink(&model, &pool, i, 2), 0);
+	}
+	CHECK(pool.free_pages > 50);
+	CHECK_EQ(alloc_one(1), -ENOMEM);
+	CHECK(tm_kv_missing(&pool, (u32[]){ 0, 1 }) == TM_KV_NEVER);
+	CHECK_EQ(tm_kv_missing(&pool, (u32[]){ 0, 0 }), 0);
+	CHECK_EQ(tm_kv_lack(&pool, pool.free_pages, 0), 0);
+	CHECK_EQ(tm_kv_lack(&pool, pool.free_pages + 1, 0), 1);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 0), 0);
+	kv_do_free(&model, &pool, 3);
+	CHECK_EQ(kv_do_alloc(&model, &pool, (u32[]){ 1, 1 }), -ENOMEM);
+	CHECK_EQ(alloc_one(1), 0);
+	kv_model_compare(&model, &pool);
+	teardown();
+	/* But with pages for blocks none can be shrunk. */
+	geo = sized(16, (u32[]){ 1, 9 }, 2);
+	setup(&geo, 3, 3);
+	CHECK_EQ(pool.nr_blocks, 3 * 32);
+	teardown();
+}
+
+/* A page on its way when its block is shrunk: it stays, or it is gone. */
+TEST_PAGE_SIZES(kv_shrink_during_a_move)
+{
+	u32 pages = TM_CHUNK_SIZE >> page_shift;
+	u32 size = pages / 4;
+	struct tm_kv_geometry geo = sized(page_shift, &size, 1);
+
+	for (u32 keep = 1; keep <= 3; keep++) {
+		u32 nth = 0, index;
+
+		/* Two blocks are in the first chunk, the last one in the other. */
+		setup(&geo, 2, 2);
+		CHECK_EQ(kv_do_alloc(&model, &pool, &(u32){ 5 }), 0);
+		kv_do_free(&model, &pool, 0);
+		kv_do_free(&model, &pool, 0);
+		CHECK_EQ(kv_do_move_begin(&model, &pool), 0);
+		CHECK_EQ(kv_do_move_end(&model, &pool, true), 0);
+		CHECK_EQ(kv_do_move_begin(&model, &pool), 0);
+		index = model.move.index;
+		CHECK_EQ(index, 1);
+		while (model.blocks[nth].v != model.move.block.v)
+			nth++;
+		CHECK_EQ(kv_do_shrink(&model, &pool, nth, keep), 0);
+		kv_model_compare(&model, &pool);
+		CHECK_EQ(alloc_one(0), 0);
+		CHECK_EQ(kv_do_regrow(&model, &pool, nth), 0);
+		CHECK_EQ(kv_do_move_end(&model, &pool, true),
+			 keep > index ? 0 : -ENOENT);
+		kv_model_compare(&model, &pool);
+		CHECK_EQ(pool.moved, keep > index ? 2 : 1);
+		teardown();
+	}
+}
+
 enum op {
 	OP_ALLOC,
 	OP_ALLOC_MANY,
@@ -598,6 +704,9 @@ enum op {
 	OP_MOVE_BEGIN,
 	OP_MOVE_END,
 	OP_MOVE_ALL,
+	OP_SHRINK,
+	OP_SHRINK_ALL,
+	OP_REGROW,
 	OPS,
 };
 
@@ -627,6 +736,14 @@ static void random_bad_free(struct tm_rng *rng)
 			return;
 	tm_op("bad free %u", block.v);
 	kv_do_bad_free(&model, &pool, block);
+}
+
+static void random_shrink(struct tm_rng *rng, u32 nth)
+{
+	u32 pages = tm_rand_below(rng, model.pages[nth] + 1);
+
+	tm_op("shrink block %u to %u pages", model.blocks[nth].v, pages);
+	kv_do_shrink(&model, &pool, nth, pages);
 }
 
 static void random_op(enum op op, struct tm_rng *rng)
@@ -690,6 +807,21 @@ static void random_op(enum op op, struct tm_rng *rng)
 		while (!kv_do_move_begin(&model, &pool))
 			kv_do_move_end(&model, &pool, true);
 		break;
+	case OP_SHRINK:
+		if (model.nr_blocks)
+			random_shrink(rng, tm_rand_below(rng, model.nr_blocks));
+		break;
+	case OP_SHRINK_ALL:
+		for (u32 nth = 0; nth < model.nr_blocks; nth++)
+			random_shrink(rng, nth);
+		break;
+	case OP_REGROW:
+		if (!model.nr_blocks)
+			break;
+		count[0] = tm_rand_below(rng, model.nr_blocks);
+		tm_op("regrow block %u", model.blocks[count[0]].v);
+		kv_do_regrow(&model, &pool, count[0]);
+		break;
 	case OPS:
 		break;
 	}
@@ -737,6 +869,8 @@ TEST_PAGE_SIZES(kv_random)
 					tm_rand_one_in(&round.rng, 4);
 				weights[OP_MOVE_ALL] =
 					tm_rand_one_in(&round.rng, 3);
+				weights[OP_SHRINK_ALL] =
+					tm_rand_one_in(&round.rng, 3);
 			}
 			random_op(tm_rand_weighted(&round.rng, weights, OPS),
 				  &round.rng);
@@ -761,7 +895,7 @@ static void descend(u32 depth)
 		return;
 	models[depth] = model;
 	kv_snapshot_take(&pools[depth], &pool);
-	for (u32 call = 0; call < 8 + nr_blocks; call++) {
+	for (u32 call = 0; call < 8 + 3 * nr_blocks; call++) {
 		static const u32 counts[3][2] = {
 			{ 1, 0 }, { 0, 1 }, { 1, 1 },
 		};
@@ -788,7 +922,14 @@ static void descend(u32 depth)
 			err = kv_do_move_end(&model, &pool, call == 7);
 			break;
 		default:
-			kv_do_free(&model, &pool, call - 8);
+			if (call - 8 < nr_blocks)
+				kv_do_free(&model, &pool, call - 8);
+			else if (call - 8 < 2 * nr_blocks)
+				err = kv_do_shrink(&model, &pool,
+						   call - 8 - nr_blocks, 2);
+			else
+				err = kv_do_regrow(&model, &pool,
+						   call - 8 - 2 * nr_blocks);
 		}
 		/* What was refused changed nothing; an orphan's end did. */
 		if (!err || pools[depth].pool.moving.active !=
@@ -808,7 +949,7 @@ TEST(kv_exhaustive_sequences)
 	CHECK_EQ(alloc_one(0), 0);
 	CHECK_EQ(alloc_one(1), 0);
 	CHECK_EQ(alloc_one(0), 0);
-	descend(6);
+	descend(5);
 	CHECK(sequences > 10000);
 	teardown();
 }
@@ -851,6 +992,21 @@ static void unlocked(void *which)
 	case 8:
 		(void)!tm_kv_move_end(&pool, true);
 		break;
+	case 9:
+		(void)tm_kv_lack(&pool, 0, 0);
+		break;
+	case 10:
+		(void)tm_kv_pages(&pool, block);
+		break;
+	case 11:
+		(void)!tm_kv_shrink(&pool, block, 1);
+		break;
+	case 12:
+		(void)!tm_kv_regrow(&pool, block);
+		break;
+	case 13:
+		(void)!tm_kv_page(&pool, block, 0, &page);
+		break;
 	}
 }
 
@@ -858,12 +1014,13 @@ TEST(kv_calls_need_the_lock)
 {
 	static const char *const calls[] = {
 		"add_chunk", "remove_chunk", "missing", "alloc", "free",
-		"walk_start", "walk_next", "move_begin", "move_end",
+		"walk_start", "walk_next", "move_begin", "move_end", "lack",
+		"pages", "shrink", "regrow", "page",
 	};
 	struct tm_kv_geometry geo = sized(12, (u32[]){ 3 }, 1);
 
 	setup(&geo, 2, 1);
-	for (int i = 0; i < 9; i++)
+	for (int i = 0; i < 14; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	teardown();
 }
@@ -928,8 +1085,13 @@ TEST_PAGE_SIZES(kv_check_finds_damage)
 	       pool.blocks[1].link = pool.blocks[0].link);
 	EXPECT("a page is in two blocks", links[1] = pool.blocks[0].link);
 	EXPECT("a block ends as another one", links[pages - 5] ^= 1);
-	EXPECT("a block has not as many pages as its group says",
-	       pool.blocks[0].link++);
+	EXPECT("a run is not one", links[0]++);
+	EXPECT("a block has not as many pages as it says",
+	       (pool.blocks[0].run = false, pool.blocks[0].link++));
+	EXPECT("a block has not as many pages as it says",
+	       pool.blocks[0].pages++);
+	EXPECT("a block has more pages than its group says, or none",
+	       pool.geo.block_pages[1]--);
 	EXPECT("a page set aside for a move is in a block",
 	       (pool.moving.active = true,
 		pool.moving.to = pool.blocks[0].link - 1));
