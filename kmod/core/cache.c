@@ -359,20 +359,13 @@ int tm_cache_open(struct tm_cache *cache, u64 tenant, struct tm_seq_id *id)
 	return 0;
 }
 
-/* Let go of what @length tokens do not need, the end first in all groups. */
-static void tm_cache_cut(struct tm_cache *cache, u32 place, u32 length)
+/* Let go of blocks [from, to) of each group, the end first in all groups. */
+static void tm_cache_drop_all(struct tm_cache *cache, u32 place,
+			      const u32 *from, const u32 *to)
 {
-	u32 had = cache->seqs[place].length;
-	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
 	u32 lowest = TM_NONE, highest = 0;
 
 	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
-		u32 first, end;
-
-		tm_cache_span(cache, g, length, &first, &end);
-		tm_cache_span(cache, g, had, &from[g], &to[g]);
-		if (end > from[g])
-			from[g] = end;
 		if (from[g] < lowest)
 			lowest = from[g];
 		if (to[g] > highest)
@@ -382,10 +375,26 @@ static void tm_cache_cut(struct tm_cache *cache, u32 place, u32 length)
 		for (u32 g = 0; g < cache->pool.geo.nr_groups; g++)
 			if (i >= from[g] && i < to[g])
 				tm_cache_drop(cache, place, g, i);
-	cache->seqs[place].length = length;
-	if (cache->seqs[place].sealed > length / cache->pool.geo.block_tokens)
-		cache->seqs[place].sealed =
-			length / cache->pool.geo.block_tokens;
+}
+
+/* Let go of what @length tokens do not need, at the end. */
+static void tm_cache_cut(struct tm_cache *cache, u32 place, u32 length)
+{
+	struct tm_cache_seq *seq = &cache->seqs[place];
+	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
+
+	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
+		u32 first, end;
+
+		tm_cache_span(cache, g, length, &first, &end);
+		tm_cache_span(cache, g, seq->length, &from[g], &to[g]);
+		if (end > from[g])
+			from[g] = end;
+	}
+	tm_cache_drop_all(cache, place, from, to);
+	seq->length = length;
+	if (seq->sealed > length / cache->pool.geo.block_tokens)
+		seq->sealed = length / cache->pool.geo.block_tokens;
 }
 
 int tm_cache_close(struct tm_cache *cache, struct tm_seq_id id)
@@ -443,17 +452,17 @@ static u32 tm_cache_unfinished(const struct tm_cache *cache, u32 place,
 /* Let go of what has left the windows when a sequence grows to @length. */
 static void tm_cache_leave(struct tm_cache *cache, u32 place, u32 length)
 {
-	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
-		u32 first, end, left, unused;
+	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
 
-		tm_cache_span(cache, g, cache->seqs[place].length, &first,
+	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
+		u32 first, end, unused;
+
+		tm_cache_span(cache, g, cache->seqs[place].length, &from[g],
 			      &end);
-		tm_cache_span(cache, g, length, &left, &unused);
-		if (left > end)
-			left = end;
-		while (left-- > first)
-			tm_cache_drop(cache, place, g, left);
+		tm_cache_span(cache, g, length, &first, &unused);
+		to[g] = first < end ? first : end;
 	}
+	tm_cache_drop_all(cache, place, from, to);
 }
 
 static int tm_cache_extend_check(struct tm_cache *cache,
@@ -927,6 +936,13 @@ int tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
 	return 0;
 }
 
+/* Whether a block of a sequence's own has to be found for a copy to @entry. */
+static bool tm_cache_lacks(const struct tm_cache *cache, u32 entry)
+{
+	return entry == TM_NONE ||
+	       tm_cache_packed(cache, (struct tm_kv_block){ entry });
+}
+
 /* Whether a group has to have the block that is adopted at @index. */
 static bool tm_cache_adopts(const struct tm_cache *cache, u32 place, u32 group,
 			    u32 index, bool at_end)
@@ -963,18 +979,21 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 		return -EINVAL;
 	if (at_end && tokens > cache->max_tokens - length)
 		return -ERANGE;
+	for (u32 g = 0; g < nr_groups; g++)
+		if (tm_cache_is_state(cache, g) && tokens < block_tokens)
+			return -EINVAL;
 	for (u32 g = 0; g < nr_groups; g++) {
 		bool state = tm_cache_is_state(cache, g);
 
-		if (state && tokens < block_tokens)
-			return -EINVAL;
 		from[g] = TM_NONE;
 		if (!tm_cache_adopts(cache, place, g, index, at_end))
 			continue;
 		from[g] = tm_cache_published(cache, seq->tenant, g, hash);
 		if (from[g] == TM_NONE)
 			return -ENODATA;
-		if (state ? !length : tokens < block_tokens)
+		if ((state || tokens < block_tokens) &&
+		    tm_cache_lacks(cache, *tm_cache_entry(cache, place, g,
+							  state ? 0 : index)))
 			tm_cache_need(cache, &need, g, 1);
 	}
 	/* In use from here on, and so no victim; what is copied for a moment. */
@@ -1006,8 +1025,13 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 			continue;
 		}
 		/* A state has its block already, but at the start. */
-		if (*entry == TM_NONE)
-			*entry = tm_cache_new(cache, g);
+		if (tm_cache_lacks(cache, *entry)) {
+			u32 to = tm_cache_new(cache, g);
+
+			if (*entry != TM_NONE)
+				tm_cache_put(cache, *entry);
+			*entry = to;
+		}
 		tm_cache_copy(cache, copies, g, state ? 0 : index, from[g],
 			      *entry);
 		tm_cache_put(cache, from[g]);
