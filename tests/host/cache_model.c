@@ -313,8 +313,10 @@ static void set(struct cache_model *m, struct cache_model_seq *s, u32 group,
 	if (block != TM_NONE)
 		get(m, block);
 	s->block[group][index] = block;
-	if (old != TM_NONE)
-		put(m, old, cache_place(m, s), index);
+	if (old == TM_NONE)
+		return;
+	/* What is replaced is of no sequence's end. */
+	put(m, old, block == TM_NONE ? cache_place(m, s) : TM_NONE, index);
 }
 
 static bool among(u32 block, const u32 *blocks, u32 nr)
@@ -412,7 +414,29 @@ static void carry_out(struct cache_model *m,
 	m->stats.copies += copies->nr;
 }
 
-/* Whether the events told are those there are: of each group in order. */
+static bool hash_is(const struct tm_hash *a, const struct tm_hash *b)
+{
+	return a->v[0] == b->v[0] && a->v[1] == b->v[1];
+}
+
+static bool event_is(const struct tm_cache_event *a,
+		     const struct tm_cache_event *b)
+{
+	if (a->type != b->type)
+		return false;
+	if (a->type == TM_CACHE_CLEARED)
+		return true;
+	if (a->group != b->group || a->tenant != b->tenant ||
+	    !hash_is(&a->hash, &b->hash))
+		return false;
+	return a->type == TM_CACHE_REMOVED ||
+	       (a->block == b->block && hash_is(&a->parent, &b->parent));
+}
+
+/*
+ * Whether the events there are now are those told: of what is stored each group's in
+ * order, of what is removed all.
+ */
 static void check_events(struct cache_model *m)
 {
 	const struct tm_cache *cache = &m->cache;
@@ -430,29 +454,18 @@ static void check_events(struct cache_model *m)
 		for (; i < m->nr_told; i++) {
 			const struct tm_cache_event *t = &m->told[i];
 
-			if (seen[i] || t->type != e->type)
+			if (seen[i] || t->type != e->type ||
+			    (t->type == TM_CACHE_STORED &&
+			     t->group != e->group))
 				continue;
-			if (t->type == TM_CACHE_STORED && t->group != e->group)
-				continue;
-			/* Of more than there is room for any may be the first. */
-			if (kept < m->nr_told && (t->tenant != e->tenant ||
-						  t->hash.v[0] != e->hash.v[0]))
-				continue;
-			break;
+			/* Which come first is not known of more than fit. */
+			if (kept == m->nr_told)
+				CHECK(event_is(e, t));
+			if (event_is(e, t))
+				break;
 		}
 		CHECK(i < m->nr_told);
 		seen[i] = true;
-		if (e->type != TM_CACHE_CLEARED) {
-			CHECK_EQ(e->group, m->told[i].group);
-			CHECK_EQ(e->tenant, m->told[i].tenant);
-			CHECK_EQ(e->hash.v[0], m->told[i].hash.v[0]);
-			CHECK_EQ(e->hash.v[1], m->told[i].hash.v[1]);
-		}
-		if (e->type == TM_CACHE_STORED) {
-			CHECK_EQ(e->block, m->told[i].block);
-			CHECK_EQ(e->parent.v[0], m->told[i].parent.v[0]);
-			CHECK_EQ(e->parent.v[1], m->told[i].parent.v[1]);
-		}
 		if (m->nr_unread == m->nr_events) {
 			m->nr_unread--;
 			memmove(m->event, m->event + 1,
@@ -599,11 +612,6 @@ static void expect(struct cache_model *m, const struct wants *w)
 }
 
 /* Comparison */
-
-static bool hash_is(const struct tm_hash *a, const struct tm_hash *b)
-{
-	return a->v[0] == b->v[0] && a->v[1] == b->v[1];
-}
 
 static bool key_is(const struct tm_prefix_key *a, const struct tm_prefix_key *b)
 {
@@ -1118,6 +1126,7 @@ int cache_do_extend_many(struct cache_model *m, struct tm_cache_extend *items,
 		if (extend_room(m, items, i + 1, evict)) {
 			bad[w.nr] = i;
 			want(&w, -ENOMEM);
+			CHECK(extend_room(m, items, nr, evict));
 		}
 	for (u32 i = 0; !w.nr && i < nr; i++) {
 		for (u32 g = 0; g < m->geo.nr_groups; g++)
@@ -1577,9 +1586,9 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 {
 	struct cache_model_seq *s = cache_seq(m, id);
 	u32 all = m->geo.block_tokens, length = 0, first, end, need = 0;
-	u32 hits[CACHE_GROUPS], nr_hits = 0, nr_copies = 0, nr_new = 0;
+	u32 hits[CACHE_GROUPS], nr_hits = 0, nr_copies = 0, nr_new = 0, old;
 	struct tm_cache_copies copies = { .nr = TM_NONE };
-	bool append = false, at_end = false;
+	bool append = false;
 	struct wants w = { 0 };
 	int err;
 
@@ -1597,12 +1606,11 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 		want(&w, -ERANGE);
 	if (!w.nr) {
 		length = append ? s->length + tokens : s->length;
-		at_end = length == index * all + tokens;
 	}
 	for (u32 g = 0; !w.nr && g < m->geo.nr_groups; g++) {
 		span(m, g, length, &first, &end);
 		hits[g] = TM_NONE;
-		if (is_state(m, g) ? !at_end : index < first)
+		if (is_state(m, g) ? !append : index < first)
 			continue;
 		hits[g] = choice(m, s->tenant, g, hash);
 		if (hits[g] == TM_NONE) {
@@ -1610,7 +1618,10 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 			break;
 		}
 		nr_hits++;
-		if (tokens < all || (is_state(m, g) && !s->length)) {
+		old = s->block[g][is_state(m, g) ? 0 : index];
+		/* A state is copied to where there is one, but not a packed one. */
+		if (is_state(m, g) ? old == TM_NONE || m->block[old].packed :
+				     tokens < all) {
 			need += m->geo.block_pages[g];
 			nr_new++;
 		}
@@ -1636,28 +1647,30 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 			     &copies);
 	if (refused(m, &w, err))
 		return err;
-	/* What is hit leaves the order before it could be let go. */
 	forget_victims(m);
+	/* What is hit may be what leaves a window: it is not let go. */
+	for (u32 g = 0; g < m->geo.nr_groups; g++)
+		if (hits[g] != TM_NONE)
+			get(m, hits[g]);
 	leave(m, s, length);
 	for (u32 g = 0; g < m->geo.nr_groups; g++) {
-		u32 i = is_state(m, g) ? 0 : index, hit = hits[g];
+		u32 i = is_state(m, g) ? 0 : index, to = hits[g];
 
-		if (hit == TM_NONE)
+		if (hits[g] == TM_NONE)
 			continue;
-		memcpy(s->data[g][i], m->block[hit].data,
+		memcpy(s->data[g][i], m->block[hits[g]].data,
 		       sizeof(s->data[g][i]));
+		old = s->block[g][i];
 		if (is_state(m, g) || tokens < all) {
-			u32 to = s->block[g][i];
-
-			if (to == TM_NONE)
+			to = old;
+			if (old == TM_NONE || m->block[old].packed)
 				to = new_block(m, s, g, i);
-			CHECK_EQ(copy_to(&copies, g, i, hit), to);
-			used_again(m, hit);
-			hit = to;
+			CHECK_EQ(copy_to(&copies, g, i, hits[g]), to);
 			nr_copies++;
 		}
-		if (hit != s->block[g][i])
-			set(m, s, g, i, hit);
+		if (to != old)
+			set(m, s, g, i, to);
+		put(m, hits[g], TM_NONE, i);
 	}
 	CHECK_EQ(copies.nr, nr_copies);
 	carry_out(m, &copies);

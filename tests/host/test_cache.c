@@ -333,7 +333,7 @@ static void random_touch(bool write)
 		index = below(m.max_blocks + 1);
 	}
 	if (one_in(64))
-		index = ~0u / m.geo.plane_pages[group] - below(3);
+		index = ~0u / m.geo.plane_pages[group] - 1 - below(3);
 	tm_op("%s place %u group %u block %u page %u",
 	      write ? "write" : "read", place, group, index, page);
 	touch(place, group, index, page, write);
