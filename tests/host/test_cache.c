@@ -160,10 +160,21 @@ static void random_text(struct tm_hash *list, u32 first)
 	for (u32 i = first; i < CACHE_BLOCKS; i++) {
 		struct tm_rng mix = { i ? list[i - 1].v[0] : 1 };
 
-		mix.state += one_in(4);
+		mix.state += one_in(6);
 		list[i].v[0] = tm_rand(&mix);
 		list[i].v[1] = tm_rand(&mix) & 1;
 	}
+}
+
+/* A new sequence, where another is closed for it if need be; mostly. */
+static bool random_open(struct tm_seq_id *id)
+{
+	if (m.nr_open == m.max_seqs && !one_in(8))
+		CHECK_EQ(cache_do_close(&m, m.seq[below(m.max_seqs)].id), 0);
+	if (cache_do_open(&m, tenants[one_in(4)], id))
+		return false;
+	random_text(text[place_of(*id)], 0);
+	return true;
 }
 
 /* An open sequence; rarely none, or one that is closed. */
@@ -257,10 +268,17 @@ static void random_extend(u32 nr)
 	bool evict = false;
 	int err;
 
-	for (u32 i = 0; i < nr; i++)
+	for (u32 i = 0; i < nr; i++) {
+		struct tm_seq_id id = random_seq();
+		struct cache_model_seq *s = cache_seq(&m, id);
+		u32 tokens = random_tokens();
+
+		if (s && tokens > m.max_tokens - s->length && !one_in(8))
+			tokens = 1 + below(m.max_tokens - s->length + 1);
 		items[i] = (struct tm_cache_extend){
-			.id = random_seq(), .tokens = random_tokens(),
+			.id = id, .tokens = tokens,
 		};
+	}
 	tm_op("extend %u: %x by %u, free %u", nr, items[0].id.v,
 	      items[0].tokens, cache_free_pages(&m));
 	do {
@@ -307,6 +325,12 @@ static void random_fork(void)
 		at -= below(at + 1);
 	at += one_in(32) ? 1 + below(~0u - at) : 0;
 	tm_op("fork %x at %u", id.v, at);
+	if (m.nr_open == m.max_seqs && !one_in(8)) {
+		struct tm_seq_id other = m.seq[below(m.max_seqs)].id;
+
+		if (other.v != id.v)
+			CHECK_EQ(cache_do_close(&m, other), 0);
+	}
 	if (s && at <= s->length && !one_in(16))
 		CHECK_EQ(cache_do_seal(&m, id, at / tokens), 0);
 	do {
@@ -319,19 +343,26 @@ static void random_fork(void)
 	random_text(text[place_of(child)], at / tokens);
 }
 
+/* A block of a sequence; or rarely none. */
+static void random_block(u32 *place, u32 *group, u32 *index)
+{
+	*group = below(m.geo.nr_groups);
+	*place = below(m.max_seqs);
+	*index = m.max_blocks;
+	for (u32 i = 0; i < 32 && (*index == m.max_blocks ||
+				   m.seq[*place].block[*group][*index] ==
+				   TM_NONE); i++) {
+		*place = below(m.max_seqs);
+		*index = below(m.max_blocks + 1);
+	}
+}
+
 static void random_touch(bool write)
 {
-	u32 place = below(m.max_seqs), group = below(m.geo.nr_groups);
-	u32 page = below(m.geo.block_pages[group]);
-	u32 index = below(m.max_blocks + 1);
+	u32 place, group, index, page;
 
-	/* Rather where there is something. */
-	for (u32 i = 0; i < 8 && (index == m.max_blocks ||
-				  m.seq[place].block[group][index] == TM_NONE);
-	     i++) {
-		place = below(m.max_seqs);
-		index = below(m.max_blocks + 1);
-	}
+	random_block(&place, &group, &index);
+	page = below(m.geo.block_pages[group]);
 	if (one_in(64))
 		index = ~0u / m.geo.plane_pages[group] - 1 - below(3);
 	tm_op("%s place %u group %u block %u page %u",
@@ -343,16 +374,21 @@ static void random_touch(bool write)
 
 static void random_publish(void)
 {
-	struct tm_seq_id id = random_seq();
-	struct cache_model_seq *s = cache_seq(&m, id);
 	struct tm_hash list[CACHE_BLOCKS];
-	u32 full = s ? cache_nr_full(&m, s) : 0;
-	u32 first = one_in(3) ? below(full + 1) : 0, nr;
+	struct cache_model_seq *s = NULL;
+	struct tm_seq_id id = { 0 };
+	u32 full = 0, first, nr;
 	bool evict = false;
 	int err;
 
 	if (!caching)
 		return;
+	for (u32 i = 0; i < 4 && !full; i++) {
+		id = random_seq();
+		s = cache_seq(&m, id);
+		full = s ? cache_nr_full(&m, s) : 0;
+	}
+	first = one_in(3) ? below(full + 1) : 0;
 	nr = full > first ? full - first : 1;
 	if (one_in(4))
 		nr = 1 + below(nr + 1);
@@ -389,8 +425,8 @@ static void random_lookup(void)
 	bool evict = false;
 	int err;
 
-	if (!one_in(8))
-		cache_do_open(&m, tenants[below(2)], &id);
+	if (!one_in(8) && !random_open(&id))
+		return;
 	tm_op("lookup %x, %u blocks", id.v, nr);
 	random_text(list, 0);
 	/* A text that goes round in circles. */
@@ -427,6 +463,9 @@ static void random_adopt(void)
 	if (one_in(64))
 		index = ~0u - below(2);
 	tm_op("adopt %x block %u, %u tokens", id.v, index, tokens);
+	/* At the end, where the sequence does not end with a block. */
+	if (s && index == full && !one_in(8))
+		cache_do_truncate(&m, id, full * m.geo.block_tokens);
 	do {
 		err = cache_do_adopt(&m, id, index, name, tokens, evict);
 	} while (again(err, &evict));
@@ -434,10 +473,10 @@ static void random_adopt(void)
 
 static void random_pack(void)
 {
-	u32 place = below(m.max_seqs), group = below(m.geo.nr_groups);
-	u32 index = below(m.max_blocks + 1);
-	u32 pages = m.geo.block_pages[group];
+	u32 place, group, index, pages;
 
+	random_block(&place, &group, &index);
+	pages = m.geo.block_pages[group];
 	pages = one_in(8) ? below(pages + 2) : 1 + below(pages);
 	tm_op("pack place %u group %u block %u to %u", place, group, index,
 	      pages);
@@ -459,7 +498,8 @@ static void random_unpack(void)
 	u32 block = below(m.cache.pool.nr_blocks);
 	bool evict = false;
 
-	for (u32 i = 0; i < 16 && !m.block[block].packed; i++)
+	for (u32 i = 0; i < m.cache.pool.nr_blocks && !m.block[block].packed;
+	     i++)
 		block = (block + 1) % m.cache.pool.nr_blocks;
 	if (!m.block[block].used ||
 	    (m.block[block].packed && !m.block[block].refs))
@@ -473,13 +513,11 @@ static void random_op(enum op op)
 {
 	struct tm_cache_event event;
 	struct tm_seq_id id;
-	u64 tenant = tenants[one_in(4)];
 
 	switch (op) {
 	case OP_OPEN:
 		tm_op("open");
-		if (!cache_do_open(&m, tenant, &id))
-			random_text(text[place_of(id)], 0);
+		random_open(&id);
 		break;
 	case OP_CLOSE:
 		id = random_seq();
@@ -569,12 +607,12 @@ static void random_op(enum op op)
 
 /* How often an operation comes, on average: a step is cheap or goes far. */
 static const u32 usual[OPS] = {
-	[OP_OPEN] = 6, [OP_CLOSE] = 4, [OP_EXTEND] = 20, [OP_EXTEND_MANY] = 6,
-	[OP_TRUNCATE] = 5, [OP_SEAL] = 3, [OP_FORK] = 6, [OP_READ] = 6,
-	[OP_WRITE] = 10, [OP_PUBLISH] = 8, [OP_MATCH] = 1, [OP_LOOKUP] = 8,
-	[OP_ADOPT] = 6, [OP_EVICT] = 1, [OP_PACK] = 6, [OP_UNPACK] = 1,
-	[OP_EVENTS] = 2, [OP_ADD] = 1, [OP_REMOVE] = 2, [OP_MOVE_BEGIN] = 2,
-	[OP_MOVE_END] = 3,
+	[OP_OPEN] = 3, [OP_CLOSE] = 2, [OP_EXTEND] = 20, [OP_EXTEND_MANY] = 6,
+	[OP_TRUNCATE] = 4, [OP_SEAL] = 3, [OP_FORK] = 4, [OP_READ] = 6,
+	[OP_WRITE] = 10, [OP_PUBLISH] = 8, [OP_MATCH] = 1, [OP_LOOKUP] = 5,
+	[OP_ADOPT] = 6, [OP_EVICT] = 1, [OP_PACK] = 8, [OP_UNPACK] = 2,
+	[OP_EVENTS] = 2, [OP_ADD] = 1, [OP_REMOVE] = 2, [OP_MOVE_BEGIN] = 4,
+	[OP_MOVE_END] = 5,
 };
 
 enum kind {
@@ -639,7 +677,7 @@ static void random_round(struct tm_round *round, unsigned int page_shift)
 	config.max_seqs = 2 + below(CACHE_SEQS - 2);
 	/* Room for a few sequences at most. */
 	config.max_chunks = (pages - 1) / tm_chunk_pages(config.geo.pages) + 1;
-	config.max_chunks += below(3);
+	config.max_chunks += below(4);
 	config.nr_events = one_in(4) ? 0 : 1u << below(7);
 	tenants[0] = one_in(2) ? 0 : tm_rand(rng);
 	tenants[1] = tm_rand(rng);
@@ -667,7 +705,7 @@ static void random_round(struct tm_round *round, unsigned int page_shift)
  */
 TEST_PAGE_SIZES(cache_random)
 {
-	u32 rounds = page_shift == 16 ? 350 : page_shift == 14 ? 100 : 50;
+	u32 rounds = page_shift == 16 ? 360 : page_shift == 14 ? 105 : 55;
 	struct tm_round round;
 
 	tm_for_each_round(&round, rounds, 2000)
