@@ -26,7 +26,7 @@ int tm_cache_init(struct tm_cache *cache, const struct tm_cache_config *config,
 		return -EINVAL;
 	cache->max_blocks = config->max_tokens / geo->block_tokens +
 			    !!(config->max_tokens % geo->block_tokens);
-	/* Factors of 16 and 4 bits beside one of 32. */
+	/* Below 2^53. */
 	entries = (u64)config->max_seqs * geo->nr_groups * cache->max_blocks;
 	if (entries > TM_CACHE_MAX_ENTRIES)
 		return -EINVAL;

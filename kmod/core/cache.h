@@ -157,7 +157,8 @@ struct tm_cache {
 
 /*
  * Context: may sleep; no lock. Return: 0, -EINVAL for 0 or too many tokens, sequences
- * or table entries, or fewer chunks than one block of each group takes; -ENOMEM.
+ * or table entries, another number of events, more chunks than a link can name, or fewer
+ * than one block of each group takes; -ENOMEM.
  */
 int __must_check tm_cache_init(struct tm_cache *cache,
 			       const struct tm_cache_config *config,
