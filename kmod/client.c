@@ -70,6 +70,16 @@ void tm_clients_exit(void)
 }
 
 /**
+ * tm_client_inode - make an inode whose i_mapping can be somebody's window
+ *
+ * Context: may sleep. Return: the inode, to be let go by iput(), or an ERR_PTR: -ENOMEM.
+ */
+struct inode *tm_client_inode(void)
+{
+	return alloc_anon_inode(tm_mount->mnt_sb);
+}
+
+/**
  * tm_client_create - make a client that holds nothing
  *
  * Context: may sleep. Return: the client or an ERR_PTR: -ENOMEM.
@@ -81,7 +91,7 @@ struct tm_client *tm_client_create(void)
 
 	if (!client)
 		return ERR_PTR(-ENOMEM);
-	client->inode = alloc_anon_inode(tm_mount->mnt_sb);
+	client->inode = tm_client_inode();
 	if (IS_ERR(client->inode)) {
 		err = PTR_ERR(client->inode);
 		kfree(client);

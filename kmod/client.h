@@ -85,6 +85,7 @@ struct tm_client_totals {
 int __must_check tm_clients_init(void);
 void tm_clients_exit(void);
 
+struct inode *tm_client_inode(void);
 struct tm_client *tm_client_create(void);
 void tm_client_destroy(struct tm_client *client);
 struct tm_client *tm_client_get(struct tm_client *client);

@@ -11,57 +11,24 @@
 #include <linux/module.h>
 #include <linux/slab.h>
 #include <linux/stddef.h>
-#include <linux/uaccess.h>
 #include <uapi/linux/tensormem.h>
 
+#include "args.h"
 #include "client.h"
 #include "core/geometry.h"
 #include "device.h"
+#include "kv_file.h"
 #include "pages.h"
 #include "sysfs.h"
 #include "tensor.h"
 #include "vm.h"
 
-/* Bounds the time under the client's lock and the arrays of one call. */
-#define TM_MAX_BATCH	4096
-
 /* The parts every version of a struct has had. */
 #define TM_MIN_ALLOC	offsetofend(struct tensormem_alloc, handle)
 #define TM_MIN_FREE	offsetofend(struct tensormem_free, handle)
 #define TM_MIN_QUERY	offsetofend(struct tensormem_query, handle)
-#define TM_MIN_BATCH	offsetofend(struct tensormem_batch, item_size)
 #define TM_MIN_NUMA	offsetofend(struct tensormem_set_numa, numa)
 #define TM_MIN_QUOTA	offsetofend(struct tensormem_quota, bytes)
-
-/* An array of one ioctl struct in user memory; a single call is an array of 1. */
-struct tm_items {
-	void __user *base;
-	u32 count;
-	u32 size;
-};
-
-static void __user *tm_item(const struct tm_items *items, u32 i)
-{
-	return items->base + (size_t)i * items->size;
-}
-
-/* Return: 0, -EFAULT, or -EINVAL for a size or a tail we cannot know. */
-static int tm_copy_in(void *to, size_t size, size_t least,
-		      const void __user *from, size_t from_size)
-{
-	int err;
-
-	if (from_size < least || from_size > PAGE_SIZE)
-		return -EINVAL;
-	err = copy_struct_from_user(to, size, from, from_size);
-	return err == -E2BIG ? -EINVAL : err;
-}
-
-static int tm_copy_out(void __user *to, size_t to_size, const void *from,
-		       size_t size)
-{
-	return copy_to_user(to, from, min(to_size, size)) ? -EFAULT : 0;
-}
 
 static int tm_device_info(struct tm_client *client, void __user *arg,
 			  size_t size)
@@ -70,7 +37,7 @@ static int tm_device_info(struct tm_client *client, void __user *arg,
 	struct tensormem_info info;
 	int err;
 
-	err = tm_copy_in(&info, sizeof(info), 0, arg, size);
+	err = tm_args_in(&info, sizeof(info), 0, arg, size);
 	if (err)
 		return err;
 	tm_client_usage(client, &usage);
@@ -87,7 +54,7 @@ static int tm_device_info(struct tm_client *client, void __user *arg,
 		.cache_line = cache_line_size(),
 		.nodes = tm_pages_nodes(),
 	};
-	return tm_copy_out(arg, size, &info, sizeof(info));
+	return tm_args_out(arg, size, &info, sizeof(info));
 }
 
 static int tm_device_set_quota(struct tm_client *client, void __user *arg,
@@ -96,7 +63,7 @@ static int tm_device_set_quota(struct tm_client *client, void __user *arg,
 	struct tensormem_quota quota;
 	int err;
 
-	err = tm_copy_in(&quota, sizeof(quota), TM_MIN_QUOTA, arg, size);
+	err = tm_args_in(&quota, sizeof(quota), TM_MIN_QUOTA, arg, size);
 	return err ?: tm_client_set_quota(client, quota.bytes);
 }
 
@@ -107,7 +74,7 @@ static int tm_device_set_numa(struct tm_client *client, void __user *arg,
 	struct tm_numa numa;
 	int err;
 
-	err = tm_copy_in(&set, sizeof(set), TM_MIN_NUMA, arg, size);
+	err = tm_args_in(&set, sizeof(set), TM_MIN_NUMA, arg, size);
 	if (err)
 		return err;
 	if (set.flags)
@@ -131,7 +98,7 @@ static int tm_device_alloc_results(struct tm_client *client,
 
 	for (i = 0; i < items->count && !err; i++) {
 		*failed = i;
-		err = tm_copy_out(tm_item(items, i), items->size, &results[i],
+		err = tm_args_out(tm_item(items, i), items->size, &results[i],
 				  sizeof(results[i]));
 	}
 	if (!err)
@@ -143,9 +110,10 @@ static int tm_device_alloc_results(struct tm_client *client,
 	return err;
 }
 
-static int tm_device_alloc(struct tm_client *client,
-			   const struct tm_items *items, u32 *failed)
+static int tm_device_alloc(void *object, const struct tm_items *items,
+			   u32 *failed)
 {
+	struct tm_client *client = object;
 	struct tensormem_alloc *requests;
 	struct tm_tensor **tensors;
 	int err = -ENOMEM;
@@ -159,7 +127,7 @@ static int tm_device_alloc(struct tm_client *client,
 
 	for (; made < items->count; made++) {
 		*failed = made;
-		err = tm_copy_in(&requests[made], sizeof(*requests),
+		err = tm_args_in(&requests[made], sizeof(*requests),
 				 TM_MIN_ALLOC, tm_item(items, made),
 				 items->size);
 		if (err)
@@ -183,9 +151,10 @@ out:
 	return err;
 }
 
-static int tm_device_free(struct tm_client *client,
-			  const struct tm_items *items, u32 *failed)
+static int tm_device_free(void *object, const struct tm_items *items,
+			  u32 *failed)
 {
+	struct tm_client *client = object;
 	struct tensormem_free request;
 	u32 *handles;
 	int err = 0;
@@ -196,7 +165,7 @@ static int tm_device_free(struct tm_client *client,
 		return -ENOMEM;
 	for (u32 i = 0; i < items->count; i++) {
 		*failed = i;
-		err = tm_copy_in(&request, sizeof(request), TM_MIN_FREE,
+		err = tm_args_in(&request, sizeof(request), TM_MIN_FREE,
 				 tm_item(items, i), items->size);
 		if (!err && request.flags)
 			err = -EINVAL;
@@ -210,66 +179,26 @@ out:
 	return err;
 }
 
-static int tm_device_query(struct tm_client *client,
-			   const struct tm_items *items, u32 *failed)
+static int tm_device_query(void *object, const struct tm_items *items,
+			   u32 *failed)
 {
+	struct tm_client *client = object;
 	struct tensormem_query query;
 	int err = 0;
 
 	for (u32 i = 0; i < items->count && !err; i++) {
 		*failed = i;
-		err = tm_copy_in(&query, sizeof(query), TM_MIN_QUERY,
+		err = tm_args_in(&query, sizeof(query), TM_MIN_QUERY,
 				 tm_item(items, i), items->size);
 		if (!err)
 			err = tm_tensor_query(client, &query);
 		if (!err)
-			err = tm_copy_out(tm_item(items, i), items->size,
+			err = tm_args_out(tm_item(items, i), items->size,
 					  &query, sizeof(query));
 		if (!err && fatal_signal_pending(current))
 			err = -EINTR;
 	}
 	return err;
-}
-
-/* @failed: on failure the item concerned; else without meaning. */
-typedef int (*tm_items_fn)(struct tm_client *client,
-			   const struct tm_items *items, u32 *failed);
-
-static int tm_device_single(struct tm_client *client, void __user *arg,
-			    size_t size, tm_items_fn call)
-{
-	const struct tm_items items = { .base = arg, .count = 1, .size = size };
-	u32 failed;
-
-	return call(client, &items, &failed);
-}
-
-static int tm_device_batch(struct tm_client *client, void __user *arg,
-			   size_t size, tm_items_fn call)
-{
-	struct tensormem_batch batch;
-	struct tm_items items;
-	int err;
-
-	err = tm_copy_in(&batch, sizeof(batch), TM_MIN_BATCH, arg, size);
-	if (err)
-		return err;
-	if (batch.flags || !batch.count || batch.count > TM_MAX_BATCH)
-		return -EINVAL;
-	items = (struct tm_items){
-		.base = u64_to_user_ptr(batch.items),
-		.count = batch.count,
-		.size = batch.item_size,
-	};
-	/* Told now, so that nothing is left to write once the call has succeeded. */
-	batch.failed = batch.count;
-	err = tm_copy_out(arg, size, &batch, sizeof(batch));
-	if (err)
-		return err;
-	err = call(client, &items, &batch.failed);
-	if (!err)
-		return 0;
-	return tm_copy_out(arg, size, &batch, sizeof(batch)) ?: err;
 }
 
 static long tm_device_ioctl(struct file *file, unsigned int cmd,
@@ -292,17 +221,19 @@ static long tm_device_ioctl(struct file *file, unsigned int cmd,
 	case _IOC_NR(TENSORMEM_IOC_SET_NUMA):
 		return tm_device_set_numa(client, user, size);
 	case _IOC_NR(TENSORMEM_IOC_ALLOC):
-		return tm_device_single(client, user, size, tm_device_alloc);
+		return tm_args_single(client, user, size, tm_device_alloc);
 	case _IOC_NR(TENSORMEM_IOC_FREE):
-		return tm_device_single(client, user, size, tm_device_free);
+		return tm_args_single(client, user, size, tm_device_free);
 	case _IOC_NR(TENSORMEM_IOC_QUERY):
-		return tm_device_single(client, user, size, tm_device_query);
+		return tm_args_single(client, user, size, tm_device_query);
 	case _IOC_NR(TENSORMEM_IOC_ALLOC_BATCH):
-		return tm_device_batch(client, user, size, tm_device_alloc);
+		return tm_args_batch(client, user, size, tm_device_alloc);
 	case _IOC_NR(TENSORMEM_IOC_FREE_BATCH):
-		return tm_device_batch(client, user, size, tm_device_free);
+		return tm_args_batch(client, user, size, tm_device_free);
 	case _IOC_NR(TENSORMEM_IOC_QUERY_BATCH):
-		return tm_device_batch(client, user, size, tm_device_query);
+		return tm_args_batch(client, user, size, tm_device_query);
+	case _IOC_NR(TENSORMEM_IOC_KV_CREATE):
+		return tm_kv_file_create(client, user, size);
 	default:
 		return -ENOTTY;
 	}

@@ -11,8 +11,10 @@
 #include <uapi/linux/tensormem.h>
 
 #include "client.h"
+#include "codec.h"
 #include "compact.h"
 #include "dispatch.h"
+#include "kv.h"
 #include "memory.h"
 #include "numa.h"
 #include "pages.h"
@@ -161,6 +163,33 @@ static int tm_sysfs_set_default_quota(u64 bytes)
 	return 0;
 }
 
+#define TM_KV_RO(file, value)						\
+	TM_SHOW(tm_kv_##file##_show,					\
+		struct tm_kv_totals t; tm_kv_totals(&t), value)		\
+	TM_RO(kv, file)
+
+TM_KV_RO(caches, t.caches);
+TM_KV_RO(held, t.held);
+
+static ssize_t tm_kv_codec_show(struct device *dev,
+				struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%s\n", tm_codec_name() ?: "none");
+}
+TM_RO(kv, codec);
+
+static struct attribute *tm_kv_attrs[] = {
+	&tm_attr_kv_caches.attr,
+	&tm_attr_kv_held.attr,
+	&tm_attr_kv_codec.attr,
+	NULL
+};
+
+static const struct attribute_group tm_kv_group = {
+	.name = "kv",
+	.attrs = tm_kv_attrs,
+};
+
 #define TM_CLIENTS_RO(file, value)					\
 	TM_SHOW(tm_clients_##file##_show,				\
 		struct tm_client_totals t; tm_client_totals(&t), value)	\
@@ -283,6 +312,7 @@ static const struct attribute_group *const tm_fixed_groups[] = {
 	&tm_chunk_group,
 	&tm_buddy_group,
 	&tm_slab_group,
+	&tm_kv_group,
 	&tm_clients_group,
 	&tm_dispatch_group,
 };

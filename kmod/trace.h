@@ -132,6 +132,156 @@ TRACE_EVENT(tensormem_fault,
 		  __entry->latency_ns)
 );
 
+/* length: tokens now. latency_ns: until the new blocks are mapped. */
+TRACE_EVENT(tensormem_kv_extend,
+	TP_PROTO(u32 client, u32 cache, u32 sequence, u32 tokens, u32 length,
+		 u64 latency_ns),
+	TP_ARGS(client, cache, sequence, tokens, length, latency_ns),
+	TP_STRUCT__entry(
+		__field(u64, latency_ns)
+		__field(u32, client)
+		__field(u32, cache)
+		__field(u32, sequence)
+		__field(u32, tokens)
+		__field(u32, length)
+	),
+	TP_fast_assign(
+		__entry->latency_ns = latency_ns;
+		__entry->client = client;
+		__entry->cache = cache;
+		__entry->sequence = sequence;
+		__entry->tokens = tokens;
+		__entry->length = length;
+	),
+	TP_printk("client=%u cache=%u sequence=%#x tokens=%u length=%u latency_ns=%llu",
+		  __entry->client, __entry->cache, __entry->sequence,
+		  __entry->tokens, __entry->length, __entry->latency_ns)
+);
+
+TRACE_EVENT(tensormem_kv_fork,
+	TP_PROTO(u32 client, u32 cache, u32 sequence, u32 child, u32 at),
+	TP_ARGS(client, cache, sequence, child, at),
+	TP_STRUCT__entry(
+		__field(u32, client)
+		__field(u32, cache)
+		__field(u32, sequence)
+		__field(u32, child)
+		__field(u32, at)
+	),
+	TP_fast_assign(
+		__entry->client = client;
+		__entry->cache = cache;
+		__entry->sequence = sequence;
+		__entry->child = child;
+		__entry->at = at;
+	),
+	TP_printk("client=%u cache=%u sequence=%#x child=%#x at=%u",
+		  __entry->client, __entry->cache, __entry->sequence,
+		  __entry->child, __entry->at)
+);
+
+/* Blocks asked for by hash, and how many the sequence begins with. */
+TRACE_EVENT(tensormem_kv_lookup,
+	TP_PROTO(u32 client, u32 cache, u32 sequence, u32 asked, u32 matched),
+	TP_ARGS(client, cache, sequence, asked, matched),
+	TP_STRUCT__entry(
+		__field(u32, client)
+		__field(u32, cache)
+		__field(u32, sequence)
+		__field(u32, asked)
+		__field(u32, matched)
+	),
+	TP_fast_assign(
+		__entry->client = client;
+		__entry->cache = cache;
+		__entry->sequence = sequence;
+		__entry->asked = asked;
+		__entry->matched = matched;
+	),
+	TP_printk("client=%u cache=%u sequence=%#x asked=%u matched=%u",
+		  __entry->client, __entry->cache, __entry->sequence,
+		  __entry->asked, __entry->matched)
+);
+
+/* A block copied at a fork, before a write, of a partial match, or for a state. */
+TRACE_EVENT(tensormem_kv_copy,
+	TP_PROTO(u32 client, u32 cache, u32 group, u32 block, u64 bytes),
+	TP_ARGS(client, cache, group, block, bytes),
+	TP_STRUCT__entry(
+		__field(u64, bytes)
+		__field(u32, client)
+		__field(u32, cache)
+		__field(u32, group)
+		__field(u32, block)
+	),
+	TP_fast_assign(
+		__entry->bytes = bytes;
+		__entry->client = client;
+		__entry->cache = cache;
+		__entry->group = group;
+		__entry->block = block;
+	),
+	TP_printk("client=%u cache=%u group=%u block=%u bytes=%llu",
+		  __entry->client, __entry->cache, __entry->group,
+		  __entry->block, __entry->bytes)
+);
+
+/* Cached blocks given up for one call. */
+TRACE_EVENT(tensormem_kv_evict,
+	TP_PROTO(u32 client, u32 cache, u32 blocks),
+	TP_ARGS(client, cache, blocks),
+	TP_STRUCT__entry(
+		__field(u32, client)
+		__field(u32, cache)
+		__field(u32, blocks)
+	),
+	TP_fast_assign(
+		__entry->client = client;
+		__entry->cache = cache;
+		__entry->blocks = blocks;
+	),
+	TP_printk("client=%u cache=%u blocks=%u", __entry->client,
+		  __entry->cache, __entry->blocks)
+);
+
+DECLARE_EVENT_CLASS(tensormem_kv_packing,
+	TP_PROTO(u32 client, u32 cache, u32 group, u64 before, u64 after,
+		 u64 latency_ns),
+	TP_ARGS(client, cache, group, before, after, latency_ns),
+	TP_STRUCT__entry(
+		__field(u64, before)
+		__field(u64, after)
+		__field(u64, latency_ns)
+		__field(u32, client)
+		__field(u32, cache)
+		__field(u32, group)
+	),
+	TP_fast_assign(
+		__entry->before = before;
+		__entry->after = after;
+		__entry->latency_ns = latency_ns;
+		__entry->client = client;
+		__entry->cache = cache;
+		__entry->group = group;
+	),
+	TP_printk("client=%u cache=%u group=%u before=%llu after=%llu latency_ns=%llu",
+		  __entry->client, __entry->cache, __entry->group,
+		  __entry->before, __entry->after, __entry->latency_ns)
+);
+
+/* One block, in bytes of pages. after equals before where it would not get smaller. */
+DEFINE_EVENT(tensormem_kv_packing, tensormem_kv_pack,
+	TP_PROTO(u32 client, u32 cache, u32 group, u64 before, u64 after,
+		 u64 latency_ns),
+	TP_ARGS(client, cache, group, before, after, latency_ns)
+);
+
+DEFINE_EVENT(tensormem_kv_packing, tensormem_kv_unpack,
+	TP_PROTO(u32 client, u32 cache, u32 group, u64 before, u64 after,
+		 u64 latency_ns),
+	TP_ARGS(client, cache, group, before, after, latency_ns)
+);
+
 #endif
 
 #undef TRACE_INCLUDE_PATH

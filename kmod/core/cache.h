@@ -23,7 +23,8 @@
  * the lock is let go.
  *
  * Memory. A call that needs blocks fails with -ENOMEM where the pool has no room, and
- * leaves in tm_cache::wanting how many chunks would do. The caller adds chunks
+ * leaves in tm_cache::wanting how many chunks would do, which can be more than the pool
+ * takes. The caller adds chunks
  * (tm_kv_add_chunk() on tm_cache::pool) and calls again; or, when there are no more to be
  * had, calls again with @evict, which gives up cached blocks, if that suffices. A call
  * that fails, whatever for, changes no count, no table and no order of eviction.
@@ -39,8 +40,8 @@
 
 /* Most sequences: a name has 16 bits for the place and 16 for how often it was used. */
 #define TM_CACHE_MAX_SEQS	65535
-/* Most entries of all tables together: 256 MiB of them. */
-#define TM_CACHE_MAX_ENTRIES	(1u << 26)
+/* Most entries of all tables together: 64 MiB of them. */
+#define TM_CACHE_MAX_ENTRIES	(1u << 24)
 
 /* An open sequence: place | generation << 16, never 0. */
 struct tm_seq_id {
@@ -69,7 +70,7 @@ struct tm_cache_config {
  * @open: there is one
  * @tenant: whose it is
  * @length: tokens
- * @sealed: blocks below this one have no writable mapping
+ * @sealed: blocks below this one have no writable mapping; a state is another matter
  * @pending: on a list of tm_cache_extend() already
  */
 struct tm_cache_seq {
@@ -120,7 +121,8 @@ struct tm_cache_stats {
  *          [place][group][index], @max_blocks long
  * @nr_open: open sequences
  * @next: where the search for a free place begins
- * @wanting: after -ENOMEM: chunks to add
+ * @cached_pages: pages of cached blocks
+ * @wanting: after -ENOMEM: chunks to add, or TM_KV_NEVER
  * @packed: packed blocks
  * @packed_pages: pages in them
  * @unpacked_pages: pages they had
@@ -140,6 +142,7 @@ struct tm_cache {
 	u32 *tables;
 	u32 nr_open;
 	u32 next;
+	u64 cached_pages;
 	u64 wanting;
 	u32 packed;
 	u64 packed_pages;
@@ -154,7 +157,8 @@ struct tm_cache {
 
 /*
  * Context: may sleep; no lock. Return: 0, -EINVAL for 0 or too many tokens, sequences
- * or table entries, or fewer chunks than one block of each group takes; -ENOMEM.
+ * or table entries, another number of events, more chunks than a link can name, or fewer
+ * than one block of each group takes; -ENOMEM.
  */
 int __must_check tm_cache_init(struct tm_cache *cache,
 			       const struct tm_cache_config *config,
@@ -169,6 +173,15 @@ static inline const struct tm_cache_seq *
 tm_cache_seq(const struct tm_cache *cache, u32 place)
 {
 	return &cache->seqs[place];
+}
+
+/* The name of the open sequence at @place. */
+static inline struct tm_seq_id tm_cache_id(const struct tm_cache *cache,
+					   u32 place)
+{
+	return (struct tm_seq_id){
+		(u32)cache->seqs[place].generation << 16 | place,
+	};
 }
 
 /* The blocks [first, end) of @group that a sequence of @tokens has; none for 0. */
@@ -348,8 +361,8 @@ bool tm_cache_shared(const struct tm_cache *cache, struct tm_kv_block block);
  * held are published. The parent of the first is the hash of the block before it in
  * the first group that has one published there, else 0.
  *
- * Return: 0, -ENOENT, -EINVAL for a block that is not full, or has another hash,
- * -EBUSY, -ENOMEM.
+ * Return: 0, -ENOENT, -EINVAL for no blocks, a block that is not full, or has another
+ * hash, -EBUSY, -ENOMEM.
  */
 int __must_check tm_cache_publish(struct tm_cache *cache, struct tm_seq_id id,
 				  u32 first, const struct tm_hash *hashes,
@@ -374,7 +387,7 @@ u32 tm_cache_match(const struct tm_cache *cache, u64 tenant,
  * @matched: blocks it has now
  * @copies: the state
  *
- * What it gets is sealed. Return: 0, also for no match; -ENOENT, -EINVAL for a sequence that is not
+ * What it gets is sealed. Return: 0, also for no match; -ENOENT, -EINVAL for no hashes or a sequence that is not
  * empty, -ENOMEM.
  */
 int __must_check tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
@@ -393,12 +406,15 @@ int __must_check tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
  * @evict: give up other cached blocks where there is no room for the copy
  * @copies: the copy
  *
- * Before: remove the mappings of what is replaced. In a window group that no longer has @index
- * nothing is done. A state is needed at the end only: there the state published under
- * @hash is copied, so @tokens must be all.
+ * Before: remove the mappings of what is replaced, and of what leaves a window as for
+ * tm_cache_extend(). In a window group that no longer has @index nothing is done. A
+ * state is needed where the sequence ends with the block afterwards: the one
+ * published under @hash is copied to its own block, or to a new one in place of a
+ * packed one. With a state @tokens must be all.
  *
- * Return: 0, -ENOENT, -EINVAL for another index, 0 or too many tokens, -ERANGE for more than
- * max_tokens, -ENODATA when a group does not have the hash, -ENOMEM.
+ * Return: 0, -ENOENT, -EINVAL for another index, 0 or too many tokens, or too few for a
+ * state, -ERANGE for more than max_tokens, -ENODATA when a group does not have the
+ * hash, -ENOMEM.
  */
 int __must_check tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id,
 				u32 index, const struct tm_hash *hash,

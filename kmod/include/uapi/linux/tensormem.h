@@ -86,8 +86,7 @@
  *     ENODATA  The KV asked for is not there, or not any more: no block is published
  *              under this hash, a window has moved past it, or a state has moved on.
  *              Compute it.
- *     EOPNOTSUPP  The kernel has no codec to pack KV with. Load the module it names in
- *              kv/codec in sysfs.
+ *     EOPNOTSUPP  The kernel has no codec to pack KV with. Load the module zstd or lz4.
  *
  *   and EDQUOT, ENOSPC (the cache is at its limit, too), ENOMEM as above; ENOENT for
  *   no such sequence, ENOBUFS for max_sequences open already, EBUSY for a reset

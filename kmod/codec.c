@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The kernel's own compression, by way of the crypto API: it loads the codec's module
+ * when it is wanted, and a kernel without one still loads ours.
+ *
+ * One for the whole module: zstd's workspace is megabytes.
+ */
+#include <crypto/acompress.h>
+#include <linux/crypto.h>
+#include <linux/err.h>
+#include <linux/kconfig.h>
+#include <linux/scatterlist.h>
+
+#include "codec.h"
+
+/* The first of them that the kernel has; docs/kv.md has what led to this order. */
+static const char * const tm_codec_names[] = { "zstd", "lz4" };
+
+static struct crypto_acomp *tm_codec;
+static struct acomp_req *tm_codec_request;
+
+/**
+ * tm_codec_init - find a codec, once
+ *
+ * Context: may sleep; not twice at a time. Return: 0, -EOPNOTSUPP, -ENOMEM.
+ */
+int tm_codec_init(void)
+{
+	struct crypto_acomp *codec = ERR_PTR(-ENOENT);
+
+	if (tm_codec)
+		return 0;
+	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2))
+		return -EOPNOTSUPP;
+	for (u32 i = 0; IS_ERR(codec) && i < ARRAY_SIZE(tm_codec_names); i++)
+		codec = crypto_alloc_acomp(tm_codec_names[i], 0, 0);
+	if (IS_ERR(codec))
+		return PTR_ERR(codec) == -ENOMEM ? -ENOMEM : -EOPNOTSUPP;
+	tm_codec_request = acomp_request_alloc(codec);
+	if (!tm_codec_request) {
+		crypto_free_acomp(codec);
+		return -ENOMEM;
+	}
+	WRITE_ONCE(tm_codec, codec);
+	return 0;
+}
+
+void tm_codec_exit(void)
+{
+	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2) || !tm_codec)
+		return;
+	acomp_request_free(tm_codec_request);
+	crypto_free_acomp(tm_codec);
+}
+
+/* What it is called, or NULL while there is none. Context: any. */
+const char *tm_codec_name(void)
+{
+	struct crypto_acomp *codec = READ_ONCE(tm_codec);
+
+	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2) || !codec)
+		return NULL;
+	return crypto_tfm_alg_name(crypto_acomp_tfm(codec));
+}
+
+/* Return: bytes written to @to, or an errno. */
+static int tm_codec_run(int (*run)(struct acomp_req *req), void *from,
+			u32 bytes, void *to, u32 room)
+{
+	struct scatterlist in, out;
+	DECLARE_CRYPTO_WAIT(wait);
+	int err;
+
+	sg_init_one(&in, from, bytes);
+	sg_init_one(&out, to, room);
+	acomp_request_set_params(tm_codec_request, &in, &out, bytes, room);
+	acomp_request_set_callback(tm_codec_request, CRYPTO_TFM_REQ_MAY_BACKLOG,
+				   crypto_req_done, &wait);
+	err = crypto_wait_req(run(tm_codec_request), &wait);
+	return err ?: tm_codec_request->dlen;
+}
+
+/**
+ * tm_codec_compress - make bytes fewer
+ * @from: the bytes, from kmalloc()
+ * @bytes: how many; at most TM_CODEC_MAX
+ * @to: where to, from kmalloc()
+ * @room: bytes there
+ *
+ * Context: may sleep; not twice at a time; tm_codec_init() has succeeded.
+ * Return: bytes at @to, or an errno when they do not fit.
+ */
+int tm_codec_compress(void *from, u32 bytes, void *to, u32 room)
+{
+	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2))
+		return -EOPNOTSUPP;
+	return tm_codec_run(crypto_acomp_compress, from, bytes, to, room);
+}
+
+/**
+ * tm_codec_decompress - the inverse
+ * @from: what it has made, from kmalloc()
+ * @bytes: how many
+ * @to: where to, from kmalloc()
+ * @want: bytes there
+ *
+ * Context: as tm_codec_compress(). Return: 0, or -EIO for anything but @want bytes.
+ */
+int tm_codec_decompress(void *from, u32 bytes, void *to, u32 want)
+{
+	int got;
+
+	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2))
+		return -EIO;
+	got = tm_codec_run(crypto_acomp_decompress, from, bytes, to, want);
+	return got == want ? 0 : -EIO;
+}
