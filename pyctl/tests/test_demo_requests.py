@@ -23,7 +23,7 @@ from tensormem.demo import REQUESTS, requests, run
 from tensormem.demo.model import Config, Decoder, HeapMemory, Model
 from tensormem.demo.requests import Moment, Report, Request, Trace, alone, serve, trace
 from test_cli import narrow, runner
-from test_demo import SMALL, Weights, random_weights
+from test_demo import SMALL, Refusing, Weights, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +330,17 @@ def test_replay_counts_as_the_model_does(demo: tuple[Weights, Config]) -> None:
         assert getattr(found, name) == getattr(model, name), name
     for name in ("limit", "used", "cached", "copies", "evictions"):
         assert getattr(found.info, name) == getattr(model.info, name), name
+
+
+@pytest.mark.parametrize("call", [abi.IOC_KV_LOOKUP, abi.IOC_KV_EXTEND])
+def test_a_cache_that_has_nothing(call: int) -> None:
+    device = Refusing(call, errno.ENOSPC)
+    with Client(device) as client:
+        with pytest.raises(errors.CacheFull) as info:
+            requests.replay(client, trace(1), running=1)
+        del info
+        assert not device.tensors
+        assert [kv.fd for kv in device.caches.values()] == [-1]
 
 
 @pytest.fixture
