@@ -26,7 +26,7 @@ int tm_cache_init(struct tm_cache *cache, const struct tm_cache_config *config,
 		return -EINVAL;
 	cache->max_blocks = config->max_tokens / geo->block_tokens +
 			    !!(config->max_tokens % geo->block_tokens);
-	/* Factors of 16 and 4 bits beside one of 32. */
+	/* Below 2^53. */
 	entries = (u64)config->max_seqs * geo->nr_groups * cache->max_blocks;
 	if (entries > TM_CACHE_MAX_ENTRIES)
 		return -EINVAL;
@@ -126,7 +126,7 @@ static u32 tm_cache_at(const struct tm_cache *cache, u32 place, u32 group,
 	return *tm_cache_entry(cache, place, group, index);
 }
 
-static void tm_cache_event(struct tm_cache *cache, struct tm_cache_event event)
+static void tm_cache_tell(struct tm_cache *cache, struct tm_cache_event event)
 {
 	if (!cache->nr_events)
 		return;
@@ -152,12 +152,18 @@ static u32 tm_cache_full_pages(const struct tm_cache *cache, u32 block)
 	return cache->pool.geo.block_pages[cache->pool.blocks[block].group];
 }
 
+/* Pages that a block is short of because it is packed. */
+static u32 tm_cache_lost_pages(const struct tm_cache *cache, u32 block)
+{
+	return tm_cache_full_pages(cache, block) -
+	       cache->pool.blocks[block].pages;
+}
+
 bool tm_cache_packed(const struct tm_cache *cache, struct tm_kv_block block)
 {
-	u32 pages = tm_kv_pages(&cache->pool, block);
-
 	tm_assert_sleep_locked(cache->lock);
-	return pages && pages < tm_cache_full_pages(cache, block.v);
+	return tm_kv_pages(&cache->pool, block) &&
+	       tm_cache_lost_pages(cache, block.v);
 }
 
 bool tm_cache_shared(const struct tm_cache *cache, struct tm_kv_block block)
@@ -183,7 +189,7 @@ static void tm_cache_count_unpacked(struct tm_cache *cache, u32 block)
 
 static void tm_cache_free(struct tm_cache *cache, u32 block)
 {
-	if (tm_cache_packed(cache, (struct tm_kv_block){ block }))
+	if (tm_cache_lost_pages(cache, block))
 		tm_cache_count_unpacked(cache, block);
 	tm_warn_on(tm_kv_free(&cache->pool, (struct tm_kv_block){ block }));
 }
@@ -233,7 +239,7 @@ static void tm_cache_give_up(struct tm_cache *cache, u32 block)
 {
 	const struct tm_prefix_key *key = &cache->prefix.blocks[block].key;
 
-	tm_cache_event(cache, (struct tm_cache_event){
+	tm_cache_tell(cache, (struct tm_cache_event){
 		.type = TM_CACHE_REMOVED,
 		.group = key->group,
 		.tenant = key->tenant,
@@ -359,28 +365,30 @@ int tm_cache_open(struct tm_cache *cache, u64 tenant, struct tm_seq_id *id)
 	return 0;
 }
 
-/* Let go of blocks [from, to) of each group, the end first in all groups. */
-static void tm_cache_drop_all(struct tm_cache *cache, u32 place,
-			      const u32 *from, const u32 *to)
+/* Let go of blocks [from, to) of each group, of all of them the last one first. */
+static void tm_cache_let_go(struct tm_cache *cache, u32 place, const u32 *from,
+			    u32 *to)
 {
-	u32 lowest = TM_NONE, highest = 0;
+	for (;;) {
+		u32 last = 0, group = TM_NONE;
 
-	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
-		if (from[g] < lowest)
-			lowest = from[g];
-		if (to[g] > highest)
-			highest = to[g];
-	}
-	for (u32 i = highest; i-- > lowest;)
 		for (u32 g = 0; g < cache->pool.geo.nr_groups; g++)
-			if (i >= from[g] && i < to[g])
-				tm_cache_drop(cache, place, g, i);
+			if (to[g] > from[g] && to[g] > last) {
+				last = to[g];
+				group = g;
+			}
+		if (group == TM_NONE)
+			return;
+		to[group]--;
+		tm_cache_drop(cache, place, group, to[group]);
+	}
 }
 
-/* Let go of what @length tokens do not need, at the end. */
+/* Keep the first @length tokens. */
 static void tm_cache_cut(struct tm_cache *cache, u32 place, u32 length)
 {
 	struct tm_cache_seq *seq = &cache->seqs[place];
+	u32 full = length / cache->pool.geo.block_tokens;
 	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
 
 	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
@@ -391,10 +399,10 @@ static void tm_cache_cut(struct tm_cache *cache, u32 place, u32 length)
 		if (end > from[g])
 			from[g] = end;
 	}
-	tm_cache_drop_all(cache, place, from, to);
+	tm_cache_let_go(cache, place, from, to);
 	seq->length = length;
-	if (seq->sealed > length / cache->pool.geo.block_tokens)
-		seq->sealed = length / cache->pool.geo.block_tokens;
+	if (seq->sealed > full)
+		seq->sealed = full;
 }
 
 int tm_cache_close(struct tm_cache *cache, struct tm_seq_id id)
@@ -455,14 +463,15 @@ static void tm_cache_leave(struct tm_cache *cache, u32 place, u32 length)
 	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
 
 	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
-		u32 first, end, unused;
+		u32 first, end;
 
+		tm_cache_span(cache, g, length, &first, &end);
 		tm_cache_span(cache, g, cache->seqs[place].length, &from[g],
-			      &end);
-		tm_cache_span(cache, g, length, &first, &unused);
-		to[g] = first < end ? first : end;
+			      &to[g]);
+		if (to[g] > first)
+			to[g] = first;
 	}
-	tm_cache_drop_all(cache, place, from, to);
+	tm_cache_let_go(cache, place, from, to);
 }
 
 static int tm_cache_extend_check(struct tm_cache *cache,
@@ -741,7 +750,7 @@ static void tm_cache_name(struct tm_cache *cache, u32 block, u32 index,
 			  const struct tm_prefix_key *key, struct tm_hash parent)
 {
 	tm_prefix_publish(&cache->prefix, block, key);
-	tm_cache_event(cache, (struct tm_cache_event){
+	tm_cache_tell(cache, (struct tm_cache_event){
 		.type = TM_CACHE_STORED,
 		.group = key->group,
 		.block = index,
@@ -936,21 +945,47 @@ int tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
 	return 0;
 }
 
-/* Whether a block of a sequence's own has to be found for a copy to @entry. */
-static bool tm_cache_lacks(const struct tm_cache *cache, u32 entry)
+/*
+ * What each group has to have to adopt a block at @index, after which @length tokens
+ * are there: TM_NONE for nothing. Return: 0, -EINVAL, -ENODATA.
+ */
+static int tm_cache_adoptable(const struct tm_cache *cache, u32 place, u32 index,
+			      const struct tm_hash *hash, u32 tokens, u32 length,
+			      u32 *from)
 {
-	return entry == TM_NONE ||
-	       tm_cache_packed(cache, (struct tm_kv_block){ entry });
+	u32 block_tokens = cache->pool.geo.block_tokens;
+	u64 tenant = cache->seqs[place].tenant;
+	bool at_end = index == (length - 1) / block_tokens;
+	int err = 0;
+
+	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
+		u32 first, end;
+
+		from[g] = TM_NONE;
+		tm_cache_span(cache, g, length, &first, &end);
+		if (tm_cache_is_state(cache, g)) {
+			/* It is the one after the block's last token. */
+			if (tokens < block_tokens)
+				return -EINVAL;
+			if (!at_end)
+				continue;
+		} else if (index < first) {
+			continue;
+		}
+		from[g] = tm_cache_published(cache, tenant, g, hash);
+		if (from[g] == TM_NONE)
+			err = -ENODATA;
+	}
+	return err;
 }
 
-/* Whether a group has to have the block that is adopted at @index. */
-static bool tm_cache_adopts(const struct tm_cache *cache, u32 place, u32 group,
-			    u32 index, bool at_end)
+/* Whether a sequence has a block that a state can be copied to. */
+static bool tm_cache_has_whole_state(const struct tm_cache *cache, u32 place,
+				     u32 group)
 {
-	if (at_end)
-		return true;
-	return !tm_cache_is_state(cache, group) &&
-	       *tm_cache_entry(cache, place, group, index) != TM_NONE;
+	u32 block = *tm_cache_entry(cache, place, group, 0);
+
+	return block != TM_NONE && !tm_cache_lost_pages(cache, block);
 }
 
 int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
@@ -960,46 +995,38 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 	u32 place = tm_cache_find(cache, id);
 	u32 nr_groups = cache->pool.geo.nr_groups;
 	u32 block_tokens = cache->pool.geo.block_tokens;
-	u32 from[TM_KV_GROUPS];
 	struct tm_cache_need need = { 0 };
-	struct tm_cache_seq *seq;
+	u32 from[TM_KV_GROUPS];
 	u32 length;
-	bool at_end;
 	int err;
 
 	tm_assert_sleep_locked(cache->lock);
 	if (place == TM_NONE)
 		return -ENOENT;
-	seq = &cache->seqs[place];
-	length = seq->length;
-	at_end = index == length / block_tokens && !(length % block_tokens);
-	if ((!at_end && index >= length / block_tokens) ||
-	    !tokens || tokens > block_tokens ||
-	    (tokens < block_tokens && !at_end))
+	length = cache->seqs[place].length;
+	if (!tokens || tokens > block_tokens)
 		return -EINVAL;
-	if (at_end && tokens > cache->max_tokens - length)
-		return -ERANGE;
-	for (u32 g = 0; g < nr_groups; g++)
-		if (tm_cache_is_state(cache, g) && tokens < block_tokens)
-			return -EINVAL;
+	if (index == length / block_tokens && !(length % block_tokens)) {
+		if (tokens > cache->max_tokens - length)
+			return -ERANGE;
+		length += tokens;
+	} else if (index >= length / block_tokens || tokens < block_tokens) {
+		return -EINVAL;
+	}
+	err = tm_cache_adoptable(cache, place, index, hash, tokens, length,
+				 from);
+	if (err)
+		return err;
+	/* In use from here on, and so no victim; what is copied for a moment. */
 	for (u32 g = 0; g < nr_groups; g++) {
-		bool state = tm_cache_is_state(cache, g);
-
-		from[g] = TM_NONE;
-		if (!tm_cache_adopts(cache, place, g, index, at_end))
-			continue;
-		from[g] = tm_cache_published(cache, seq->tenant, g, hash);
 		if (from[g] == TM_NONE)
-			return -ENODATA;
-		if ((state || tokens < block_tokens) &&
-		    tm_cache_lacks(cache, *tm_cache_entry(cache, place, g,
-							  state ? 0 : index)))
+			continue;
+		tm_cache_get(cache, from[g]);
+		if (tm_cache_is_state(cache, g) ?
+		    !tm_cache_has_whole_state(cache, place, g) :
+		    tokens < block_tokens)
 			tm_cache_need(cache, &need, g, 1);
 	}
-	/* In use from here on, and so no victim; what is copied for a moment. */
-	for (u32 g = 0; g < nr_groups; g++)
-		if (from[g] != TM_NONE)
-			tm_cache_get(cache, from[g]);
 	err = tm_cache_make_room(cache, &need, evict, TM_NONE);
 	for (u32 g = nr_groups; err && g--;)
 		if (from[g] != TM_NONE)
@@ -1007,34 +1034,29 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 	if (err)
 		return err;
 
-	if (at_end) {
-		tm_cache_leave(cache, place, length + tokens);
-		seq->length = length + tokens;
-	}
+	tm_cache_leave(cache, place, length);
+	cache->seqs[place].length = length;
 	copies->nr = 0;
 	for (u32 g = 0; g < nr_groups; g++) {
 		bool state = tm_cache_is_state(cache, g);
-		u32 *entry = tm_cache_entry(cache, place, g, state ? 0 : index);
+		u32 at = state ? 0 : index;
+		u32 *entry = tm_cache_entry(cache, place, g, at);
+		u32 old = *entry;
 
 		if (from[g] == TM_NONE)
 			continue;
 		if (!state && tokens == block_tokens) {
-			if (*entry != TM_NONE)
-				tm_cache_put(cache, *entry);
 			*entry = from[g];
-			continue;
+		} else {
+			if (state && tm_cache_has_whole_state(cache, place, g))
+				old = TM_NONE;
+			else
+				*entry = tm_cache_new(cache, g);
+			tm_cache_copy(cache, copies, g, at, from[g], *entry);
+			tm_cache_put(cache, from[g]);
 		}
-		/* A state has its block already, but at the start. */
-		if (tm_cache_lacks(cache, *entry)) {
-			u32 to = tm_cache_new(cache, g);
-
-			if (*entry != TM_NONE)
-				tm_cache_put(cache, *entry);
-			*entry = to;
-		}
-		tm_cache_copy(cache, copies, g, state ? 0 : index, from[g],
-			      *entry);
-		tm_cache_put(cache, from[g]);
+		if (old != TM_NONE)
+			tm_cache_put(cache, old);
 	}
 	return 0;
 }
@@ -1050,7 +1072,7 @@ int tm_cache_reset(struct tm_cache *cache)
 		return -EBUSY;
 	while (cache->prefix.oldest != TM_NONE)
 		tm_cache_discard(cache, cache->prefix.oldest);
-	tm_cache_event(cache, (struct tm_cache_event){
+	tm_cache_tell(cache, (struct tm_cache_event){
 		.type = TM_CACHE_CLEARED,
 	});
 	return 0;
@@ -1099,8 +1121,7 @@ int tm_cache_unpack(struct tm_cache *cache, struct tm_kv_block block,
 	tm_assert_sleep_locked(cache->lock);
 	if (!tm_cache_packed(cache, block))
 		return -EINVAL;
-	need.pages = tm_cache_full_pages(cache, block.v) -
-		     cache->pool.blocks[block.v].pages;
+	need.pages = tm_cache_lost_pages(cache, block.v);
 	err = tm_cache_make_room(cache, &need, evict, block.v);
 	if (err)
 		return err;

@@ -157,7 +157,8 @@ struct tm_cache {
 
 /*
  * Context: may sleep; no lock. Return: 0, -EINVAL for 0 or too many tokens, sequences
- * or table entries, or fewer chunks than one block of each group takes; -ENOMEM.
+ * or table entries, another number of events, more chunks than a link can name, or fewer
+ * than one block of each group takes; -ENOMEM.
  */
 int __must_check tm_cache_init(struct tm_cache *cache,
 			       const struct tm_cache_config *config,
@@ -397,11 +398,14 @@ int __must_check tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
  * @copies: the copy
  *
  * Before: remove the mappings of what is replaced, and of what leaves a window as for
- * tm_cache_extend(). In a window group that no longer has @index nothing is done. A state is needed at the end only: there the state published under
- * @hash is copied, so @tokens must be all.
+ * tm_cache_extend(). In a window group that no longer has @index nothing is done. A
+ * state is needed where the sequence ends with the block afterwards: the one
+ * published under @hash is copied to its own block, or to a new one in place of a
+ * packed one. With a state @tokens must be all.
  *
  * Return: 0, -ENOENT, -EINVAL for another index, 0 or too many tokens, or too few for a
- * state, -ERANGE for more than max_tokens, -ENODATA when a group does not have the hash, -ENOMEM.
+ * state, -ERANGE for more than max_tokens, -ENODATA when a group does not have the
+ * hash, -ENOMEM.
  */
 int __must_check tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id,
 				u32 index, const struct tm_hash *hash,

@@ -323,8 +323,8 @@ u64 tm_kv_lack(const struct tm_kv_pool *pool, u64 pages, u64 blocks)
 		return TM_KV_NEVER;
 	if (pages <= pool->free_pages)
 		return 0;
-	return (pages - pool->free_pages +
-		tm_chunk_pages(pool->geo.pages) - 1) >>
+	pages -= pool->free_pages;
+	return (pages + tm_chunk_pages(pool->geo.pages) - 1) >>
 	       pool->geo.pages.chunk_order;
 }
 

@@ -1588,7 +1588,7 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 	u32 all = m->geo.block_tokens, length = 0, first, end, need = 0;
 	u32 hits[CACHE_GROUPS], nr_hits = 0, nr_copies = 0, nr_new = 0, old;
 	struct tm_cache_copies copies = { .nr = TM_NONE };
-	bool append = false;
+	bool append = false, at_end = false;
 	struct wants w = { 0 };
 	int err;
 
@@ -1606,11 +1606,12 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 		want(&w, -ERANGE);
 	if (!w.nr) {
 		length = append ? s->length + tokens : s->length;
+		at_end = length == index * all + tokens;
 	}
 	for (u32 g = 0; !w.nr && g < m->geo.nr_groups; g++) {
 		span(m, g, length, &first, &end);
 		hits[g] = TM_NONE;
-		if (is_state(m, g) ? !append : index < first)
+		if (is_state(m, g) ? !at_end : index < first)
 			continue;
 		hits[g] = choice(m, s->tenant, g, hash);
 		if (hits[g] == TM_NONE) {
