@@ -480,7 +480,13 @@ static void random_pack(void)
 	pages = one_in(8) ? below(pages + 2) : 1 + below(pages);
 	tm_op("pack place %u group %u block %u to %u", place, group, index,
 	      pages);
-	cache_do_pack(&m, place, group, index, pages);
+	if (cache_do_pack(&m, place, group, index, pages))
+		return;
+	/* Not a second time; but what is cached can be, too. */
+	CHECK_EQ(cache_do_pack_block(&m, m.seq[place].block[group][index], 1),
+		 -EINVAL);
+	if (m.nr_lru && one_in(4))
+		cache_do_pack_block(&m, m.lru[below(m.nr_lru)], pages);
 }
 
 static void random_pack_all(void)
@@ -1701,6 +1707,19 @@ TEST(cache_writes_are_ones_own)
 	CHECK_EQ(cache_do_write(&m, place_of(a), 0, 3, false), -ENOENT);
 	CHECK_EQ(cache_do_write(&m, place_of(a), 0, ~0u, false), -ENOENT);
 	CHECK_EQ(cache_do_write(&m, 2, 0, 0, false), -ENOENT);
+	/* A place that no sequence has, or can have. */
+	for (u32 place = 2; place; place = place == ~0u ? 0 : ~0u) {
+		struct tm_cache_copies copies;
+		struct tm_kv_block none;
+		struct tm_cache_page page;
+
+		CHECK_EQ(tm_cache_page(&m.cache, place, 0, 0, 0, &page),
+			 -ENOENT);
+		CHECK_EQ(tm_cache_packable(&m.cache, place, 0, 0, &none),
+			 -ENOENT);
+		CHECK_EQ(tm_cache_write(&m.cache, place, 0, 0, false, &copies),
+			 -ENOENT);
+	}
 	cache_teardown(&m);
 }
 
@@ -1766,8 +1785,14 @@ TEST(cache_states)
 	CHECK_EQ(cache_do_adopt(&m, b, 2, names(1, 0, 1), TOKENS, false),
 		 -ENODATA);
 	CHECK_EQ(cache_do_adopt(&m, b, 2, names(1, 1, 1), TOKENS, false), 0);
-	CHECK_EQ(cache_do_adopt(&m, b, 0, names(1, 0, 1), TOKENS, false), 0);
 	CHECK_EQ(m.stats.copies, 4);
+	/* In place of the block it ends with too, and of no other. */
+	CHECK_EQ(cache_do_adopt(&m, b, 2, names(1, 0, 1), TOKENS, false),
+		 -ENODATA);
+	CHECK_EQ(cache_do_adopt(&m, b, 2, names(1, 1, 1), TOKENS, false), 0);
+	CHECK_EQ(m.stats.copies, 5);
+	CHECK_EQ(cache_do_adopt(&m, b, 1, names(1, 0, 1), TOKENS, false), 0);
+	CHECK_EQ(m.stats.copies, 5);
 	cache_teardown(&m);
 }
 
@@ -1816,6 +1841,8 @@ TEST(cache_lookup_takes_the_longest)
 	CHECK_EQ(cache_do_lookup(&m, b, names(1, 0, 1), 1, false, &matched),
 		 -EINVAL);
 	CHECK_EQ(cache_do_truncate(&m, b, 0), 0);
+	CHECK_EQ(cache_do_lookup(&m, b, names(1, 0, 1), 0, false, &matched),
+		 -EINVAL);
 	CHECK_EQ(lookup(b, 1, 8, false), 5);
 	CHECK_EQ(block_of(b, 1, 2), TM_NONE);
 	CHECK_EQ(cache_seq(&m, b)->sealed, 5);
@@ -1917,6 +1944,31 @@ TEST(cache_publish_refuses)
 		 -EINVAL);
 	CHECK_EQ(match(1, 2, 1), 0);
 	CHECK_EQ(cache_do_publish(&m, a, 0, names(1, 0, 3), 3, false), 0);
+	CHECK_EQ(cache_do_publish(&m, a, 0, names(1, 0, 1), 0, false),
+		 -EINVAL);
+	cache_teardown(&m);
+}
+
+/* All 128 bits of a name count. */
+TEST(cache_names_alike)
+{
+	struct tm_hash name = { { 1, 2 } }, alike[3] = {
+		{ { 1, 3 } }, { { 3, 2 } }, { { 2, 1 } },
+	};
+	struct tm_seq_id a, b;
+
+	setup_full(1, 4, 2, 1);
+	add_chunks(1);
+	a = write_seq(1, 1);
+	CHECK_EQ(cache_do_seal(&m, a, 1), 0);
+	CHECK_EQ(cache_do_publish(&m, a, 0, &name, 1, false), 0);
+	for (u32 i = 0; i < 3; i++) {
+		CHECK_EQ(cache_do_match(&m, 1, &alike[i], 1), 0);
+		CHECK_EQ(cache_do_publish(&m, a, 0, &alike[i], 1, false),
+			 -EINVAL);
+	}
+	b = open_seq(1);
+	CHECK_EQ(cache_do_adopt(&m, b, 0, &name, TOKENS, false), 0);
 	cache_teardown(&m);
 }
 
@@ -1940,6 +1992,8 @@ TEST(cache_packed_blocks)
 	CHECK_EQ(cache_do_pack(&m, place_of(a), 0, 4, 1), -ENOENT);
 	CHECK_EQ(cache_do_pack(&m, place_of(a), 0, ~0u, 1), -ENOENT);
 	CHECK_EQ(cache_do_pack(&m, place_of(a) + 1, 0, 0, 1), -ENOENT);
+	CHECK(!tm_cache_packed(&m.cache, (struct tm_kv_block){ 9 }));
+	CHECK(!tm_cache_packed(&m.cache, (struct tm_kv_block){ ~0u }));
 	for (u32 i = 0; i < 3; i++)
 		CHECK_EQ(cache_do_pack(&m, place_of(a), 0, i, 1 + i), 0);
 	CHECK_EQ(m.cache.packed, 3);
@@ -1970,10 +2024,14 @@ TEST(cache_packed_blocks)
 	CHECK_EQ(block_of(c, 0, 0), block);
 	CHECK_EQ(tm_cache_evictable(&m.cache), 4 + 3);
 	/* Evicting takes it with the rest. */
+	CHECK_EQ(cache_do_pack_block(&m, m.lru[1], 2), 0);
+	CHECK_EQ(tm_cache_evictable(&m.cache), 2 + 3);
+	CHECK_EQ(cache_do_evict(&m), 0);
+	CHECK_EQ(m.cache.packed, 2);
 	CHECK_EQ(cache_do_evict(&m), 0);
 	CHECK_EQ(m.cache.packed, 1);
 	b = open_seq(1);
-	CHECK_EQ(cache_do_extend(&m, b, 2 * TOKENS, false), 0);
+	CHECK_EQ(cache_do_extend(&m, b, 3 * TOKENS, false), 0);
 	/* Free are 3; it needs 3, and one more chunk or another block otherwise. */
 	CHECK_EQ(cache_do_extend(&m, c, 1, false), -ENOMEM);
 	CHECK_EQ(cache_do_unpack(&m, block, false), 0);
