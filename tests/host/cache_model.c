@@ -174,6 +174,7 @@ static void get_contents(struct cache_model *m, u32 block, u32 *data)
 		       CACHE_DATA * sizeof(*data));
 		return;
 	}
+	memset(data, 0, CACHE_DATA * sizeof(*data));
 	for (u32 p = 0; p < pages; p++)
 		memcpy(&data[p * CACHE_WORDS], block_page(m, block, p),
 		       CACHE_WORDS * sizeof(*data));
@@ -790,7 +791,7 @@ static void compare_seq(struct cache_model *m, u32 place, u32 *refs, bool look)
 static void compare_published(struct cache_model *m, u32 block)
 {
 	const struct cache_model_block *b = &m->block[block];
-	u32 data[CACHE_DATA] = { 0 }, in_use = 0, found;
+	u32 data[CACHE_DATA], in_use = 0, found;
 
 	get_contents(m, block, data);
 	CHECK(!memcmp(data, b->data, sizeof(data)));
@@ -1396,7 +1397,7 @@ int cache_do_publish(struct cache_model *m, struct tm_seq_id id, u32 first,
 	begin(m);
 	if (!s) {
 		want(&w, -ENOENT);
-	} else if (first > cache_nr_full(m, s) ||
+	} else if (!nr || first > cache_nr_full(m, s) ||
 		   nr > cache_nr_full(m, s) - first) {
 		want(&w, -EINVAL);
 	} else {
@@ -1526,7 +1527,7 @@ int cache_do_lookup(struct cache_model *m, struct tm_seq_id id,
 	begin(m);
 	if (!s)
 		want(&w, -ENOENT);
-	else if (s->length)
+	else if (!nr || s->length)
 		want(&w, -EINVAL);
 	else
 		blocks = match(m, s->tenant, hashes, nr);
@@ -1736,46 +1737,51 @@ static bool packable(const struct cache_model *m,
 	return m->block[block].refs == 1 && !m->block[block].packed;
 }
 
-int cache_do_pack(struct cache_model *m, u32 place, u32 group, u32 index,
-		  u32 pages)
+int cache_do_pack_block(struct cache_model *m, u32 v, u32 pages)
 {
-	struct cache_model_seq *s = &m->seq[place];
-	bool can = packable(m, s, group, index);
-	struct tm_kv_block block = { TM_NONE };
-	struct cache_model_block *b;
+	struct cache_model_block *b = &m->block[v];
+	struct tm_kv_block block = { v };
 	struct wants w = { 0 };
 	int err;
 
 	begin(m);
-	CHECK_EQ(tm_cache_packable(&m->cache, place, group, index, &block),
-		 can ? 0 : -ENOENT);
-	if (!can)
-		return -ENOENT;
-	CHECK_EQ(block.v, s->block[group][index]);
-	b = &m->block[block.v];
-	if (!pages || pages >= b->pages)
+	if (b->packed || !pages || pages >= b->pages)
 		want(&w, -EINVAL);
-	unmap(s, group, index);
-	memset(b->aside, 0, sizeof(b->aside));
-	get_contents(m, block.v, b->aside);
+	else
+		get_contents(m, v, b->aside);
+	for (u32 i = 0; i < m->max_seqs; i++)
+		for (u32 n = 0; n < m->max_blocks; n++)
+			if (m->seq[i].block[b->group][n] == v)
+				unmap(&m->seq[i], b->group, n);
 	expect(m, &w);
 	err = tm_cache_pack(&m->cache, block, pages);
 	if (refused(m, &w, err))
 		return err;
-	if (m->moving && m->move.block.v == block.v && m->move.index >= pages)
+	if (m->moving && m->move.block.v == v && m->move.index >= pages)
 		m->move_counts = false;
 	m->used_pages -= b->pages - pages;
 	b->pages = pages;
 	b->packed = true;
 	m->stats.packs++;
 	for (u32 p = 0; p < pages; p++)
-		pack_mark(b->aside, p, block_page(m, block.v, p));
+		pack_mark(b->aside, p, block_page(m, v, p));
 	finish(m);
-	/* No second time. */
-	cache_remember(&m->cache);
-	CHECK_EQ(tm_cache_pack(&m->cache, block, 1), -EINVAL);
-	CHECK(cache_unchanged(&m->cache));
 	return 0;
+}
+
+int cache_do_pack(struct cache_model *m, u32 place, u32 group, u32 index,
+		  u32 pages)
+{
+	struct cache_model_seq *s = &m->seq[place];
+	bool can = packable(m, s, group, index);
+	struct tm_kv_block block = { TM_NONE };
+
+	CHECK_EQ(tm_cache_packable(&m->cache, place, group, index, &block),
+		 can ? 0 : -ENOENT);
+	if (!can)
+		return -ENOENT;
+	CHECK_EQ(block.v, s->block[group][index]);
+	return cache_do_pack_block(m, block.v, pages);
 }
 
 int cache_do_unpack(struct cache_model *m, u32 block, bool evict)

@@ -188,6 +188,8 @@ int cache_do_evict(struct cache_model *m);
 /* Pack what the sequence has there; -ENOENT when it cannot be. */
 int cache_do_pack(struct cache_model *m, u32 place, u32 group, u32 index,
 		  u32 pages);
+/* Pack a block, whoever has it; not one that is shared. */
+int cache_do_pack_block(struct cache_model *m, u32 block, u32 pages);
 int cache_do_unpack(struct cache_model *m, u32 block, bool evict);
 bool cache_do_next_event(struct cache_model *m, struct tm_cache_event *event);
 int cache_do_move_begin(struct cache_model *m);
