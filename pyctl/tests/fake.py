@@ -15,6 +15,7 @@ import os
 import threading
 from dataclasses import dataclass
 
+from fakekv import FakeKV, State
 from tensormem import abi
 
 PAGE = mmap.PAGESIZE
@@ -86,6 +87,7 @@ class FakeDevice:
         self.fail: dict[int, int] = {}  # request -> errno
         self.fail_map_after: int | None = None
         self.lock = threading.Lock()
+        self.caches: dict[int, FakeKV] = {}  # by descriptor
 
     # -- the Device protocol ---------------------------------------------------
 
@@ -112,6 +114,12 @@ class FakeDevice:
                 raise OSError(errno.ENOMEM, "no address space")
         self.maps.append((offset, length))
         return mmap.mmap(self.fd, length, offset=offset)
+
+    def read(self, size: int, timeout: float | None) -> bytes:
+        raise AssertionError("a client has nothing to read")
+
+    def other(self, fd: int) -> FakeKV:
+        return self.caches[fd]
 
     def fileno(self) -> int:
         return self.fd
@@ -161,6 +169,10 @@ class FakeDevice:
             self._query(a)
         elif isinstance(a, abi.Batch):
             self._batch(request, a)
+        elif isinstance(a, abi.KVCreate):
+            cache = FakeKV(State(a, self.max_batch), self.window_mapping)
+            self.caches[cache.fd] = cache
+            a.fd = cache.fd
         else:
             raise OSError(errno.ENOTTY, "")
 

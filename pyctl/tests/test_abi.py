@@ -19,14 +19,20 @@ INCLUDE = Path(__file__).parents[2] / "kmod" / "include" / "uapi"
 HEADER = INCLUDE / "linux" / "tensormem.h"
 STRUCTS = [
     abi.Info, abi.Alloc, abi.Free, abi.Query, abi.Batch, abi.Quota, abi.SetNuma,
+    abi.KVGroup, abi.KVCreate, abi.KVInfo, abi.KVOpen, abi.KVClose, abi.KVExtend,
+    abi.KVTruncate, abi.KVFork, abi.KVHash, abi.KVHashes, abi.KVAdopt, abi.KVQuery,
+    abi.KVPack, abi.KVReset, abi.KVEvent,
 ]  # fmt: skip
+
+
+_TYPES = r"__u8|__s32|__u32|__u64|struct tensormem_kv_hash"
 
 
 def _structs_in_header() -> dict[str, list[str]]:
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
     found = {}
     for name, body in re.findall(r"^struct (\w+) \{(.*?)^\};", text, flags=re.S | re.M):
-        found[name] = re.findall(r"__u(?:32|64)\s+(\w+);", body)
+        found[name] = re.findall(rf"(?:{_TYPES})\s+(\w+)(?:\[16\])?;", body)
         assert len(found[name]) == body.count(";"), f"{name} has a field of another type"
     return found
 
@@ -97,13 +103,15 @@ def test_every_constant_of_the_header(compiled: dict[str, int]) -> None:
     ours |= {f"TENSORMEM_MAPPING_{m.name}": int(m) for m in abi.Mapping}
     ours |= {f"TENSORMEM_NUMA_{n.name}": int(n) for n in abi.Numa}
     ours |= {f"TENSORMEM_{f.name}": int(f) for f in abi.AllocFlag}
+    ours |= {f"TENSORMEM_KV_{r.name}": int(r) for r in abi.KVRule}
+    ours |= {f"TENSORMEM_KV_{t.name}": int(t) for t in abi.KVEventType}
     ours |= {
         f"TENSORMEM_{name}": value
         for name, value in vars(abi).items()
-        if name.startswith("IOC_") and name != "IOC_MAGIC"
+        if name.startswith(("IOC_", "KV_")) and name != "IOC_MAGIC"
     }
     names = _constants_in_header()
-    assert len(names) >= 30
+    assert len(names) >= 54
     assert ours == {name: compiled[name] for name in names}
 
 

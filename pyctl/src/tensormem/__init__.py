@@ -18,18 +18,25 @@ from .errors import (
     AccessDenied,
     BadAddress,
     Busy,
+    CacheFull,
+    CacheInUse,
     Closed,
     DeviceMissing,
     IncompatibleModule,
     Interrupted,
     InvalidArgument,
+    NoCodec,
+    NoSuchSequence,
     NoSuchTensor,
     NotAvailable,
+    NotHeld,
     NotPermitted,
     OutOfMemory,
     PoolExhausted,
     QuotaExceeded,
     TensormemError,
+    TooManySequences,
+    TooManyTokens,
     WindowFull,
 )
 
@@ -37,6 +44,15 @@ if TYPE_CHECKING:
     from . import safetensors, system
     from .abi import Kind, Pool
     from .client import Client, Spec, Stats, Tensor, TensorInfo, open
+    from .kv import (
+        KVCache,
+        KVEvent,
+        KVGroup,
+        KVInfo,
+        KVPacked,
+        KVSequence,
+        KVSequenceInfo,
+    )
 
 __version__ = "0.1.0"
 
@@ -44,15 +60,27 @@ __all__ = [
     "AccessDenied",
     "BadAddress",
     "Busy",
+    "CacheFull",
+    "CacheInUse",
     "Client",
     "Closed",
     "DeviceMissing",
     "IncompatibleModule",
     "Interrupted",
     "InvalidArgument",
+    "KVCache",
+    "KVEvent",
+    "KVGroup",
+    "KVInfo",
+    "KVPacked",
+    "KVSequence",
+    "KVSequenceInfo",
     "Kind",
+    "NoCodec",
+    "NoSuchSequence",
     "NoSuchTensor",
     "NotAvailable",
+    "NotHeld",
     "NotPermitted",
     "OutOfMemory",
     "Pool",
@@ -63,6 +91,8 @@ __all__ = [
     "Tensor",
     "TensorInfo",
     "TensormemError",
+    "TooManySequences",
+    "TooManyTokens",
     "WindowFull",
     "open",
     "safetensors",
@@ -77,5 +107,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("safetensors", "system"):
         return import_module(f".{name}", __name__)
-    value = globals()[name] = getattr(import_module(".client", __name__), name)
+    module = ".kv" if name.startswith("KV") else ".client"
+    value = globals()[name] = getattr(import_module(module, __name__), name)
     return value

@@ -20,16 +20,51 @@ __all__ = [
     "IOC_FREE",
     "IOC_FREE_BATCH",
     "IOC_INFO",
+    "IOC_KV_ADOPT",
+    "IOC_KV_CLOSE",
+    "IOC_KV_CREATE",
+    "IOC_KV_EXTEND",
+    "IOC_KV_EXTEND_BATCH",
+    "IOC_KV_FORK",
+    "IOC_KV_INFO",
+    "IOC_KV_LOOKUP",
+    "IOC_KV_OPEN",
+    "IOC_KV_PACK",
+    "IOC_KV_PUBLISH",
+    "IOC_KV_QUERY",
+    "IOC_KV_RESET",
+    "IOC_KV_TRUNCATE",
     "IOC_MAGIC",
     "IOC_QUERY",
     "IOC_QUERY_BATCH",
     "IOC_SET_NUMA",
     "IOC_SET_QUOTA",
+    "KV_EVENTS",
+    "KV_MAX_GROUPS",
+    "KV_PEEK",
+    "KV_UNPACK",
     "Alloc",
     "AllocFlag",
     "Batch",
     "Free",
     "Info",
+    "KVAdopt",
+    "KVClose",
+    "KVCreate",
+    "KVEvent",
+    "KVEventType",
+    "KVExtend",
+    "KVFork",
+    "KVGroup",
+    "KVHash",
+    "KVHashes",
+    "KVInfo",
+    "KVOpen",
+    "KVPack",
+    "KVQuery",
+    "KVReset",
+    "KVRule",
+    "KVTruncate",
     "Kind",
     "Mapping",
     "Numa",
@@ -89,8 +124,37 @@ class AllocFlag(IntFlag):
     PINNED = 1 << 3
 
 
+class KVRule(IntEnum):
+    """``enum tensormem_kv_rule``: which tokens a group of layers keeps."""
+
+    FULL = 1
+    WINDOW = 2
+    STATE = 3
+
+
+class KVEventType(IntEnum):
+    """``enum tensormem_kv_event_type``."""
+
+    STORED = 1
+    REMOVED = 2
+    CLEARED = 3
+
+
+#: Most groups of a KV cache.
+KV_MAX_GROUPS = 16
+
+#: Flag of ``struct tensormem_kv_create``: keep events for read(2).
+KV_EVENTS = 1 << 0
+
+#: Flag of ``struct tensormem_kv_hashes``: say what matches and change nothing.
+KV_PEEK = 1 << 0
+
+#: Flag of ``struct tensormem_kv_pack``: bring everything back instead.
+KV_UNPACK = 1 << 0
+
+
 class Struct(ctypes.Structure):
-    """Base of the ABI structs; all fields are ``__u32`` or ``__u64``."""
+    """Base of the ABI structs."""
 
     #: Its name in the header.
     c_name: ClassVar[str]
@@ -191,6 +255,223 @@ class SetNuma(Struct):
     )
 
 
+class KVGroup(Struct):
+    """``struct tensormem_kv_group``."""
+
+    c_name = "tensormem_kv_group"
+    _fields_ = (
+        ("rule", ctypes.c_uint32),
+        ("planes", ctypes.c_uint32),
+        ("token_bytes", ctypes.c_uint32),
+        ("window", ctypes.c_uint32),
+        ("element", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+        ("stride", ctypes.c_uint64),
+    )
+
+
+class KVCreate(Struct):
+    """``struct tensormem_kv_create``."""
+
+    c_name = "tensormem_kv_create"
+    _fields_ = (
+        ("groups", ctypes.c_uint64),
+        ("nr_groups", ctypes.c_uint32),
+        ("group_size", ctypes.c_uint32),
+        ("max_tokens", ctypes.c_uint32),
+        ("max_sequences", ctypes.c_uint32),
+        ("block_tokens", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("limit", ctypes.c_uint64),
+        ("fd", ctypes.c_int32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class KVInfo(Struct):
+    """``struct tensormem_kv_info``."""
+
+    c_name = "tensormem_kv_info"
+    _fields_ = (
+        ("groups", ctypes.c_uint64),
+        ("nr_groups", ctypes.c_uint32),
+        ("group_size", ctypes.c_uint32),
+        ("max_tokens", ctypes.c_uint32),
+        ("max_sequences", ctypes.c_uint32),
+        ("block_tokens", ctypes.c_uint32),
+        ("sequences", ctypes.c_uint32),
+        ("window_size", ctypes.c_uint64),
+        ("sequence_size", ctypes.c_uint64),
+        ("limit", ctypes.c_uint64),
+        ("held", ctypes.c_uint64),
+        ("used", ctypes.c_uint64),
+        ("cached", ctypes.c_uint64),
+        ("packed", ctypes.c_uint64),
+        ("unpacked", ctypes.c_uint64),
+        ("lookups", ctypes.c_uint64),
+        ("hits", ctypes.c_uint64),
+        ("copies", ctypes.c_uint64),
+        ("evictions", ctypes.c_uint64),
+        ("packs", ctypes.c_uint64),
+        ("unpacks", ctypes.c_uint64),
+        ("events_lost", ctypes.c_uint64),
+        ("moved", ctypes.c_uint64),
+    )
+
+
+class KVOpen(Struct):
+    """``struct tensormem_kv_open``."""
+
+    c_name = "tensormem_kv_open"
+    _fields_ = (
+        ("sequence", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("tenant", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+    )
+
+
+class KVClose(Struct):
+    """``struct tensormem_kv_close``."""
+
+    c_name = "tensormem_kv_close"
+    _fields_ = (
+        ("sequence", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    )
+
+
+class KVExtend(Struct):
+    """``struct tensormem_kv_extend``."""
+
+    c_name = "tensormem_kv_extend"
+    _fields_ = (
+        ("sequence", ctypes.c_uint32),
+        ("tokens", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("length", ctypes.c_uint32),
+    )
+
+
+class KVTruncate(Struct):
+    """``struct tensormem_kv_truncate``."""
+
+    c_name = "tensormem_kv_truncate"
+    _fields_ = (
+        ("sequence", ctypes.c_uint32),
+        ("length", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class KVFork(Struct):
+    """``struct tensormem_kv_fork``."""
+
+    c_name = "tensormem_kv_fork"
+    _fields_ = (
+        ("sequence", ctypes.c_uint32),
+        ("at", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("child", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+    )
+
+
+class KVHash(Struct):
+    """``struct tensormem_kv_hash``."""
+
+    c_name = "tensormem_kv_hash"
+    _fields_ = (("bytes", ctypes.c_uint8 * 16),)
+
+
+class KVHashes(Struct):
+    """``struct tensormem_kv_hashes``."""
+
+    c_name = "tensormem_kv_hashes"
+    _fields_ = (
+        ("sequence", ctypes.c_uint32),
+        ("first", ctypes.c_uint32),
+        ("count", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("hashes", ctypes.c_uint64),
+        ("matched", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class KVAdopt(Struct):
+    """``struct tensormem_kv_adopt``."""
+
+    c_name = "tensormem_kv_adopt"
+    _fields_ = (
+        ("sequence", ctypes.c_uint32),
+        ("block", ctypes.c_uint32),
+        ("tokens", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("hash", KVHash),
+        ("length", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class KVQuery(Struct):
+    """``struct tensormem_kv_query``."""
+
+    c_name = "tensormem_kv_query"
+    _fields_ = (
+        ("sequence", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("length", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+        ("held", ctypes.c_uint64),
+        ("shared", ctypes.c_uint64),
+        ("packed", ctypes.c_uint64),
+        ("unpacked", ctypes.c_uint64),
+    )
+
+
+class KVPack(Struct):
+    """``struct tensormem_kv_pack``."""
+
+    c_name = "tensormem_kv_pack"
+    _fields_ = (
+        ("sequence", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("blocks", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("before", ctypes.c_uint64),
+        ("after", ctypes.c_uint64),
+    )
+
+
+class KVReset(Struct):
+    """``struct tensormem_kv_reset``."""
+
+    c_name = "tensormem_kv_reset"
+    _fields_ = (
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class KVEvent(Struct):
+    """``struct tensormem_kv_event``."""
+
+    c_name = "tensormem_kv_event"
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("block", ctypes.c_uint32),
+        ("group", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("tenant", ctypes.c_uint64),
+        ("hash", KVHash),
+        ("parent", KVHash),
+    )
+
+
 def iowr(number: int, size: int) -> int:
     """Return ``_IOWR(TENSORMEM_IOC_MAGIC, number, <size bytes>)``.
 
@@ -208,3 +489,17 @@ IOC_QUERY = iowr(0x12, ctypes.sizeof(Query))
 IOC_ALLOC_BATCH = iowr(0x20, ctypes.sizeof(Batch))
 IOC_FREE_BATCH = iowr(0x21, ctypes.sizeof(Batch))
 IOC_QUERY_BATCH = iowr(0x22, ctypes.sizeof(Batch))
+IOC_KV_CREATE = iowr(0x30, ctypes.sizeof(KVCreate))
+IOC_KV_INFO = iowr(0x40, ctypes.sizeof(KVInfo))
+IOC_KV_OPEN = iowr(0x41, ctypes.sizeof(KVOpen))
+IOC_KV_CLOSE = iowr(0x42, ctypes.sizeof(KVClose))
+IOC_KV_EXTEND = iowr(0x43, ctypes.sizeof(KVExtend))
+IOC_KV_EXTEND_BATCH = iowr(0x44, ctypes.sizeof(Batch))
+IOC_KV_TRUNCATE = iowr(0x45, ctypes.sizeof(KVTruncate))
+IOC_KV_FORK = iowr(0x46, ctypes.sizeof(KVFork))
+IOC_KV_PUBLISH = iowr(0x47, ctypes.sizeof(KVHashes))
+IOC_KV_LOOKUP = iowr(0x48, ctypes.sizeof(KVHashes))
+IOC_KV_ADOPT = iowr(0x49, ctypes.sizeof(KVAdopt))
+IOC_KV_QUERY = iowr(0x4A, ctypes.sizeof(KVQuery))
+IOC_KV_PACK = iowr(0x4B, ctypes.sizeof(KVPack))
+IOC_KV_RESET = iowr(0x4C, ctypes.sizeof(KVReset))

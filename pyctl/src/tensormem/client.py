@@ -19,37 +19,30 @@ turn an array into a SIGBUS:
 
 * A client that is dropped without close() ends when its last array and Tensor do.
 
-Finalizers run anywhere, also inside the garbage collector while this thread holds
-the lock of this or of another session. They therefore only append to the session's
-queue and then *try* the lock; whoever holds it settles the queue after letting go.
+The books behind that are in :mod:`tensormem.session`.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes
 import errno
 import math
-import mmap
 import operator
 import os
 import resource
-import threading
-import weakref
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from types import TracebackType
 from typing import Any, SupportsIndex, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from . import abi, errors
+from . import abi, errors, kv
 from .abi import AllocFlag, Kind, Mapping, Numa, Pool
 from .device import DEFAULT_PATH, Device, KernelDevice
+from .kv import KVCache, KVGroup
+from .session import BatchError, Event, Export, Held, Session, address
 from .units import format_size
 
 __all__ = ["Client", "Nodes", "Spec", "Stats", "Tensor", "TensorInfo", "open"]
@@ -62,7 +55,6 @@ Shape = SupportsIndex | Sequence[SupportsIndex]
 Nodes = str | Sequence[SupportsIndex] | tuple[str, Sequence[SupportsIndex]] | None
 
 _E = TypeVar("_E", Kind, Pool, Mapping)
-_S = TypeVar("_S", bound=abi.Struct)
 _U64 = (1 << 64) - 1
 
 
@@ -155,88 +147,25 @@ class TensorInfo:
     pinned: bool
 
 
-class _Block:
-    """One tensor of the kernel, and who still needs it."""
+class _Block(Held):
+    """One tensor of the kernel."""
 
-    __slots__ = (
-        "address",
-        "exports",
-        "freed",
-        "handle",
-        "kind",
-        "mapping",
-        "named",
-        "offset",
-        "pid",
-        "session",
-        "size",
-    )
+    __slots__ = ("address", "kind", "offset", "size")
+    session: _Session
 
     def __init__(self, session: _Session, item: abi.Alloc) -> None:
-        self.session = session
-        self.handle = int(item.handle)
+        super().__init__(session, int(item.handle))
         self.offset = int(item.offset)
         self.size = int(item.size)
         self.kind = int(item.kind)
-        self.pid = os.getpid()
-        self.named = True  # a Tensor stands for it, or a call is at work on it
-        self.exports = 0  # exports alive, or dead and still in the queue
-        self.freed = False  # the user said so
         self.address = 0
-        self.mapping: mmap.mmap | None = None
-
-    @property
-    def alive(self) -> bool:
-        """True until it goes back to the kernel, which may use the handle again."""
-        return self.session.live.get(self.handle) is self
 
 
-class _Export:
-    """What arrays of a block have as their base; its end is the end of the views."""
-
-    __slots__ = ("__weakref__", "block", "mapping")
-
-    def __init__(self, block: _Block) -> None:
-        # its own reference to the mapping: memory in sight cannot be unmapped
-        self.mapping = block.mapping
-        self.block = block
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        return {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (self.block.size,),
-            "data": (self.block.address, False),
-        }
-
-    def __del__(self) -> None:
-        self.block.session.post(_Event.EXPORT_GONE, self.block)
-
-
-class _Event(Enum):
-    """What finalizers and finished calls tell a session."""
-
-    EXPORT_GONE = auto()  # an export of the block died
-    NAME_GONE = auto()  # the block's Tensor died
-    CLIENT_GONE = auto()  # the Client died without close()
-    CALL_DONE = auto()  # a call that was under way has ended
-
-
-class _Session:
+class _Session(Session):
     """Descriptor, mapping and books of one client."""
 
     def __init__(self, device: Device, whole_window: bool) -> None:
-        self.device = device
-        self.lock = threading.Lock()
-        self.queue: deque[tuple[_Event, _Block | None]] = deque()
-        self.live: dict[int, _Block] = {}
-        self.calls = 0  # under way
-        self.closed = False
-        self.orphaned = False
-        self.finished = False
-        self.window: mmap.mmap | None = None
-        self.base = 0
+        super().__init__(device)
         self.info = abi.Info()
         self.call(abi.IOC_INFO, self.info)
         if self.info.abi_version != abi.ABI_VERSION:
@@ -246,40 +175,7 @@ class _Session:
                 "install the package and the module of one release",
             )
         if whole_window:
-            # no room for it (RLIMIT_AS, 39-bit addresses): map each tensor by itself
-            with contextlib.suppress(OSError, OverflowError, ValueError):
-                self.window = device.map(0, self.info.window_size)
-                self.base = _address(self.window)
-        _sessions.add(self)
-
-    # -- calls ---------------------------------------------------------------
-
-    def call(self, request: int, argument: _S, cause: str | None = None) -> _S:
-        try:
-            self.device.ioctl(request, argument)
-        except OSError as error:
-            raise errors.from_errno(error.errno or 0, cause) from None
-        return argument
-
-    @contextlib.contextmanager
-    def calling(self) -> Iterator[None]:
-        """Keep the descriptor open while a call is under way."""
-        with self.locked():
-            if self.closed:
-                raise errors.Closed()
-            self.calls += 1
-        try:
-            yield
-        finally:
-            self.post(_Event.CALL_DONE)
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        try:
-            with self.lock:
-                yield
-        finally:
-            self.drain()
+            self.map_window(self.info.window_size)
 
     # -- allocate ------------------------------------------------------------
 
@@ -294,7 +190,7 @@ class _Session:
                 for block in blocks:
                     self._map(block)
             except BaseException:
-                self._kernel_free(blocks)
+                self.give_back(blocks)
                 raise
             with self.locked():
                 for block in blocks:
@@ -307,24 +203,13 @@ class _Session:
             if len(items) == 1:
                 self.device.ioctl(abi.IOC_ALLOC, array[0])
             else:
-                self._batch(abi.IOC_ALLOC_BATCH, array)
-        except _BatchError as error:
+                self.batch(abi.IOC_ALLOC_BATCH, array)
+        except BatchError as error:
             item = array[min(error.index, len(items) - 1)]
             raise self._refusal(error.errno, item, first + error.index) from None
         except OSError as error:
             raise self._refusal(error.errno or 0, array[0], None) from None
         return [_Block(self, item) for item in array]
-
-    def _batch(self, request: int, array: ctypes.Array[Any]) -> None:
-        batch = abi.Batch(
-            items=ctypes.addressof(array),
-            count=len(array),
-            item_size=ctypes.sizeof(array._type_),
-        )
-        try:
-            self.device.ioctl(request, batch)
-        except OSError as error:
-            raise _BatchError(error.errno or 0, int(batch.failed)) from None
 
     def _refusal(self, number: int, item: abi.Alloc, index: int | None) -> errors.TensormemError:
         """Say which request failed and, for a quota, by how much."""
@@ -388,7 +273,7 @@ class _Session:
                 f"cannot map {format_size(length)} ({error})",
                 "free arrays, or raise the limit on address space (ulimit -v)",
             ) from None
-        block.address = _address(block.mapping) + before
+        block.address = address(block.mapping) + before
 
     def export(self, block: _Block) -> npt.NDArray[np.uint8]:
         """Return the bytes of a block as an array whose base keeps it."""
@@ -396,79 +281,12 @@ class _Session:
             if not block.alive:
                 raise errors.NoSuchTensor(f"tensor {block.handle} was freed")
             block.exports += 1
-        return np.asarray(_Export(block))
+        return np.asarray(Export(block, block.address, block.size))
 
     # -- release -------------------------------------------------------------
 
-    def post(self, event: _Event, block: _Block | None = None) -> None:
-        """Tell the session something; never blocks, so finalizers may call it."""
-        self.queue.append((event, block))
-        self.drain()
-
-    def drain(self) -> None:
-        """Settle the queue unless somebody else holds the lock: they will."""
-        while self.queue and not _exiting:
-            if not self.lock.acquire(blocking=False):
-                return
-            try:
-                gone, over = self._settle()
-            finally:
-                self.lock.release()
-            if gone:
-                try:
-                    self._kernel_free(gone)
-                finally:
-                    self.queue.append((_Event.CALL_DONE, None))
-            if over:
-                self.device.close()
-
-    def _settle(self) -> tuple[list[_Block], bool]:
-        """Empty the queue; return blocks to free and whether to close. Lock held."""
-        gone: list[_Block] = []
-        while self.queue:
-            event, block = self.queue.popleft()
-            if event is _Event.CALL_DONE:
-                self.calls -= 1
-            elif event is _Event.CLIENT_GONE:
-                self.orphaned = True
-            elif block is not None:
-                if event is _Event.EXPORT_GONE:
-                    block.exports -= 1
-                else:
-                    block.named = False
-                self._drop_unneeded(block, gone)
-        if gone:
-            self.calls += 1
-        over = (
-            (self.closed or self.orphaned)
-            and not self.live
-            and self.calls <= 0
-            and not self.finished
-        )
-        if over:
-            self.finished = True
-            self.window = None
-        return gone, over
-
-    def _drop_unneeded(self, block: _Block, gone: list[_Block]) -> None:
-        if block.alive and not block.exports and not block.named:
-            del self.live[block.handle]
-            gone.append(block)
-
-    def release(self, blocks: Sequence[_Block]) -> None:
-        """Give up the names of blocks; those that nothing shows go back at once."""
-        gone: list[_Block] = []
-        with self.locked():
-            for block in blocks:
-                block.named = False
-                self._drop_unneeded(block, gone)
-            self.calls += 1
-        try:
-            self._kernel_free(gone)
-        finally:
-            self.post(_Event.CALL_DONE)
-
-    def _kernel_free(self, blocks: Sequence[_Block]) -> None:
+    def give_back(self, blocks: Sequence[Held]) -> None:
+        """Free tensors, with one call for many."""
         pid = os.getpid()
         mine = [block for block in blocks if block.pid == pid]
         for block in blocks:
@@ -480,52 +298,12 @@ class _Session:
                 self.call(abi.IOC_FREE, abi.Free(handle=part[0].handle))
                 continue
             try:
-                self._batch(
+                self.batch(
                     abi.IOC_FREE_BATCH,
                     (abi.Free * len(part))(*(abi.Free(handle=b.handle) for b in part)),
                 )
-            except _BatchError as error:
+            except BatchError as error:
                 raise errors.from_errno(error.errno, f"cannot free item {error.index}") from None
-
-    def close(self) -> None:
-        with self.locked():
-            self.closed = True
-            named = [block for block in self.live.values() if block.named]
-        self.release(named)
-
-    def after_fork(self) -> None:
-        """Make the copy in a child usable: its threads are gone, locks may be stuck."""
-        self.lock = threading.Lock()
-        self.calls = 0
-
-
-class _BatchError(Exception):
-    def __init__(self, number: int, index: int) -> None:
-        self.errno, self.index = number, index
-
-
-_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
-_exiting = False
-
-
-def _after_fork() -> None:
-    for session in list(_sessions):
-        session.after_fork()
-
-
-def _at_exit() -> None:
-    # the kernel frees everything at the end of the process; finalizers that run
-    # while the interpreter is taken apart leave it to that
-    global _exiting
-    _exiting = True
-
-
-os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_at_exit)
-
-
-def _address(mapping: mmap.mmap) -> int:
-    return int(np.frombuffer(mapping, np.uint8, 1).__array_interface__["data"][0])
 
 
 def _name(enum: type[_E], value: int) -> str:
@@ -789,7 +567,7 @@ class Tensor:
 
     def __del__(self) -> None:
         if self._block.named:
-            self._block.session.post(_Event.NAME_GONE, self._block)
+            self._block.session.post(Event.NAME_GONE, self._block)
 
     def __repr__(self) -> str:
         """Name handle, size and kind."""
@@ -1049,6 +827,50 @@ class Client:
         items = [_item(_size(size), kind, pool, huge, reuse, pinned, numa) for size in sizes]
         return [Tensor(block) for block in self._session.allocate(items)]
 
+    # -- KV caches -----------------------------------------------------------
+
+    def kv_cache(
+        self,
+        groups: Sequence[KVGroup],
+        max_tokens: int,
+        max_sequences: int = 16,
+        limit: int | None = None,
+        block_tokens: int | None = None,
+        *,
+        events: bool = False,
+        hash_seed: bytes = b"",
+    ) -> KVCache:
+        """Make a KV cache on this client's bill. It outlives the client.
+
+        Args:
+            groups: the model's layers: see :class:`KVGroup`.
+            max_tokens: of one sequence.
+            max_sequences: open at a time, 1 to 65535.
+            limit: bytes of memory it may hold, rounded up to chunks; None for what
+                ``max_sequences`` of ``max_tokens`` take. Memory is taken as it is needed.
+            block_tokens: tokens of a block; None for few that waste little. They have
+                to make whole pages in every group's planes.
+            events: keep events for :meth:`KVCache.events`.
+            hash_seed: goes into all hashes of token ids, so that who does not know it
+                cannot tell what a prefix is from its hash.
+
+        Raises:
+            InvalidArgument: a geometry or limit that is not possible.
+            QuotaExceeded, OutOfMemory: there is no room for its tables.
+            IncompatibleModule: the module has no KV caches.
+            Closed: the client was closed.
+        """
+        return kv.create(
+            self._session,
+            groups,
+            max_tokens,
+            max_sequences,
+            limit,
+            block_tokens,
+            events,
+            hash_seed,
+        )
+
     # -- questions -----------------------------------------------------------
 
     def query(self, item: npt.NDArray[Any] | memoryview | Tensor) -> TensorInfo:
@@ -1148,7 +970,7 @@ class Client:
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
         if session is not None and not session.closed:
-            session.post(_Event.CLIENT_GONE)
+            session.post(Event.CLIENT_GONE)
 
     def __enter__(self) -> Client:
         """Return itself."""
@@ -1171,14 +993,14 @@ class Client:
     def _find(self, item: object) -> _Block:
         """Return the block behind an array, a view, a memoryview or a Tensor."""
         base: object = item
-        while base is not None and not isinstance(base, _Export | Tensor):
+        while base is not None and not isinstance(base, Export | Tensor):
             if isinstance(base, np.ndarray):
                 base = base.base
             elif isinstance(base, memoryview):
                 base = cast(object, base.obj)
             else:
                 base = None
-        block = base._block if isinstance(base, Tensor) else getattr(base, "block", None)
+        block = base._block if isinstance(base, Tensor) else getattr(base, "held", None)
         if not isinstance(block, _Block) or block.session is not self._session:
             raise errors.NoSuchTensor(
                 "this array is not on memory of this client",

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""The one place that makes system calls on ``/dev/tensormem``.
+"""The one place that makes system calls on descriptors of the module.
 
-:class:`Device` is what the rest of the package needs from the kernel: ioctl, mmap
-and close. Tests put something else in its place.
+:class:`Device` is what the rest of the package needs from the kernel: ioctl, mmap,
+read and close. Tests put something else in its place.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import mmap
 import os
+import select
 from typing import Protocol
 
 from . import errors
@@ -22,7 +24,7 @@ DEFAULT_PATH = "/dev/tensormem"
 
 
 class Device(Protocol):
-    """One open of the device."""
+    """One open of the device, or a KV cache."""
 
     def ioctl(self, request: int, argument: Struct) -> None:
         """Make the call; the argument is updated in place.
@@ -38,6 +40,18 @@ class Device(Protocol):
         Raises:
             OSError: with the errno of the ABI, or ENOMEM without address space.
         """
+        ...
+
+    def read(self, size: int, timeout: float | None) -> bytes:
+        """Read up to this many bytes, or none where nothing comes in this many seconds.
+
+        Raises:
+            OSError: with the errno of the ABI.
+        """
+        ...
+
+    def other(self, fd: int) -> Device:
+        """Return a device for another descriptor of the module, which it then owns."""
         ...
 
     def fileno(self) -> int:
@@ -66,6 +80,13 @@ class KernelDevice:
         except OSError as error:
             raise _open_error(name, error) from None
 
+    @classmethod
+    def of(cls, fd: int) -> KernelDevice:
+        """Return the device of a descriptor, which it then owns."""
+        device = cls.__new__(cls)
+        device._fd = fd
+        return device
+
     def ioctl(self, request: int, argument: Struct) -> None:
         """See :meth:`Device.ioctl`."""
         fcntl.ioctl(self._fd, request, argument)
@@ -75,6 +96,21 @@ class KernelDevice:
         return mmap.mmap(
             self._fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset
         )
+
+    def read(self, size: int, timeout: float | None) -> bytes:
+        """See :meth:`Device.read`."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        if not poll.poll(None if timeout is None else max(0, math.ceil(timeout * 1000))):
+            return b""
+        try:
+            return os.read(self._fd, size)
+        except BlockingIOError:
+            return b""  # another reader was first
+
+    def other(self, fd: int) -> KernelDevice:
+        """See :meth:`Device.other`."""
+        return self.of(fd)
 
     def fileno(self) -> int:
         """Return the descriptor; -1 once closed."""

@@ -15,18 +15,25 @@ __all__ = [
     "AccessDenied",
     "BadAddress",
     "Busy",
+    "CacheFull",
+    "CacheInUse",
     "Closed",
     "DeviceMissing",
     "IncompatibleModule",
     "Interrupted",
     "InvalidArgument",
+    "NoCodec",
+    "NoSuchSequence",
     "NoSuchTensor",
     "NotAvailable",
+    "NotHeld",
     "NotPermitted",
     "OutOfMemory",
     "PoolExhausted",
     "QuotaExceeded",
     "TensormemError",
+    "TooManySequences",
+    "TooManyTokens",
     "WindowFull",
     "from_errno",
 ]
@@ -163,6 +170,68 @@ class IncompatibleModule(TensormemError):
     default_errno = _errno.ENOTTY
 
 
+class TooManyTokens(TensormemError, ValueError):
+    """The sequence would have more tokens than max_tokens (ERANGE)."""
+
+    default_cause = "the sequence would have more tokens than the KV cache allows for one"
+    default_remedy = "truncate it, or create a KV cache with a larger max_tokens"
+    default_errno = _errno.ERANGE
+
+
+class NotHeld(TensormemError, LookupError):
+    """The KV asked for is not there, or not any more (ENODATA)."""
+
+    default_cause = "this KV is not there, or not any more"
+    default_remedy = "compute it: run the model over these tokens"
+    default_errno = _errno.ENODATA
+
+
+class NoCodec(TensormemError, NotImplementedError):
+    """The kernel has no codec to pack KV with (EOPNOTSUPP)."""
+
+    default_cause = "the kernel has no codec to pack KV with"
+    default_remedy = (
+        "load the module that 'cat /sys/class/misc/tensormem/kv/codec' names, for example"
+        " 'sudo modprobe zstd'"
+    )
+    default_errno = _errno.EOPNOTSUPP
+
+
+class NoSuchSequence(TensormemError, LookupError):
+    """No such sequence: closed, or of another KV cache (ENOENT)."""
+
+    default_cause = "no such sequence in this KV cache"
+    default_remedy = "it was closed already; begin another with kv.sequence()"
+    default_errno = _errno.ENOENT
+
+
+class CacheFull(PoolExhausted):
+    """The KV cache is at its limit, or the chunk pool at its capacity (ENOSPC)."""
+
+    default_cause = "the KV cache is at its limit and has nothing left to evict"
+    default_remedy = (
+        "close or truncate sequences, or create the KV cache with a larger limit; if"
+        " 'tensormem status' shows the chunk pool full, raise its capacity"
+    )
+
+
+class TooManySequences(TensormemError, MemoryError):
+    """As many sequences as the KV cache allows are open (ENOBUFS)."""
+
+    default_cause = "as many sequences as the KV cache allows are open"
+    default_remedy = (
+        "close one and drop its arrays, or create the KV cache with a larger max_sequences"
+    )
+    default_errno = _errno.ENOBUFS
+
+
+class CacheInUse(Busy):
+    """Sequences hold blocks that the call would take away (EBUSY)."""
+
+    default_cause = "sequences of this KV cache hold blocks"
+    default_remedy = "close them and drop their arrays first; kv.info().sequences counts them"
+
+
 class Closed(TensormemError, ValueError):
     """The client was closed before."""
 
@@ -207,24 +276,37 @@ _BY_ERRNO: dict[int, type[TensormemError]] = {
         NotPermitted,
         Interrupted,
         IncompatibleModule,
+        TooManyTokens,
+        NotHeld,
+        NoCodec,
     )
     if cls.default_errno is not None
 }
 
+#: What the calls of a KV cache mean by an errno, where it is not the same.
+_KV_BY_ERRNO: dict[int, type[TensormemError]] = _BY_ERRNO | {
+    cls.default_errno: cls
+    for cls in (NoSuchSequence, CacheFull, TooManySequences, CacheInUse)
+    if cls.default_errno is not None
+}
 
-def from_errno(number: int, cause: str | None = None, remedy: str | None = None) -> TensormemError:
+
+def from_errno(
+    number: int, cause: str | None = None, remedy: str | None = None, *, kv: bool = False
+) -> TensormemError:
     """Return (not raise) the exception that stands for an errno of the ABI.
 
     Args:
         number: the errno, for example ``errno.EDQUOT``.
         cause: more exact words than the class has, or None.
         remedy: likewise.
+        kv: a call on a KV cache's descriptor gave it.
 
     Returns:
         An instance of the class for that errno; a plain TensormemError that
         names the errno where the ABI does not define it.
     """
-    cls = _BY_ERRNO.get(number)
+    cls = (_KV_BY_ERRNO if kv else _BY_ERRNO).get(number)
     if cls is not None:
         return cls(cause, remedy, number)
     name = _errno.errorcode.get(number, str(number))
