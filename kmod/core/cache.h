@@ -23,7 +23,8 @@
  * the lock is let go.
  *
  * Memory. A call that needs blocks fails with -ENOMEM where the pool has no room, and
- * leaves in tm_cache::wanting how many chunks would do. The caller adds chunks
+ * leaves in tm_cache::wanting how many chunks would do, which can be more than the pool
+ * takes. The caller adds chunks
  * (tm_kv_add_chunk() on tm_cache::pool) and calls again; or, when there are no more to be
  * had, calls again with @evict, which gives up cached blocks, if that suffices. A call
  * that fails, whatever for, changes no count, no table and no order of eviction.
@@ -69,7 +70,7 @@ struct tm_cache_config {
  * @open: there is one
  * @tenant: whose it is
  * @length: tokens
- * @sealed: blocks below this one have no writable mapping
+ * @sealed: blocks below this one have no writable mapping; a state is another matter
  * @pending: on a list of tm_cache_extend() already
  */
 struct tm_cache_seq {
@@ -120,7 +121,8 @@ struct tm_cache_stats {
  *          [place][group][index], @max_blocks long
  * @nr_open: open sequences
  * @next: where the search for a free place begins
- * @wanting: after -ENOMEM: chunks to add
+ * @cached_pages: pages of cached blocks
+ * @wanting: after -ENOMEM: chunks to add, or TM_KV_NEVER
  * @packed: packed blocks
  * @packed_pages: pages in them
  * @unpacked_pages: pages they had
@@ -140,6 +142,7 @@ struct tm_cache {
 	u32 *tables;
 	u32 nr_open;
 	u32 next;
+	u64 cached_pages;
 	u64 wanting;
 	u32 packed;
 	u64 packed_pages;
@@ -357,8 +360,8 @@ bool tm_cache_shared(const struct tm_cache *cache, struct tm_kv_block block);
  * held are published. The parent of the first is the hash of the block before it in
  * the first group that has one published there, else 0.
  *
- * Return: 0, -ENOENT, -EINVAL for a block that is not full, or has another hash,
- * -EBUSY, -ENOMEM.
+ * Return: 0, -ENOENT, -EINVAL for no blocks, a block that is not full, or has another
+ * hash, -EBUSY, -ENOMEM.
  */
 int __must_check tm_cache_publish(struct tm_cache *cache, struct tm_seq_id id,
 				  u32 first, const struct tm_hash *hashes,
@@ -383,7 +386,7 @@ u32 tm_cache_match(const struct tm_cache *cache, u64 tenant,
  * @matched: blocks it has now
  * @copies: the state
  *
- * What it gets is sealed. Return: 0, also for no match; -ENOENT, -EINVAL for a sequence that is not
+ * What it gets is sealed. Return: 0, also for no match; -ENOENT, -EINVAL for no hashes or a sequence that is not
  * empty, -ENOMEM.
  */
 int __must_check tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
@@ -402,12 +405,12 @@ int __must_check tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
  * @evict: give up other cached blocks where there is no room for the copy
  * @copies: the copy
  *
- * Before: remove the mappings of what is replaced. In a window group that no longer has @index
- * nothing is done. A state is needed at the end only: there the state published under
+ * Before: remove the mappings of what is replaced, and of what leaves a window as for
+ * tm_cache_extend(). In a window group that no longer has @index nothing is done. A state is needed at the end only: there the state published under
  * @hash is copied, so @tokens must be all.
  *
- * Return: 0, -ENOENT, -EINVAL for another index, 0 or too many tokens, -ERANGE for more than
- * max_tokens, -ENODATA when a group does not have the hash, -ENOMEM.
+ * Return: 0, -ENOENT, -EINVAL for another index, 0 or too many tokens, or too few for a
+ * state, -ERANGE for more than max_tokens, -ENODATA when a group does not have the hash, -ENOMEM.
  */
 int __must_check tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id,
 				u32 index, const struct tm_hash *hash,

@@ -7,55 +7,31 @@
  */
 #define TM_KV_END	(1u << 31)
 
+/* Whole pages of a plane; a state's are rounded up. 0 when they do not come out even. */
 static u64 tm_kv_plane_pages(struct tm_geometry g,
 			     const struct tm_kv_group *group, u32 block_tokens)
 {
-	u64 tokens = group->rule == TM_KV_STATE ? 1 : block_tokens;
+	u64 bytes = group->token_bytes, page = (u64)1 << g.page_shift;
 
-	return (tokens * group->token_bytes + (1u << g.page_shift) - 1) >>
-	       g.page_shift;
+	if (group->rule == TM_KV_STATE)
+		return (bytes + page - 1) >> g.page_shift;
+	bytes *= block_tokens;
+	return bytes % page ? 0 : bytes >> g.page_shift;
 }
 
-/* What blocks of @tokens waste of a sequence that is no longer than usual. */
-static u64 tm_kv_cost(struct tm_geometry g, const struct tm_kv_group *groups,
-		      u32 nr_groups, u32 tokens)
-{
-	u64 used = 0, held = 0;
-
-	for (u32 i = 0; i < nr_groups; i++) {
-		const struct tm_kv_group *group = &groups[i];
-
-		/* A state is as large whatever a block is. */
-		if (group->rule == TM_KV_STATE)
-			continue;
-		used += (u64)group->planes * group->token_bytes * tokens;
-		held += group->planes * tm_kv_plane_pages(g, group, tokens)
-			<< g.page_shift;
-	}
-	if (!held)
-		return tokens;
-	/*
-	 * By rounding, and half of the last block, both in units of half a token.
-	 * Where a product overflows, some block has too many pages whatever @tokens.
-	 */
-	return (held - used) * 2 * TM_KV_USUAL_TOKENS / held + tokens;
-}
-
+/*
+ * The fewest tokens that fill whole pages. A page is a power of two, and so what a
+ * token count has to be a multiple of: for all groups together the largest of them.
+ */
 static u32 tm_kv_choose_tokens(struct tm_geometry g,
 			       const struct tm_kv_group *groups, u32 nr_groups)
 {
-	u32 best = TM_KV_MIN_TOKENS;
-	u64 least = tm_kv_cost(g, groups, nr_groups, best);
+	u32 tokens = TM_KV_MIN_TOKENS;
 
-	for (u32 t = best + 1; t <= TM_KV_USUAL_TOKENS; t++) {
-		u64 cost = tm_kv_cost(g, groups, nr_groups, t);
-
-		if (cost < least) {
-			best = t;
-			least = cost;
-		}
-	}
-	return best;
+	for (u32 i = 0; i < nr_groups; i++)
+		while (!tm_kv_plane_pages(g, &groups[i], tokens))
+			tokens *= 2;
+	return tokens;
 }
 
 static bool tm_kv_group_valid(const struct tm_kv_group *group)
@@ -75,13 +51,16 @@ int tm_kv_geometry_init(struct tm_kv_geometry *geo, struct tm_geometry pages,
 	for (u32 i = 0; i < nr_groups; i++)
 		if (!tm_kv_group_valid(&groups[i]))
 			return -EINVAL;
-	if (!block_tokens)
+	if (!block_tokens) {
 		block_tokens = tm_kv_choose_tokens(pages, groups, nr_groups);
+		if (block_tokens > TM_KV_MAX_TOKENS)
+			return -EINVAL;
+	}
 	for (u32 i = 0; i < nr_groups; i++) {
 		u64 plane = tm_kv_plane_pages(pages, &groups[i], block_tokens);
 
 		/* Of two factors below 2^32, so that the product is right. */
-		if (plane > TM_KV_MAX_BLOCK_PAGES ||
+		if (!plane || plane > TM_KV_MAX_BLOCK_PAGES ||
 		    plane * groups[i].planes > TM_KV_MAX_BLOCK_PAGES)
 			return -EINVAL;
 		geo->group[i] = groups[i];
@@ -252,7 +231,8 @@ int tm_kv_pool_init(struct tm_kv_pool *pool, const struct tm_kv_geometry *geo,
 		return -EINVAL;
 
 	pool->nr_slots = nr_slots;
-	pool->nr_blocks = nr_pages / smallest;
+	/* Twice what fits: shrunk blocks leave room for others. */
+	pool->nr_blocks = smallest > 1 ? nr_pages / smallest * 2 : nr_pages;
 	pool->chunks = tm_table_alloc(nr_slots, sizeof(*pool->chunks));
 	if (!pool->chunks)
 		return -ENOMEM;
@@ -334,42 +314,67 @@ int tm_kv_remove_chunk(struct tm_kv_pool *pool, struct tm_chunk_id *id)
 	return 0;
 }
 
-u64 tm_kv_missing(const struct tm_kv_pool *pool, const u32 *count)
+u64 tm_kv_lack(const struct tm_kv_pool *pool, u64 pages, u64 blocks)
 {
-	u64 need = 0;
-
 	tm_assert_sleep_locked(pool->lock);
+	if (pages > pool->free_pages)
+		return (pages - pool->free_pages +
+			tm_chunk_pages(pool->geo.pages) - 1) >>
+		       pool->geo.pages.chunk_order;
 	for (u32 i = 0; i < pool->geo.nr_groups; i++)
-		need += (u64)count[i] * pool->geo.block_pages[i];
-	if (need <= pool->free_pages)
-		return 0;
-	need -= pool->free_pages;
-	return (need + tm_chunk_pages(pool->geo.pages) - 1) >>
-	       pool->geo.pages.chunk_order;
+		blocks += pool->used[i];
+	return blocks > pool->nr_blocks ? TM_KV_NEVER : 0;
 }
 
-/* The pool has the free pages. */
+u64 tm_kv_missing(const struct tm_kv_pool *pool, const u32 *count)
+{
+	u64 pages = 0, blocks = 0;
+
+	tm_assert_sleep_locked(pool->lock);
+	for (u32 i = 0; i < pool->geo.nr_groups; i++) {
+		pages += (u64)count[i] * pool->geo.block_pages[i];
+		blocks += count[i];
+	}
+	return tm_kv_lack(pool, pages, blocks);
+}
+
+/*
+ * Take @nr free pages, which the pool has, of one chunk if one has so many. @link
+ * leads to them. Return: the last link.
+ */
+static u32 *tm_kv_gather(struct tm_kv_pool *pool, u32 nr, u32 *link)
+{
+	u32 v = tm_kv_fullest(pool, nr);
+
+	while (v == TM_NONE) {
+		u32 most = tm_kv_emptiest(pool);
+		u32 most_free = pool->chunks[most].nr_free;
+
+		link = tm_kv_take(pool, most, most_free, link);
+		nr -= most_free;
+		v = tm_kv_fullest(pool, nr);
+	}
+	return tm_kv_take(pool, v, nr, link);
+}
+
+/* The pool has the free pages, and a record. */
 static struct tm_kv_block tm_kv_alloc_one(struct tm_kv_pool *pool, u32 group)
 {
-	u32 left = pool->geo.block_pages[group];
 	u32 b = pool->free_block;
 	struct tm_kv_record *record = &pool->blocks[b];
-	u32 *link = &record->link;
-	u32 v = tm_kv_fullest(pool, left);
+	u32 pages = pool->geo.block_pages[group];
+	bool whole = tm_kv_fullest(pool, pages) != TM_NONE;
+	u32 *link;
 
 	pool->free_block = record->link;
 	record->group = group;
-	pool->gathered += v == TM_NONE;
-	while (v == TM_NONE) {
-		u32 most = tm_kv_emptiest(pool);
-		u32 nr = pool->chunks[most].nr_free;
-
-		link = tm_kv_take(pool, most, nr, link);
-		left -= nr;
-		v = tm_kv_fullest(pool, left);
-	}
-	link = tm_kv_take(pool, v, left, link);
+	record->pages = pages;
+	link = tm_kv_gather(pool, pages, &record->link);
 	*link = TM_KV_END | b;
+	/* Pages of one chunk come in ascending order: none is left out. */
+	record->run = whole &&
+		      link == &pool->links[record->link - 1 + pages - 1];
+	pool->gathered += !whole;
 	pool->used[group]++;
 	pool->allocs++;
 	return (struct tm_kv_block){ b };
@@ -394,16 +399,9 @@ static bool tm_kv_is_block(const struct tm_kv_pool *pool,
 	       pool->blocks[block.v].group != TM_NONE;
 }
 
-int tm_kv_free(struct tm_kv_pool *pool, struct tm_kv_block block)
+/* Free the pages from @link to the end of their block. */
+static void tm_kv_put_chain(struct tm_kv_pool *pool, u32 link)
 {
-	struct tm_kv_record *record;
-	u32 link;
-
-	tm_assert_sleep_locked(pool->lock);
-	if (!tm_kv_is_block(pool, block))
-		return -EINVAL;
-	record = &pool->blocks[block.v];
-	link = record->link;
 	while (!(link & TM_KV_END)) {
 		u32 v = (link - 1) >> pool->geo.pages.chunk_order;
 		struct tm_kv_chunk *c = &pool->chunks[v];
@@ -415,6 +413,8 @@ int tm_kv_free(struct tm_kv_pool *pool, struct tm_kv_block block)
 					      (struct tm_page_id){ link - 1 });
 			u32 next = pool->links[link - 1];
 
+			if (link - 1 == pool->moving.from)
+				pool->moving.block = TM_NONE;
 			c->bits[i / 64] |= (u64)1 << (i % 64);
 			pool->links[link - 1] = 0;
 			link = next;
@@ -424,14 +424,75 @@ int tm_kv_free(struct tm_kv_pool *pool, struct tm_kv_block block)
 		c->stuck = false;
 		tm_kv_relist(pool, v, nr);
 	}
-	if (pool->moving.active && pool->moving.block == block.v)
-		pool->moving.block = TM_NONE;
+}
+
+int tm_kv_free(struct tm_kv_pool *pool, struct tm_kv_block block)
+{
+	struct tm_kv_record *record;
+
+	tm_assert_sleep_locked(pool->lock);
+	if (!tm_kv_is_block(pool, block))
+		return -EINVAL;
+	record = &pool->blocks[block.v];
+	tm_kv_put_chain(pool, record->link);
 	pool->used[record->group]--;
 	pool->frees++;
 	*record = (struct tm_kv_record){
 		.link = pool->free_block, .group = TM_NONE,
 	};
 	pool->free_block = block.v;
+	return 0;
+}
+
+u32 tm_kv_pages(const struct tm_kv_pool *pool, struct tm_kv_block block)
+{
+	tm_assert_sleep_locked(pool->lock);
+	return tm_kv_is_block(pool, block) ? pool->blocks[block.v].pages : 0;
+}
+
+/* The link that leads away from page @nr - 1 of a block. */
+static u32 *tm_kv_link_after(struct tm_kv_pool *pool, u32 b, u32 nr)
+{
+	u32 *link = &pool->blocks[b].link;
+
+	while (nr--)
+		link = &pool->links[*link - 1];
+	return link;
+}
+
+int tm_kv_shrink(struct tm_kv_pool *pool, struct tm_kv_block block, u32 pages)
+{
+	u32 *end, rest;
+
+	tm_assert_sleep_locked(pool->lock);
+	if (!pages || pages >= tm_kv_pages(pool, block))
+		return -EINVAL;
+	end = tm_kv_link_after(pool, block.v, pages);
+	rest = *end;
+	*end = TM_KV_END | block.v;
+	tm_kv_put_chain(pool, rest);
+	pool->blocks[block.v].pages = pages;
+	return 0;
+}
+
+int tm_kv_regrow(struct tm_kv_pool *pool, struct tm_kv_block block)
+{
+	struct tm_kv_record *record;
+	u32 *link, more;
+
+	tm_assert_sleep_locked(pool->lock);
+	if (!tm_kv_is_block(pool, block))
+		return -EINVAL;
+	record = &pool->blocks[block.v];
+	more = pool->geo.block_pages[record->group] - record->pages;
+	if (!more)
+		return -EINVAL;
+	if (more > pool->free_pages)
+		return -ENOMEM;
+	link = tm_kv_link_after(pool, block.v, record->pages);
+	*tm_kv_gather(pool, more, link) = TM_KV_END | block.v;
+	record->pages += more;
+	record->run = false;
 	return 0;
 }
 
@@ -443,6 +504,26 @@ static struct tm_page_id tm_kv_page_id(const struct tm_kv_pool *pool, u32 page)
 
 	return tm_page_id(g, pool->chunks[tm_page_chunk(g, local).v].id,
 			  tm_page_index(g, local));
+}
+
+int tm_kv_page(const struct tm_kv_pool *pool, struct tm_kv_block block,
+	       u32 index, struct tm_page_id *page)
+{
+	const struct tm_kv_record *record;
+	u32 link;
+
+	tm_assert_sleep_locked(pool->lock);
+	if (index >= tm_kv_pages(pool, block))
+		return -EINVAL;
+	record = &pool->blocks[block.v];
+	link = record->link;
+	if (record->run)
+		link += index;
+	else
+		while (index--)
+			link = pool->links[link - 1];
+	*page = tm_kv_page_id(pool, link - 1);
+	return 0;
 }
 
 int tm_kv_walk_start(const struct tm_kv_pool *pool, struct tm_kv_block block,
@@ -553,6 +634,7 @@ int tm_kv_move_end(struct tm_kv_pool *pool, bool copied)
 		pool->links[moving.prev - 1] = moving.to + 1;
 	else
 		pool->blocks[moving.block].link = moving.to + 1;
+	pool->blocks[moving.block].run &= pool->blocks[moving.block].pages == 1;
 	tm_kv_put_page(pool, moving.from);
 	pool->moved++;
 	return 0;

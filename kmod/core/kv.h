@@ -39,8 +39,8 @@
 #define TM_KV_GROUPS		16
 /* Fewest tokens of a block where the choice is ours: a block has its records. */
 #define TM_KV_MIN_TOKENS	8
-/* Tokens of a sequence that waste is weighed for, and the most a block may have. */
-#define TM_KV_USUAL_TOKENS	512
+/* Most tokens of a block where the choice is ours: many sequences have no more. */
+#define TM_KV_MAX_TOKENS	512
 /* Most pages of a block: 4 GiB, for the states of the largest models. */
 #define TM_KV_MAX_BLOCK_PAGES	(1u << 20)
 
@@ -98,9 +98,8 @@ struct tm_kv_geometry {
  * @pages: pages and chunks
  * @groups: the groups
  * @nr_groups: how many
- * @block_tokens: tokens of a block; 0 for the number, of TM_KV_MIN_TOKENS or more,
- *                with which a sequence of TM_KV_USUAL_TOKENS wastes least, which is
- *                the fewest that fill whole pages
+ * @block_tokens: tokens of a block; 0 for the fewest, of TM_KV_MIN_TOKENS or more, that
+ *                fill whole pages
  *
  * A plane of a block is whole pages, because the arrays that blocks are strung into are
  * to have one stride from end to end. Only a state's is rounded up: nothing follows it.
@@ -111,7 +110,7 @@ struct tm_kv_geometry {
  *
  * Context: any. Return: 0, or -EINVAL for no or too many groups, a group that is
  * empty or whose rule and window do not fit, a plane that is not whole pages (for 0: with
- * no number up to TM_KV_USUAL_TOKENS), or a block above TM_KV_MAX_BLOCK_PAGES.
+ * no number up to TM_KV_MAX_TOKENS), or a block above TM_KV_MAX_BLOCK_PAGES.
  */
 int __must_check tm_kv_geometry_init(struct tm_kv_geometry *geo,
 				     struct tm_geometry pages,
@@ -160,7 +159,7 @@ struct tm_kv_chunk {
  * @link: to the first page; of a record not in use, the next such record
  * @group: its group, or TM_NONE when not in use
  * @pages: pages it has: fewer than its group's blocks while it is shrunk
- * @run: they follow each other, in order
+ * @run: they are known to follow each other, in order
  */
 struct tm_kv_record {
 	u32 link;
@@ -172,7 +171,7 @@ struct tm_kv_record {
 /**
  * struct tm_kv_moving - the page that is being moved
  * @active: there is one
- * @block: the block it is of; TM_NONE when that was freed meanwhile
+ * @block: the block it is of; TM_NONE when the page was freed meanwhile
  * @prev: the page before it in its block, plus 1; 0 for none
  * @from: @to: pages of slots
  */
@@ -192,7 +191,8 @@ struct tm_kv_moving {
  * @links: by page of a slot: the next page of its block, 0 for a free page
  * @blocks: by block
  * @nr_slots: length of @chunks
- * @nr_blocks: length of @blocks: as many as all slots can hold
+ * @nr_blocks: length of @blocks: twice as many as all slots can hold, but no more
+ *             than they have pages
  * @free_slot: list of slots without a chunk
  * @free_block: list of records not in use
  * @lists: bit n is set when @head[n] is not TM_NONE
@@ -267,12 +267,20 @@ int __must_check tm_kv_add_chunk(struct tm_kv_pool *pool,
 int __must_check tm_kv_remove_chunk(struct tm_kv_pool *pool,
 				    struct tm_chunk_id *id);
 
+/* No chunks will help: so many blocks are shrunk that there is no number left. */
+#define TM_KV_NEVER		(~(u64)0)
+
 /**
  * tm_kv_missing - chunks to add before an allocation can succeed
  * @pool: the pool
  * @count: blocks wanted, by group; pool->geo.nr_groups long
+ *
+ * Return: chunks, or TM_KV_NEVER.
  */
 u64 tm_kv_missing(const struct tm_kv_pool *pool, const u32 *count);
+
+/* The same for @pages free pages and @blocks unused block numbers. */
+u64 tm_kv_lack(const struct tm_kv_pool *pool, u64 pages, u64 blocks);
 
 /**
  * tm_kv_alloc - allocate blocks of any groups: all or none
@@ -411,7 +419,7 @@ int __must_check tm_kv_move_begin(struct tm_kv_pool *pool,
  * @copied: the page is in its new place: the block has that now. Otherwise all is
  *          as before, and its chunk is left alone until some page of it is freed
  *
- * Return: 0; -ENOENT when the block was freed meanwhile (there is nothing to map);
+ * Return: 0; -ENOENT when the page was freed meanwhile (there is nothing to map);
  * -EINVAL when no move is under way.
  */
 int __must_check tm_kv_move_end(struct tm_kv_pool *pool, bool copied);

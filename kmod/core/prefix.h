@@ -34,7 +34,8 @@ struct tm_prefix_key {
  * @refs: users
  * @published: it can be found by @key
  * @chain: the next block in its bucket; TM_NONE for none
- * @older: @newer: neighbours in the order of eviction, when published without users
+ * @older: @newer: neighbours in the order of eviction, when published without users;
+ *                  afterwards those it had
  */
 struct tm_prefix_block {
 	struct tm_prefix_key key;
@@ -80,6 +81,12 @@ static inline u32 tm_prefix_refs(const struct tm_prefix *prefix, u32 block)
 void tm_prefix_get(struct tm_prefix *prefix, u32 block);
 
 /*
+ * Undo tm_prefix_get(): a cached block is back in its place in the order. Only for the
+ * last one not undone, with no other call that changes the order in between.
+ */
+void tm_prefix_unget(struct tm_prefix *prefix, u32 block);
+
+/*
  * One user less. A published block without users is cached, as the newest.
  * Return: whether it is neither used nor published: the caller frees it.
  */
@@ -92,7 +99,10 @@ void tm_prefix_publish(struct tm_prefix *prefix, u32 block,
 /* The block, which is published, cannot be found any more. It may be cached. */
 void tm_prefix_forget(struct tm_prefix *prefix, u32 block);
 
-/* Return: a block with this key, one in use before one that is cached; TM_NONE. */
+/*
+ * Return: a block with this key, one in use before one that is cached, and of these the
+ * one published last; TM_NONE.
+ */
 u32 tm_prefix_find(const struct tm_prefix *prefix,
 		   const struct tm_prefix_key *key);
 

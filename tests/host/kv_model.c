@@ -88,7 +88,8 @@ static const char *check_lists(const struct tm_kv_pool *pool)
 static const char *check_block(const struct tm_kv_pool *pool, u32 b, u8 *seen)
 {
 	u32 pages = tm_chunk_pages(pool->geo.pages), nr = 0;
-	u32 link = pool->blocks[b].link;
+	const struct tm_kv_record *record = &pool->blocks[b];
+	u32 link = record->link, start = link;
 
 	for (; !(link >> 31); link = pool->links[link - 1]) {
 		u32 v = (link - 1) / pages;
@@ -99,12 +100,16 @@ static const char *check_block(const struct tm_kv_pool *pool, u32 b, u8 *seen)
 			return "a block has a page that is free";
 		if (seen[link - 1]++)
 			return "a page is in two blocks";
+		if (record->run && link != start + nr)
+			return "a run is not one";
 		nr++;
 	}
 	if ((link & ~(1u << 31)) != b)
 		return "a block ends as another one";
-	if (nr != pool->geo.block_pages[pool->blocks[b].group])
-		return "a block has not as many pages as its group says";
+	if (nr != record->pages)
+		return "a block has not as many pages as it says";
+	if (!nr || nr > pool->geo.block_pages[record->group])
+		return "a block has more pages than its group says, or none";
 	return NULL;
 }
 
@@ -216,9 +221,9 @@ static void compare_block(const struct kv_model *model,
 			  const struct tm_kv_pool *pool, u32 nth)
 {
 	struct tm_kv_block block = model->blocks[nth];
-	struct tm_page_id page;
+	struct tm_page_id page, again;
 	struct tm_kv_walk walk;
-	u32 place = 0;
+	u32 pages = model->pages[nth], place = 0;
 
 	CHECK_EQ(tm_kv_walk_start(pool, block, &walk), 0);
 	while (tm_kv_walk_next(pool, &walk, &page)) {
@@ -227,9 +232,17 @@ static void compare_block(const struct kv_model *model,
 		locate(model, page, &i, &p);
 		CHECK_EQ(model->chunk[i].owner[p], block.v + 1);
 		CHECK_EQ(model->chunk[i].place[p], place);
+		/* Each page of a large block would take too long. */
+		if (place % (pages / 8 + 1) == 0 || place == pages - 1) {
+			CHECK_EQ(tm_kv_page(pool, block, place, &again), 0);
+			CHECK_EQ(again.v, page.v);
+		}
 		place++;
 	}
-	CHECK_EQ(place, model->geo.block_pages[model->group[nth]]);
+	CHECK_EQ(place, pages);
+	CHECK_EQ(tm_kv_pages(pool, block), pages);
+	CHECK_EQ(tm_kv_page(pool, block, pages, &again), -EINVAL);
+	CHECK_EQ(pool->blocks[block.v].run, model->run[nth]);
 	/* The end stays the end. */
 	CHECK(!tm_kv_walk_next(pool, &walk, &page));
 }
@@ -381,51 +394,79 @@ static u32 most_free(const struct kv_model *model)
 	return most;
 }
 
-/* A new block: its pages have to be those the policy says. */
-static void allocated(struct kv_model *model, const struct tm_kv_pool *pool,
-		      struct tm_kv_block block, u32 group)
+/*
+ * Block @block has @left new pages from @place on: they have to be those that the
+ * policy says. Return: whether they are out of one chunk, and in one run.
+ */
+static void taken(struct kv_model *model, const struct tm_kv_pool *pool,
+		  struct tm_kv_block block, u32 place, u32 left, bool *whole,
+		  bool *run)
 {
-	u32 left = model->geo.block_pages[group], place = 0;
-	struct tm_page_id page;
+	struct tm_page_id page, before = { 0 };
 	struct tm_kv_walk walk;
 
-	for (u32 nth = 0; nth < model->nr_blocks; nth++)
-		CHECK(model->blocks[nth].v != block.v);
-	CHECK(block.v < pool->nr_blocks);
-	model->gathered += !least_free(model, left, TM_NONE);
+	*run = *whole = least_free(model, left, TM_NONE);
 	CHECK_EQ(tm_kv_walk_start(pool, block, &walk), 0);
-	CHECK(tm_kv_walk_next(pool, &walk, &page));
+	for (u32 skip = 0; skip <= place; skip++)
+		CHECK(tm_kv_walk_next(pool, &walk, &page));
 	while (left) {
 		u32 fit = least_free(model, left, TM_NONE);
 		u32 nr = fit ? left : most_free(model);
-		u32 i, p, at;
+		u32 i, p, at, first;
 
 		locate(model, page, &i, &p);
 		CHECK_EQ(chunk_free(model, i), fit ? fit : nr);
-		at = best_run(model, i, nr);
+		first = at = best_run(model, i, nr);
 		left -= nr;
 		for (; nr; nr--) {
 			while (model->chunk[i].owner[at])
 				at++;
 			CHECK_EQ(page.v, (kv_model_id(i).v <<
 					  model->geo.pages.chunk_order) + at);
+			*run &= at == first || page.v == before.v + 1;
+			before = page;
 			model->chunk[i].owner[at] = block.v + 1;
 			model->chunk[i].place[at] = place++;
 			CHECK_EQ(tm_kv_walk_next(pool, &walk, &page),
 				 left || nr > 1);
 		}
 	}
-	model->blocks[model->nr_blocks] = block;
-	model->group[model->nr_blocks++] = group;
+}
+
+static void allocated(struct kv_model *model, const struct tm_kv_pool *pool,
+		      struct tm_kv_block block, u32 group)
+{
+	u32 n = model->nr_blocks++;
+	bool whole;
+
+	for (u32 nth = 0; nth < n; nth++)
+		CHECK(model->blocks[nth].v != block.v);
+	CHECK(block.v < pool->nr_blocks);
+	model->blocks[n] = block;
+	model->group[n] = group;
+	model->pages[n] = model->geo.block_pages[group];
+	taken(model, pool, block, 0, model->pages[n], &whole, &model->run[n]);
+	model->gathered += !whole;
 	model->allocs++;
+}
+
+/* Twice the blocks that fit, but not more than pages. */
+static u32 most_blocks(const struct kv_model *model)
+{
+	u32 pages = model->nr_slots * kv_model_pages(model), smallest = ~0u;
+
+	for (u32 g = 0; g < model->geo.nr_groups; g++)
+		if (model->geo.block_pages[g] < smallest)
+			smallest = model->geo.block_pages[g];
+	return smallest == 1 ? pages : pages / smallest * 2;
 }
 
 int kv_do_alloc(struct kv_model *model, struct tm_kv_pool *pool,
 		const u32 *count)
 {
 	static struct tm_kv_block blocks[KV_MODEL_BLOCKS + 1];
-	u64 need = 0, missing = 0;
-	u32 nr = 0, total = 0;
+	u64 need = 0, missing = 0, total = 0;
+	u32 nr = 0;
 	int err;
 
 	for (u32 g = 0; g < model->geo.nr_groups; g++) {
@@ -435,7 +476,10 @@ int kv_do_alloc(struct kv_model *model, struct tm_kv_pool *pool,
 	if (need > kv_model_free(model))
 		missing = (need - kv_model_free(model) - 1) /
 			  kv_model_pages(model) + 1;
-	CHECK_EQ(tm_kv_missing(pool, count), missing);
+	else if (model->nr_blocks + total > most_blocks(model))
+		missing = TM_KV_NEVER;
+	CHECK(tm_kv_missing(pool, count) == missing);
+	CHECK(tm_kv_lack(pool, need, total) == missing);
 	kv_snapshot_take(&before, pool);
 	blocks[0].v = TM_NONE;
 	if (!missing)
@@ -454,40 +498,98 @@ int kv_do_alloc(struct kv_model *model, struct tm_kv_pool *pool,
 	return 0;
 }
 
+/* Free the pages of a block from its page @place on. */
+static void give_back(struct kv_model *model, struct tm_kv_block block,
+		      u32 place)
+{
+	for (u32 i = 0; i < KV_MODEL_CHUNKS; i++)
+		for (u32 p = 0; p < kv_model_pages(model); p++) {
+			struct kv_model_chunk *c = &model->chunk[i];
+
+			if (!c->in_pool || c->owner[p] != block.v + 1 ||
+			    c->place[p] < place)
+				continue;
+			c->owner[p] = 0;
+			c->stuck = false;
+		}
+	if (model->moving && model->move.block.v == block.v &&
+	    model->move.index >= place)
+		model->move_counts = false;
+}
+
+#define REMOVE(array, nth, left)					\
+	memmove(&(array)[nth], &(array)[(nth) + 1],			\
+		((left) - (nth)) * sizeof(*(array)))
+
 void kv_do_free(struct kv_model *model, struct tm_kv_pool *pool, u32 nth)
 {
 	struct tm_kv_block block = model->blocks[nth];
 
 	CHECK_EQ(tm_kv_free(pool, block), 0);
-	for (u32 i = 0; i < KV_MODEL_CHUNKS; i++)
-		for (u32 p = 0; p < kv_model_pages(model); p++) {
-			struct kv_model_chunk *c = &model->chunk[i];
-
-			if (!c->in_pool || c->owner[p] != block.v + 1)
-				continue;
-			c->owner[p] = 0;
-			c->stuck = false;
-		}
-	if (model->moving && model->move.block.v == block.v)
-		model->move_counts = false;
+	give_back(model, block, 0);
 	model->frees++;
 	model->nr_blocks--;
-	memmove(&model->blocks[nth], &model->blocks[nth + 1],
-		(model->nr_blocks - nth) * sizeof(*model->blocks));
-	memmove(&model->group[nth], &model->group[nth + 1],
-		(model->nr_blocks - nth) * sizeof(*model->group));
+	REMOVE(model->blocks, nth, model->nr_blocks);
+	REMOVE(model->group, nth, model->nr_blocks);
+	REMOVE(model->pages, nth, model->nr_blocks);
+	REMOVE(model->run, nth, model->nr_blocks);
+}
+
+int kv_do_shrink(struct kv_model *model, struct tm_kv_pool *pool, u32 nth,
+		 u32 pages)
+{
+	struct tm_kv_block block = model->blocks[nth];
+	int want = pages && pages < model->pages[nth] ? 0 : -EINVAL;
+
+	kv_snapshot_take(&before, pool);
+	CHECK_EQ(tm_kv_shrink(pool, block, pages), want);
+	if (want) {
+		CHECK(kv_snapshot_same(&before, pool));
+		return want;
+	}
+	give_back(model, block, pages);
+	model->pages[nth] = pages;
+	return 0;
+}
+
+int kv_do_regrow(struct kv_model *model, struct tm_kv_pool *pool, u32 nth)
+{
+	u32 all = model->geo.block_pages[model->group[nth]];
+	u32 had = model->pages[nth];
+	bool whole, run;
+	int want = 0;
+
+	if (had == all)
+		want = -EINVAL;
+	else if (all - had > kv_model_free(model))
+		want = -ENOMEM;
+	kv_snapshot_take(&before, pool);
+	CHECK_EQ(tm_kv_regrow(pool, model->blocks[nth]), want);
+	if (want) {
+		CHECK(kv_snapshot_same(&before, pool));
+		return want;
+	}
+	taken(model, pool, model->blocks[nth], had, all - had, &whole, &run);
+	model->pages[nth] = all;
+	model->run[nth] = false;
+	return 0;
 }
 
 void kv_do_bad_free(const struct kv_model *model, struct tm_kv_pool *pool,
 		    struct tm_kv_block block)
 {
 	struct tm_kv_walk walk;
+	struct tm_page_id page;
 
 	for (u32 nth = 0; nth < model->nr_blocks; nth++)
 		CHECK(model->blocks[nth].v != block.v);
 	kv_snapshot_take(&before, pool);
 	CHECK_EQ(tm_kv_free(pool, block), -EINVAL);
 	CHECK_EQ(tm_kv_walk_start(pool, block, &walk), -EINVAL);
+	CHECK_EQ(tm_kv_pages(pool, block), 0);
+	CHECK_EQ(tm_kv_page(pool, block, 0, &page), -EINVAL);
+	CHECK_EQ(tm_kv_shrink(pool, block, 1), -EINVAL);
+	CHECK_EQ(tm_kv_regrow(pool, block), -EINVAL);
 	CHECK(kv_snapshot_same(&before, pool));
 }
 
@@ -575,5 +677,9 @@ int kv_do_move_end(struct kv_model *model, struct tm_kv_pool *pool,
 	model->chunk[to].place[q] = model->chunk[from].place[p];
 	model->chunk[from].owner[p] = 0;
 	model->moved++;
+	for (u32 nth = 0; nth < model->nr_blocks; nth++)
+		if (model->blocks[nth].v == model->move.block.v &&
+		    model->pages[nth] > 1)
+			model->run[nth] = false;
 	return 0;
 }

@@ -29,13 +29,15 @@ struct kv_model {
 	struct tm_kv_geometry geo;
 	u32 nr_slots;
 	struct kv_model_chunk chunk[KV_MODEL_CHUNKS];
-	/* The allocated blocks, oldest first, and their groups. */
+	/* The allocated blocks, oldest first. */
 	struct tm_kv_block blocks[KV_MODEL_BLOCKS];
 	u32 group[KV_MODEL_BLOCKS];
+	u32 pages[KV_MODEL_BLOCKS];
+	bool run[KV_MODEL_BLOCKS];
 	u32 nr_blocks;
 	struct tm_kv_move move;
 	bool moving;
-	/* The block that moved a page is there still. */
+	/* The page that is moved is its block's still. */
 	bool move_counts;
 	u64 allocs;
 	u64 frees;
@@ -86,7 +88,10 @@ int kv_do_alloc(struct kv_model *model, struct tm_kv_pool *pool,
 		const u32 *count);
 /* Free the @nth allocated block. */
 void kv_do_free(struct kv_model *model, struct tm_kv_pool *pool, u32 nth);
-/* Free what is not a block. */
+int kv_do_shrink(struct kv_model *model, struct tm_kv_pool *pool, u32 nth,
+		 u32 pages);
+int kv_do_regrow(struct kv_model *model, struct tm_kv_pool *pool, u32 nth);
+/* Free what is not a block, or do anything else with it. */
 void kv_do_bad_free(const struct kv_model *model, struct tm_kv_pool *pool,
 		    struct tm_kv_block block);
 int kv_do_move_begin(struct kv_model *model, struct tm_kv_pool *pool);

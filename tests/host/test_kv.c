@@ -87,7 +87,7 @@ TEST(kv_geometry_of_models)
 	} models[] = {
 		/* TinyLlama-1.1B, Qwen2.5-0.5B, Llama 3.2 Vision, Gemma-2-2B */
 		{ 22, 512, { { 8, 44 }, { 32, 44 }, { 128, 44 } },
-		  { { 8, 44 }, { 8, 11 }, { 29, 10 } } },
+		  { { 8, 44 }, { 8, 11 }, { 32, 11 } } },
 		{ 24, 256, { { 16, 48 }, { 64, 48 }, { 256, 48 } },
 		  { { 8, 24 }, { 8, 6 }, { 16, 3 } } },
 		{ 40, 2048, { { 8, 320 }, { 8, 80 }, { 32, 80 } },
@@ -118,73 +118,87 @@ TEST(kv_geometry_of_models)
 		}
 }
 
-/* Half tokens of 512 that blocks of @tokens waste: for whole pages, at the end. */
-static u32 cost(const struct tm_kv_group *groups, u32 nr, u32 page, u32 tokens)
+/* Whether blocks of @tokens are whole pages in each plane, and not too many. */
+static bool even(const struct tm_kv_group *groups, u32 nr, u32 page, u32 tokens)
 {
-	u64 held = 0, lost = 0;
+	for (u32 i = 0; i < nr; i++)
+		if (groups[i].rule != TM_KV_STATE &&
+		    ((u64)groups[i].token_bytes * tokens % page ||
+		     (u64)groups[i].token_bytes * tokens / page *
+		     groups[i].planes > 1u << 20))
+			return false;
+	return true;
+}
 
+static void random_groups(struct tm_rng *rng, struct tm_kv_group *groups, u32 nr)
+{
 	for (u32 i = 0; i < nr; i++) {
-		u64 used = (u64)groups[i].token_bytes * tokens;
-		u64 whole = (used / page + (used % page != 0)) * page;
+		u32 planes = 1 + tm_rand_below(rng, 64);
+		u32 bytes = (1 + tm_rand_below(rng, 99)) <<
+			    tm_rand_below(rng, 14);
 
-		if (groups[i].rule == TM_KV_STATE)
-			continue;
-		held += groups[i].planes * whole;
-		lost += groups[i].planes * (whole - used);
+		groups[i] = full(planes, bytes);
+		if (tm_rand_one_in(rng, 3))
+			groups[i] = window(planes, bytes, 7);
+		if (tm_rand_one_in(rng, 4))
+			groups[i] = state(planes, bytes);
 	}
-	return (held ? lost * 1024 / held : 0) + tokens;
+}
+
+static void check_geometry(const struct tm_kv_geometry *geo, u32 page,
+			   const struct tm_kv_group *groups, u32 nr, u32 tokens)
+{
+	CHECK_EQ(geo->block_tokens, tokens);
+	CHECK_EQ(geo->nr_groups, nr);
+	for (u32 i = 0; i < nr; i++) {
+		u64 bytes = groups[i].token_bytes;
+
+		if (groups[i].rule != TM_KV_STATE)
+			bytes *= tokens;
+		CHECK(!memcmp(&geo->group[i], &groups[i], sizeof(groups[i])));
+		CHECK_EQ(geo->plane_pages[i], bytes / page + !!(bytes % page));
+		CHECK_EQ(geo->block_pages[i],
+			 groups[i].planes * geo->plane_pages[i]);
+	}
 }
 
 TEST_PAGE_SIZES(kv_geometry_random)
 {
+	struct tm_geometry g = tm_geometry(page_shift);
+	u32 page = 1u << page_shift, chosen = 0, given = 0;
 	struct tm_round round;
 
 	tm_for_each_round(&round, 4, 400) {
 		for (u32 step = 0; step < round.steps; step++) {
 			u32 nr = 1 + tm_rand_below(&round.rng, 4);
+			u32 tokens = 1 + tm_rand_below(&round.rng, 100);
 			struct tm_kv_group groups[4];
 			struct tm_kv_geometry geo;
 			u32 want = 8;
+			int err;
 
-			for (u32 i = 0; i < nr; i++) {
-				u32 planes = 1 + tm_rand_below(&round.rng, 64);
-				u32 bytes = 1 + tm_rand_below(
-					&round.rng,
-					2u << tm_rand_below(&round.rng, 13));
-
-				groups[i] = full(planes, bytes);
-				if (tm_rand_one_in(&round.rng, 3))
-					groups[i] = window(planes, bytes, 7);
-				if (tm_rand_one_in(&round.rng, 4))
-					groups[i] = state(planes, bytes);
-			}
+			random_groups(&round.rng, groups, nr);
 			tm_op("%u groups, %u planes of %u bytes", nr,
 			      groups[0].planes, groups[0].token_bytes);
-			for (u32 t = 8; t <= 512; t++)
-				if (cost(groups, nr, 1u << page_shift, t) <
-				    cost(groups, nr, 1u << page_shift, want))
-					want = t;
-			CHECK_EQ(tm_kv_geometry_init(&geo,
-						     tm_geometry(page_shift),
-						     groups, nr, 0), 0);
-			CHECK_EQ(geo.block_tokens, want);
-			CHECK_EQ(geo.nr_groups, nr);
-			for (u32 i = 0; i < nr; i++) {
-				u64 bytes = groups[i].token_bytes;
-
-				if (groups[i].rule != TM_KV_STATE)
-					bytes *= want;
-				CHECK(!memcmp(&geo.group[i], &groups[i],
-					      sizeof(groups[i])));
-				CHECK((u64)geo.plane_pages[i] << page_shift >=
-				      bytes);
-				CHECK((geo.plane_pages[i] - 1ull) <<
-				      page_shift < bytes);
-				CHECK_EQ(geo.block_pages[i], groups[i].planes *
-					 geo.plane_pages[i]);
+			while (want <= 512 && !even(groups, nr, page, want))
+				want++;
+			err = tm_kv_geometry_init(&geo, g, groups, nr, 0);
+			CHECK_EQ(err, want <= 512 ? 0 : -EINVAL);
+			if (!err) {
+				check_geometry(&geo, page, groups, nr, want);
+				chosen += want > 8;
+			}
+			tokens <<= tm_rand_below(&round.rng, page_shift);
+			err = tm_kv_geometry_init(&geo, g, groups, nr, tokens);
+			CHECK_EQ(err, even(groups, nr, page, tokens) ?
+				 0 : -EINVAL);
+			if (!err) {
+				check_geometry(&geo, page, groups, nr, tokens);
+				given += tokens > 512;
 			}
 		}
 	}
+	CHECK(round.nr < 4 || (chosen && given));
 }
 
 static int geometry(struct tm_kv_group group, u32 tokens)
@@ -216,40 +230,46 @@ TEST(kv_geometry_refuses)
 	CHECK_EQ(tm_kv_geometry_init(&geo, tm_geometry(12), groups,
 				     TM_KV_GROUPS, 1), -EINVAL);
 
-	CHECK_EQ(geometry(full(0, 1), 1), -EINVAL);
+	CHECK_EQ(geometry(full(0, 4096), 1), -EINVAL);
 	CHECK_EQ(geometry(full(1, 0), 1), -EINVAL);
-	CHECK_EQ(geometry(window(1, 1, 0), 1), -EINVAL);
-	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_FULL, 1, 1, 1 }, 1),
+	CHECK_EQ(geometry(state(1, 0), 1), -EINVAL);
+	CHECK_EQ(geometry(window(1, 4096, 1), 1), 0);
+	CHECK_EQ(geometry(window(1, 4096, 0), 1), -EINVAL);
+	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_FULL, 1, 4096, 1 }, 1),
 		 -EINVAL);
-	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_STATE, 1, 1, 1 }, 1),
+	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_STATE, 1, 4096, 1 }, 1),
 		 -EINVAL);
-	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_RULES, 1, 1, 0 }, 1),
+	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_RULES, 1, 4096, 0 }, 1),
 		 -EINVAL);
-	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_RULES, 1, 1, 1 }, 1),
+	CHECK_EQ(geometry((struct tm_kv_group){ TM_KV_RULES, 1, 4096, 1 }, 1),
 		 -EINVAL);
+	/* A plane is whole pages, but not a state's; of what is chosen 512 is most. */
+	CHECK_EQ(geometry(full(1, 4095), 1), -EINVAL);
+	CHECK_EQ(geometry(full(1, 1024), 6), -EINVAL);
+	CHECK_EQ(geometry(full(1, 1024), 12), 0);
+	CHECK_EQ(geometry(full(1, 4097), 4096), 0);
+	CHECK_EQ(geometry(full(1, 8), 0), 0);
+	CHECK_EQ(geometry(full(1, 4), 0), -EINVAL);
+	CHECK_EQ(geometry(full(1, 4), 1024), 0);
+	CHECK_EQ(geometry(full(1, 1), 0), -EINVAL);
 	/* 2^20 pages of 4K are the most, also when products overflow. */
 	CHECK_EQ(geometry(full(1u << 20, 4096), 1), 0);
 	CHECK_EQ(geometry(full(1u << 20, 4096), 0), -EINVAL);
-	CHECK_EQ(geometry(full(1u << 20, 1), 0), 0);
-	CHECK_EQ(geometry(full((1u << 20) + 1, 1), 0), -EINVAL);
-	CHECK_EQ(geometry(full((1u << 20) + 1, 1), 1), -EINVAL);
+	CHECK_EQ(geometry(full(1u << 20, 512), 0), 0);
+	CHECK_EQ(geometry(full((1u << 20) + 1, 512), 0), -EINVAL);
+	CHECK_EQ(geometry(full((1u << 20) + 1, 4096), 1), -EINVAL);
 	CHECK_EQ(geometry(full(1u << 20, 4096), 2), -EINVAL);
-	CHECK_EQ(geometry(full(1, ~0u), 1), 0);
-	CHECK_EQ(geometry(full(1, ~0u), 2), -EINVAL);
-	CHECK_EQ(geometry(full(2, ~0u), 1), -EINVAL);
-	CHECK_EQ(geometry(full(~0u, ~0u), 1), -EINVAL);
-	CHECK_EQ(geometry(full(~0u, ~0u), 0), -EINVAL);
-	CHECK_EQ(geometry(full(~0u, 1), 0), -EINVAL);
-	CHECK_EQ(geometry(full(1u << 31, 2), 1), -EINVAL);
+	CHECK_EQ(geometry(full(1, 1u << 31), 2), 0);
+	CHECK_EQ(geometry(full(1, 1u << 31), 4), -EINVAL);
+	CHECK_EQ(geometry(full(2, 1u << 31), 2), -EINVAL);
+	CHECK_EQ(geometry(full(~0u, 1u << 31), 2), -EINVAL);
+	CHECK_EQ(geometry(full(~0u, 512), 0), -EINVAL);
+	CHECK_EQ(geometry(full(1u << 31, 4096), 2), -EINVAL);
 	CHECK_EQ(geometry(full(1, 4096), ~0u), -EINVAL);
 	CHECK_EQ(geometry(full(16, 1u << 28), 1), 0);
-	CHECK_EQ(geometry(full(16, 1u << 28), ~0u), -EINVAL);
-	CHECK_EQ(geometry(full(4096, 1), ~0u), -EINVAL);
+	CHECK_EQ(geometry(full(16, 1u << 28), 1u << 31), -EINVAL);
+	CHECK_EQ(geometry(full(4096, 1), 1u << 31), -EINVAL);
 	CHECK_EQ(geometry(full(1u << 14, 1u << 31), 1u << 31), -EINVAL);
-	/* Bytes beyond 32 bits: 9 tokens lose 7 bytes in 10 pages of 64K. */
-	groups[0] = full(1u << 16, 72817);
-	CHECK_EQ(tm_kv_geometry_init(&geo, tm_geometry(16), groups, 1, 0), 0);
-	CHECK_EQ(geo.block_tokens, 9);
 	/* A state has no tokens: it is as large with any number of them. */
 	CHECK_EQ(geometry(state(1, ~0u), ~0u), 0);
 	CHECK_EQ(geometry(state(1, 1), 0), 0);
@@ -260,14 +280,14 @@ TEST(kv_held_blocks)
 {
 	static const u32 block_tokens[] = { 1, 3, 8, 16, 63 };
 	static const u32 windows[] = { 1, 2, 7, 8, 9, 64, 100, 4096 };
-	struct tm_kv_group groups[2] = { full(1, 1), state(1, 1) };
+	struct tm_kv_group groups[2] = { full(1, 4096), state(1, 1) };
 	struct tm_kv_geometry geo;
 	u32 first;
 
 	for (u32 b = 0; b < 5; b++)
 		for (u32 w = 0; w < 8; w++) {
 			struct tm_kv_group three[3] = {
-				groups[0], groups[1], window(1, 1, windows[w]),
+				groups[0], groups[1], window(1, 4096, windows[w]),
 			};
 			u32 t = block_tokens[b];
 
@@ -307,7 +327,7 @@ TEST(kv_init_refuses)
 	CHECK_EQ(tm_kv_pool_init(&pool, &geo, 1, &lock), -EINVAL);
 	CHECK_EQ(tm_host_tables(), 0);
 	setup(&geo, 2, 2);
-	CHECK_EQ(pool.nr_blocks, 1);
+	CHECK_EQ(pool.nr_blocks, 2);
 	CHECK_EQ(alloc_one(1), -ENOMEM);
 	CHECK_EQ(alloc_one(0), 0);
 	teardown();
@@ -330,7 +350,7 @@ TEST(kv_init_without_memory)
 	}
 	setup(&geo, 4, 0);
 	CHECK_EQ(tm_host_tables(), 3);
-	CHECK_EQ(pool.nr_blocks, 4 * 128 / 3);
+	CHECK_EQ(pool.nr_blocks, 4 * 128 / 3 * 2);
 	teardown();
 }
 
@@ -565,6 +585,112 @@ TEST_PAGE_SIZES(kv_moves_that_fail)
 	teardown();
 }
 
+/* A shrunk block keeps its first pages, and what was freed serves others. */
+TEST_PAGE_SIZES(kv_shrink_and_regrow)
+{
+	u32 pages = TM_CHUNK_SIZE >> page_shift;
+	u32 size[2] = { pages / 2, pages + 3 };
+	struct tm_kv_geometry geo = sized(page_shift, size, 2);
+	struct tm_page_id first, page;
+
+	setup(&geo, 3, 2);
+	CHECK_EQ(alloc_one(0), 0);
+	CHECK_EQ(alloc_one(1), 0);
+	CHECK_EQ(pool.gathered, 1);
+	CHECK(pool.blocks[model.blocks[0].v].run);
+	CHECK(!pool.blocks[model.blocks[1].v].run);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 0), -EINVAL);
+	CHECK_EQ(kv_do_shrink(&model, &pool, 0, 0), -EINVAL);
+	CHECK_EQ(kv_do_shrink(&model, &pool, 0, size[0]), -EINVAL);
+	CHECK_EQ(kv_do_shrink(&model, &pool, 0, ~0u), -EINVAL);
+	CHECK_EQ(tm_kv_page(&pool, model.blocks[0], 0, &first), 0);
+	CHECK_EQ(kv_do_shrink(&model, &pool, 0, size[0] - 1), 0);
+	CHECK_EQ(kv_do_shrink(&model, &pool, 0, 2), 0);
+	kv_model_compare(&model, &pool);
+	CHECK_EQ(tm_kv_page(&pool, model.blocks[0], 1, &page), 0);
+	CHECK_EQ(page.v, first.v + 1);
+	CHECK_EQ(tm_kv_page(&pool, model.blocks[0], 2, &page), -EINVAL);
+	CHECK_EQ(tm_kv_page(&pool, model.blocks[0], ~0u, &page), -EINVAL);
+	/* The rest is not enough for one of its kind: for it, it is. */
+	CHECK_EQ(kv_do_shrink(&model, &pool, 1, 1), 0);
+	CHECK_EQ(alloc_one(1), 0);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 1), -ENOMEM);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 0), 0);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 0), -EINVAL);
+	kv_model_compare(&model, &pool);
+	CHECK_EQ(kv_do_add(&model, &pool), 0);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 1), 0);
+	kv_model_compare(&model, &pool);
+	CHECK_EQ(pool.gathered, 2);
+	teardown();
+}
+
+/* There are twice as many numbers as blocks fit, for blocks that are shrunk. */
+TEST(kv_numbers_run_out)
+{
+	u32 size[2] = { 20, 30 };
+	struct tm_kv_geometry geo = sized(16, size, 2);
+	u32 most = 3 * 32 / 20 * 2;
+
+	setup(&geo, 3, 3);
+	CHECK_EQ(pool.nr_blocks, most);
+	for (u32 i = 0; i < most; i++) {
+		CHECK_EQ(alloc_one(0), 0);
+		CHECK_EQ(kv_do_shrink(&model, &pool, i, 2), 0);
+	}
+	CHECK(pool.free_pages > 50);
+	CHECK_EQ(alloc_one(1), -ENOMEM);
+	CHECK(tm_kv_missing(&pool, (u32[]){ 0, 1 }) == TM_KV_NEVER);
+	CHECK_EQ(tm_kv_missing(&pool, (u32[]){ 0, 0 }), 0);
+	CHECK_EQ(tm_kv_lack(&pool, pool.free_pages, 0), 0);
+	CHECK_EQ(tm_kv_lack(&pool, pool.free_pages + 1, 0), 1);
+	CHECK_EQ(kv_do_regrow(&model, &pool, 0), 0);
+	kv_do_free(&model, &pool, 3);
+	CHECK_EQ(kv_do_alloc(&model, &pool, (u32[]){ 1, 1 }), -ENOMEM);
+	CHECK_EQ(alloc_one(1), 0);
+	kv_model_compare(&model, &pool);
+	teardown();
+	/* But with pages for blocks none can be shrunk. */
+	geo = sized(16, (u32[]){ 1, 9 }, 2);
+	setup(&geo, 3, 3);
+	CHECK_EQ(pool.nr_blocks, 3 * 32);
+	teardown();
+}
+
+/* A page on its way when its block is shrunk: it stays, or it is gone. */
+TEST_PAGE_SIZES(kv_shrink_during_a_move)
+{
+	u32 pages = TM_CHUNK_SIZE >> page_shift;
+	u32 size = pages / 4;
+	struct tm_kv_geometry geo = sized(page_shift, &size, 1);
+
+	for (u32 keep = 1; keep <= 3; keep++) {
+		u32 nth = 0, index;
+
+		/* Two blocks are in the first chunk, the last one in the other. */
+		setup(&geo, 2, 2);
+		CHECK_EQ(kv_do_alloc(&model, &pool, &(u32){ 5 }), 0);
+		kv_do_free(&model, &pool, 0);
+		kv_do_free(&model, &pool, 0);
+		CHECK_EQ(kv_do_move_begin(&model, &pool), 0);
+		CHECK_EQ(kv_do_move_end(&model, &pool, true), 0);
+		CHECK_EQ(kv_do_move_begin(&model, &pool), 0);
+		index = model.move.index;
+		CHECK_EQ(index, 1);
+		while (model.blocks[nth].v != model.move.block.v)
+			nth++;
+		CHECK_EQ(kv_do_shrink(&model, &pool, nth, keep), 0);
+		kv_model_compare(&model, &pool);
+		CHECK_EQ(alloc_one(0), 0);
+		CHECK_EQ(kv_do_regrow(&model, &pool, nth), 0);
+		CHECK_EQ(kv_do_move_end(&model, &pool, true),
+			 keep > index ? 0 : -ENOENT);
+		kv_model_compare(&model, &pool);
+		CHECK_EQ(pool.moved, keep > index ? 2 : 1);
+		teardown();
+	}
+}
+
 enum op {
 	OP_ALLOC,
 	OP_ALLOC_MANY,
@@ -578,6 +704,9 @@ enum op {
 	OP_MOVE_BEGIN,
 	OP_MOVE_END,
 	OP_MOVE_ALL,
+	OP_SHRINK,
+	OP_SHRINK_ALL,
+	OP_REGROW,
 	OPS,
 };
 
@@ -607,6 +736,14 @@ static void random_bad_free(struct tm_rng *rng)
 			return;
 	tm_op("bad free %u", block.v);
 	kv_do_bad_free(&model, &pool, block);
+}
+
+static void random_shrink(struct tm_rng *rng, u32 nth)
+{
+	u32 pages = tm_rand_below(rng, model.pages[nth] + 1);
+
+	tm_op("shrink block %u to %u pages", model.blocks[nth].v, pages);
+	kv_do_shrink(&model, &pool, nth, pages);
 }
 
 static void random_op(enum op op, struct tm_rng *rng)
@@ -670,6 +807,21 @@ static void random_op(enum op op, struct tm_rng *rng)
 		while (!kv_do_move_begin(&model, &pool))
 			kv_do_move_end(&model, &pool, true);
 		break;
+	case OP_SHRINK:
+		if (model.nr_blocks)
+			random_shrink(rng, tm_rand_below(rng, model.nr_blocks));
+		break;
+	case OP_SHRINK_ALL:
+		for (u32 nth = 0; nth < model.nr_blocks; nth++)
+			random_shrink(rng, nth);
+		break;
+	case OP_REGROW:
+		if (!model.nr_blocks)
+			break;
+		count[0] = tm_rand_below(rng, model.nr_blocks);
+		tm_op("regrow block %u", model.blocks[count[0]].v);
+		kv_do_regrow(&model, &pool, count[0]);
+		break;
 	case OPS:
 		break;
 	}
@@ -717,6 +869,8 @@ TEST_PAGE_SIZES(kv_random)
 					tm_rand_one_in(&round.rng, 4);
 				weights[OP_MOVE_ALL] =
 					tm_rand_one_in(&round.rng, 3);
+				weights[OP_SHRINK_ALL] =
+					tm_rand_one_in(&round.rng, 3);
 			}
 			random_op(tm_rand_weighted(&round.rng, weights, OPS),
 				  &round.rng);
@@ -741,7 +895,7 @@ static void descend(u32 depth)
 		return;
 	models[depth] = model;
 	kv_snapshot_take(&pools[depth], &pool);
-	for (u32 call = 0; call < 8 + nr_blocks; call++) {
+	for (u32 call = 0; call < 8 + 3 * nr_blocks; call++) {
 		static const u32 counts[3][2] = {
 			{ 1, 0 }, { 0, 1 }, { 1, 1 },
 		};
@@ -768,7 +922,14 @@ static void descend(u32 depth)
 			err = kv_do_move_end(&model, &pool, call == 7);
 			break;
 		default:
-			kv_do_free(&model, &pool, call - 8);
+			if (call - 8 < nr_blocks)
+				kv_do_free(&model, &pool, call - 8);
+			else if (call - 8 < 2 * nr_blocks)
+				err = kv_do_shrink(&model, &pool,
+						   call - 8 - nr_blocks, 2);
+			else
+				err = kv_do_regrow(&model, &pool,
+						   call - 8 - 2 * nr_blocks);
 		}
 		/* What was refused changed nothing; an orphan's end did. */
 		if (!err || pools[depth].pool.moving.active !=
@@ -788,7 +949,7 @@ TEST(kv_exhaustive_sequences)
 	CHECK_EQ(alloc_one(0), 0);
 	CHECK_EQ(alloc_one(1), 0);
 	CHECK_EQ(alloc_one(0), 0);
-	descend(6);
+	descend(5);
 	CHECK(sequences > 10000);
 	teardown();
 }
@@ -831,6 +992,21 @@ static void unlocked(void *which)
 	case 8:
 		(void)!tm_kv_move_end(&pool, true);
 		break;
+	case 9:
+		(void)tm_kv_lack(&pool, 0, 0);
+		break;
+	case 10:
+		(void)tm_kv_pages(&pool, block);
+		break;
+	case 11:
+		(void)!tm_kv_shrink(&pool, block, 1);
+		break;
+	case 12:
+		(void)!tm_kv_regrow(&pool, block);
+		break;
+	case 13:
+		(void)!tm_kv_page(&pool, block, 0, &page);
+		break;
 	}
 }
 
@@ -838,12 +1014,13 @@ TEST(kv_calls_need_the_lock)
 {
 	static const char *const calls[] = {
 		"add_chunk", "remove_chunk", "missing", "alloc", "free",
-		"walk_start", "walk_next", "move_begin", "move_end",
+		"walk_start", "walk_next", "move_begin", "move_end", "lack",
+		"pages", "shrink", "regrow", "page",
 	};
 	struct tm_kv_geometry geo = sized(12, (u32[]){ 3 }, 1);
 
 	setup(&geo, 2, 1);
-	for (int i = 0; i < 9; i++)
+	for (int i = 0; i < 14; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	teardown();
 }
@@ -908,8 +1085,13 @@ TEST_PAGE_SIZES(kv_check_finds_damage)
 	       pool.blocks[1].link = pool.blocks[0].link);
 	EXPECT("a page is in two blocks", links[1] = pool.blocks[0].link);
 	EXPECT("a block ends as another one", links[pages - 5] ^= 1);
-	EXPECT("a block has not as many pages as its group says",
-	       pool.blocks[0].link++);
+	EXPECT("a run is not one", links[0]++);
+	EXPECT("a block has not as many pages as it says",
+	       (pool.blocks[0].run = false, pool.blocks[0].link++));
+	EXPECT("a block has not as many pages as it says",
+	       pool.blocks[0].pages++);
+	EXPECT("a block has more pages than its group says, or none",
+	       pool.geo.block_pages[1]--);
 	EXPECT("a page set aside for a move is in a block",
 	       (pool.moving.active = true,
 		pool.moving.to = pool.blocks[0].link - 1));
