@@ -126,7 +126,7 @@ class Raw(Descriptor):
         return self.batch(abi.IOC_FREE_BATCH, items)
 
     def try_kv(
-        self, groups: Sequence[abi.KVGroup], **fields: int
+        self, groups: Sequence[abi.KVGroup], /, **fields: int
     ) -> tuple[int, abi.KVCreate]:
         array = (abi.KVGroup * len(groups))(*groups)
         values = {
@@ -137,7 +137,7 @@ class Raw(Descriptor):
         request = abi.KVCreate(**values)
         return self.ioctl(abi.IOC_KV_CREATE, request), request
 
-    def kv(self, groups: Sequence[abi.KVGroup], **fields: int) -> KV:
+    def kv(self, groups: Sequence[abi.KVGroup], /, **fields: int) -> KV:
         result, request = self.try_kv(groups, **fields)
         assert result == 0, errno.errorcode.get(result, result)
         return KV(request.fd)
