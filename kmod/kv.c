@@ -120,7 +120,9 @@ static u32 tm_kv_max_chunks(const struct tensormem_kv_create *request,
 			    const struct tm_kv_geometry *geo)
 {
 	u64 all = totalram_pages() >> geo->pages.chunk_order;
-	u64 pages = DIV_ROUND_UP_ULL(request->limit, PAGE_SIZE);
+	/* Not DIV_ROUND_UP_ULL(), which can overflow. */
+	u64 pages = (request->limit >> PAGE_SHIFT) +
+		    !!(request->limit & ~PAGE_MASK);
 
 	/* Below 2^46 bytes of addresses, by tm_kv_lay_out(). */
 	for (u32 i = 0; !request->limit && i < geo->nr_groups; i++)
