@@ -405,10 +405,24 @@ static struct tm_memory *tm_kv_remove(struct tm_kv *kv)
 	return memory;
 }
 
+/* Whether @nr chunks can be had by growth and eviction together. */
+static bool tm_kv_possible(const struct tm_kv *kv, u64 nr)
+{
+	const struct tm_kv_pool *pool = &kv->cache.pool;
+
+	return nr <= pool->nr_slots - pool->nr_chunks +
+		     DIV_ROUND_UP_ULL(tm_cache_evictable(&kv->cache),
+				      tm_chunk_pages(pool->geo.pages));
+}
+
 /* Add @nr chunks. @added: how many that were. Return: 0 or why it is not all. */
 static int tm_kv_grow(struct tm_kv *kv, u64 nr, u32 *added)
 {
-	for (*added = 0; *added < nr; ++*added) {
+	*added = 0;
+	/* What can never be had is to cost nobody anything. */
+	if (!data_race(tm_kv_possible(kv, nr)))
+		return -ENOSPC;
+	for (; *added < nr; ++*added) {
 		struct tm_memory_request request = {
 			.nr_pages = 1u << tm_pages_geometry().chunk_order,
 			.policy = TM_MEMORY_CHUNKS,
@@ -547,7 +561,7 @@ int tm_kv_do(struct tm_kv *kv, tm_kv_call call, void *args)
 			err = refusal;
 			break;
 		}
-		refusal = wanting ? tm_kv_grow(kv, wanting, &added) : -ENOMEM;
+		refusal = tm_kv_grow(kv, wanting, &added);
 		sum += added;
 		if (refusal == -EINTR) {
 			err = refusal;
@@ -1073,7 +1087,7 @@ void tm_kv_destroy(struct tm_kv *kv)
 	tm_kv_compact_exit(kv);
 	down_write(&kv->lock);
 	for (u32 i = 0; i < kv->cache.max_seqs; i++) {
-		struct tm_seq_id id = tm_cache_name(&kv->cache, i);
+		struct tm_seq_id id = tm_cache_id(&kv->cache, i);
 
 		if (tm_cache_find(&kv->cache, id) != TM_NONE)
 			WARN_ON_ONCE(tm_cache_close(&kv->cache, id));

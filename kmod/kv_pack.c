@@ -602,7 +602,7 @@ static void tm_kv_pack_work(struct work_struct *work)
 	place = more ? tm_kv_idlest(kv) : TM_NONE;
 	if (place != TM_NONE) {
 		kv->tried[place] = READ_ONCE(kv->used[place]);
-		id = tm_cache_name(&kv->cache, place);
+		id = tm_cache_id(&kv->cache, place);
 	}
 	up_write(&kv->lock);
 

@@ -126,7 +126,7 @@ static u32 tm_cache_at(const struct tm_cache *cache, u32 place, u32 group,
 	return *tm_cache_entry(cache, place, group, index);
 }
 
-static void tm_cache_event(struct tm_cache *cache, struct tm_cache_event event)
+static void tm_cache_tell(struct tm_cache *cache, struct tm_cache_event event)
 {
 	if (!cache->nr_events)
 		return;
@@ -152,12 +152,18 @@ static u32 tm_cache_full_pages(const struct tm_cache *cache, u32 block)
 	return cache->pool.geo.block_pages[cache->pool.blocks[block].group];
 }
 
+/* Pages that a block is short of because it is packed. */
+static u32 tm_cache_lost_pages(const struct tm_cache *cache, u32 block)
+{
+	return tm_cache_full_pages(cache, block) -
+	       cache->pool.blocks[block].pages;
+}
+
 bool tm_cache_packed(const struct tm_cache *cache, struct tm_kv_block block)
 {
-	u32 pages = tm_kv_pages(&cache->pool, block);
-
 	tm_assert_sleep_locked(cache->lock);
-	return pages && pages < tm_cache_full_pages(cache, block.v);
+	return tm_kv_pages(&cache->pool, block) &&
+	       tm_cache_lost_pages(cache, block.v);
 }
 
 bool tm_cache_shared(const struct tm_cache *cache, struct tm_kv_block block)
@@ -181,9 +187,19 @@ static void tm_cache_count_unpacked(struct tm_cache *cache, u32 block)
 	cache->unpacked_pages -= tm_cache_full_pages(cache, block);
 }
 
+/* There is room. */
+static void tm_cache_make_whole(struct tm_cache *cache, u32 block)
+{
+	if (tm_cache_cached(cache, block))
+		cache->cached_pages += tm_cache_lost_pages(cache, block);
+	tm_cache_count_unpacked(cache, block);
+	tm_warn_on(tm_kv_regrow(&cache->pool, (struct tm_kv_block){ block }));
+	cache->stats.unpacks++;
+}
+
 static void tm_cache_free(struct tm_cache *cache, u32 block)
 {
-	if (tm_cache_packed(cache, (struct tm_kv_block){ block }))
+	if (tm_cache_lost_pages(cache, block))
 		tm_cache_count_unpacked(cache, block);
 	tm_warn_on(tm_kv_free(&cache->pool, (struct tm_kv_block){ block }));
 }
@@ -233,7 +249,7 @@ static void tm_cache_give_up(struct tm_cache *cache, u32 block)
 {
 	const struct tm_prefix_key *key = &cache->prefix.blocks[block].key;
 
-	tm_cache_event(cache, (struct tm_cache_event){
+	tm_cache_tell(cache, (struct tm_cache_event){
 		.type = TM_CACHE_REMOVED,
 		.group = key->group,
 		.tenant = key->tenant,
@@ -348,37 +364,48 @@ int tm_cache_open(struct tm_cache *cache, u64 tenant, struct tm_seq_id *id)
 	tm_assert_sleep_locked(cache->lock);
 	if (cache->nr_open == cache->max_seqs)
 		return -ENOBUFS;
-	*id = tm_cache_name(cache, tm_cache_begin(cache, tenant));
+	*id = tm_cache_id(cache, tm_cache_begin(cache, tenant));
 	return 0;
 }
 
-/* Let go of what @length tokens do not need, the end first in all groups. */
+/* Let go of blocks [from, to) of each group, of all of them the last one first. */
+static void tm_cache_let_go(struct tm_cache *cache, u32 place, const u32 *from,
+			    u32 *to)
+{
+	for (;;) {
+		u32 last = 0, group = TM_NONE;
+
+		for (u32 g = 0; g < cache->pool.geo.nr_groups; g++)
+			if (to[g] > from[g] && to[g] > last) {
+				last = to[g];
+				group = g;
+			}
+		if (group == TM_NONE)
+			return;
+		to[group]--;
+		tm_cache_drop(cache, place, group, to[group]);
+	}
+}
+
+/* Keep the first @length tokens. */
 static void tm_cache_cut(struct tm_cache *cache, u32 place, u32 length)
 {
-	u32 had = cache->seqs[place].length;
+	struct tm_cache_seq *seq = &cache->seqs[place];
+	u32 full = length / cache->pool.geo.block_tokens;
 	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
-	u32 lowest = TM_NONE, highest = 0;
 
 	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
 		u32 first, end;
 
 		tm_cache_span(cache, g, length, &first, &end);
-		tm_cache_span(cache, g, had, &from[g], &to[g]);
+		tm_cache_span(cache, g, seq->length, &from[g], &to[g]);
 		if (end > from[g])
 			from[g] = end;
-		if (from[g] < lowest)
-			lowest = from[g];
-		if (to[g] > highest)
-			highest = to[g];
 	}
-	for (u32 i = highest; i-- > lowest;)
-		for (u32 g = 0; g < cache->pool.geo.nr_groups; g++)
-			if (i >= from[g] && i < to[g])
-				tm_cache_drop(cache, place, g, i);
-	cache->seqs[place].length = length;
-	if (cache->seqs[place].sealed > length / cache->pool.geo.block_tokens)
-		cache->seqs[place].sealed =
-			length / cache->pool.geo.block_tokens;
+	tm_cache_let_go(cache, place, from, to);
+	seq->length = length;
+	if (seq->sealed > full)
+		seq->sealed = full;
 }
 
 int tm_cache_close(struct tm_cache *cache, struct tm_seq_id id)
@@ -436,17 +463,18 @@ static u32 tm_cache_unfinished(const struct tm_cache *cache, u32 place,
 /* Let go of what has left the windows when a sequence grows to @length. */
 static void tm_cache_leave(struct tm_cache *cache, u32 place, u32 length)
 {
-	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
-		u32 first, end, left, unused;
+	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
 
-		tm_cache_span(cache, g, cache->seqs[place].length, &first,
-			      &end);
-		tm_cache_span(cache, g, length, &left, &unused);
-		if (left > end)
-			left = end;
-		while (left-- > first)
-			tm_cache_drop(cache, place, g, left);
+	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
+		u32 first, end;
+
+		tm_cache_span(cache, g, length, &first, &end);
+		tm_cache_span(cache, g, cache->seqs[place].length, &from[g],
+			      &to[g]);
+		if (to[g] > first)
+			to[g] = first;
 	}
+	tm_cache_let_go(cache, place, from, to);
 }
 
 static int tm_cache_extend_check(struct tm_cache *cache,
@@ -618,7 +646,7 @@ int tm_cache_fork(struct tm_cache *cache, struct tm_seq_id id, u32 at,
 		return err;
 
 	to = tm_cache_begin(cache, cache->seqs[place].tenant);
-	*child = tm_cache_name(cache, to);
+	*child = tm_cache_id(cache, to);
 	cache->seqs[to].length = at;
 	cache->seqs[to].sealed = at / tokens;
 	copies->nr = 0;
@@ -721,11 +749,11 @@ static bool tm_cache_nameable(const struct tm_cache *cache, u32 block,
 				 b->key.hash.v[1] == hash->v[1]);
 }
 
-static void tm_cache_give_name(struct tm_cache *cache, u32 block, u32 index,
+static void tm_cache_name(struct tm_cache *cache, u32 block, u32 index,
 			  const struct tm_prefix_key *key, struct tm_hash parent)
 {
 	tm_prefix_publish(&cache->prefix, block, key);
-	tm_cache_event(cache, (struct tm_cache_event){
+	tm_cache_tell(cache, (struct tm_cache_event){
 		.type = TM_CACHE_STORED,
 		.group = key->group,
 		.block = index,
@@ -800,14 +828,14 @@ int tm_cache_publish(struct tm_cache *cache, struct tm_seq_id id, u32 first,
 			if (!tm_cache_is_state(cache, g)) {
 				if (block != TM_NONE &&
 				    !cache->prefix.blocks[block].published)
-					tm_cache_give_name(cache, block, first + i,
+					tm_cache_name(cache, block, first + i,
 						      &key, parent);
 			} else if (state[g] && i == nr - 1) {
 				block = tm_cache_new(cache, g);
 				tm_cache_copy(cache, copies, g, 0,
 					      *tm_cache_entry(cache, place, g,
 							      0), block);
-				tm_cache_give_name(cache, block, first + i, &key,
+				tm_cache_name(cache, block, first + i, &key,
 					      parent);
 				tm_cache_put(cache, block);
 			}
@@ -920,14 +948,38 @@ int tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
 	return 0;
 }
 
-/* Whether a group has to have the block that is adopted at @index. */
-static bool tm_cache_adopts(const struct tm_cache *cache, u32 place, u32 group,
-			    u32 index, bool at_end)
+/*
+ * What each group has to have to adopt a block at @index, after which @length tokens
+ * are there: TM_NONE for nothing. Return: 0, -EINVAL, -ENODATA.
+ */
+static int tm_cache_adoptable(const struct tm_cache *cache, u32 place, u32 index,
+			      const struct tm_hash *hash, u32 tokens, u32 length,
+			      u32 *from)
 {
-	if (at_end)
-		return true;
-	return !tm_cache_is_state(cache, group) &&
-	       *tm_cache_entry(cache, place, group, index) != TM_NONE;
+	u32 block_tokens = cache->pool.geo.block_tokens;
+	u64 tenant = cache->seqs[place].tenant;
+	bool at_end = index == (length - 1) / block_tokens;
+	int err = 0;
+
+	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
+		u32 first, end;
+
+		from[g] = TM_NONE;
+		tm_cache_span(cache, g, length, &first, &end);
+		if (tm_cache_is_state(cache, g)) {
+			/* It is the one after the block's last token. */
+			if (tokens < block_tokens)
+				return -EINVAL;
+			if (!at_end)
+				continue;
+		} else if (index < first) {
+			continue;
+		}
+		from[g] = tm_cache_published(cache, tenant, g, hash);
+		if (from[g] == TM_NONE)
+			err = -ENODATA;
+	}
+	return err;
 }
 
 int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
@@ -937,43 +989,40 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 	u32 place = tm_cache_find(cache, id);
 	u32 nr_groups = cache->pool.geo.nr_groups;
 	u32 block_tokens = cache->pool.geo.block_tokens;
-	u32 from[TM_KV_GROUPS];
+	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
 	struct tm_cache_need need = { 0 };
-	struct tm_cache_seq *seq;
 	u32 length;
-	bool at_end;
 	int err;
 
 	tm_assert_sleep_locked(cache->lock);
 	if (place == TM_NONE)
 		return -ENOENT;
-	seq = &cache->seqs[place];
-	length = seq->length;
-	at_end = index == length / block_tokens && !(length % block_tokens);
-	if ((!at_end && index >= length / block_tokens) ||
-	    !tokens || tokens > block_tokens ||
-	    (tokens < block_tokens && !at_end))
+	length = cache->seqs[place].length;
+	if (!tokens || tokens > block_tokens)
 		return -EINVAL;
-	if (at_end && tokens > cache->max_tokens - length)
-		return -ERANGE;
+	if (index == length / block_tokens && !(length % block_tokens)) {
+		if (tokens > cache->max_tokens - length)
+			return -ERANGE;
+		length += tokens;
+	} else if (index >= length / block_tokens || tokens < block_tokens) {
+		return -EINVAL;
+	}
+	err = tm_cache_adoptable(cache, place, index, hash, tokens, length,
+				 from);
+	if (err)
+		return err;
+	/* In use from here on, and so no victim; what is copied for a moment. */
 	for (u32 g = 0; g < nr_groups; g++) {
-		bool state = tm_cache_is_state(cache, g);
-
-		if (state && tokens < block_tokens)
-			return -EINVAL;
-		from[g] = TM_NONE;
-		if (!tm_cache_adopts(cache, place, g, index, at_end))
-			continue;
-		from[g] = tm_cache_published(cache, seq->tenant, g, hash);
 		if (from[g] == TM_NONE)
-			return -ENODATA;
-		if (state ? !length : tokens < block_tokens)
+			continue;
+		tm_cache_get(cache, from[g]);
+		to[g] = tm_cache_is_state(cache, g) ?
+			*tm_cache_entry(cache, place, g, 0) : TM_NONE;
+		if (to[g] != TM_NONE)
+			need.pages += tm_cache_lost_pages(cache, to[g]);
+		else if (tm_cache_is_state(cache, g) || tokens < block_tokens)
 			tm_cache_need(cache, &need, g, 1);
 	}
-	/* In use from here on, and so no victim; what is copied for a moment. */
-	for (u32 g = 0; g < nr_groups; g++)
-		if (from[g] != TM_NONE)
-			tm_cache_get(cache, from[g]);
 	err = tm_cache_make_room(cache, &need, evict, TM_NONE);
 	for (u32 g = nr_groups; err && g--;)
 		if (from[g] != TM_NONE)
@@ -981,28 +1030,27 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 	if (err)
 		return err;
 
-	if (at_end) {
-		tm_cache_leave(cache, place, length + tokens);
-		seq->length = length + tokens;
-	}
+	tm_cache_leave(cache, place, length);
+	cache->seqs[place].length = length;
 	copies->nr = 0;
 	for (u32 g = 0; g < nr_groups; g++) {
-		bool state = tm_cache_is_state(cache, g);
-		u32 *entry = tm_cache_entry(cache, place, g, state ? 0 : index);
+		u32 at = tm_cache_is_state(cache, g) ? 0 : index;
+		u32 *entry = tm_cache_entry(cache, place, g, at);
 
 		if (from[g] == TM_NONE)
 			continue;
-		if (!state && tokens == block_tokens) {
+		if (!tm_cache_is_state(cache, g) && tokens == block_tokens) {
 			if (*entry != TM_NONE)
 				tm_cache_put(cache, *entry);
 			*entry = from[g];
 			continue;
 		}
-		/* A state has its block already, but at the start. */
-		if (*entry == TM_NONE)
+		/* A sequence that is not empty has a block for its state. */
+		if (to[g] == TM_NONE)
 			*entry = tm_cache_new(cache, g);
-		tm_cache_copy(cache, copies, g, state ? 0 : index, from[g],
-			      *entry);
+		else if (tm_cache_lost_pages(cache, to[g]))
+			tm_cache_make_whole(cache, to[g]);
+		tm_cache_copy(cache, copies, g, at, from[g], *entry);
 		tm_cache_put(cache, from[g]);
 	}
 	return 0;
@@ -1019,7 +1067,7 @@ int tm_cache_reset(struct tm_cache *cache)
 		return -EBUSY;
 	while (cache->prefix.oldest != TM_NONE)
 		tm_cache_discard(cache, cache->prefix.oldest);
-	tm_cache_event(cache, (struct tm_cache_event){
+	tm_cache_tell(cache, (struct tm_cache_event){
 		.type = TM_CACHE_CLEARED,
 	});
 	return 0;
@@ -1068,15 +1116,10 @@ int tm_cache_unpack(struct tm_cache *cache, struct tm_kv_block block,
 	tm_assert_sleep_locked(cache->lock);
 	if (!tm_cache_packed(cache, block))
 		return -EINVAL;
-	need.pages = tm_cache_full_pages(cache, block.v) -
-		     cache->pool.blocks[block.v].pages;
+	need.pages = tm_cache_lost_pages(cache, block.v);
 	err = tm_cache_make_room(cache, &need, evict, block.v);
 	if (err)
 		return err;
-	if (tm_cache_cached(cache, block.v))
-		cache->cached_pages += need.pages;
-	tm_cache_count_unpacked(cache, block.v);
-	tm_warn_on(tm_kv_regrow(&cache->pool, block));
-	cache->stats.unpacks++;
+	tm_cache_make_whole(cache, block.v);
 	return 0;
 }

@@ -175,8 +175,8 @@ tm_cache_seq(const struct tm_cache *cache, u32 place)
 }
 
 /* The name of the open sequence at @place. */
-static inline struct tm_seq_id tm_cache_name(const struct tm_cache *cache,
-					     u32 place)
+static inline struct tm_seq_id tm_cache_id(const struct tm_cache *cache,
+					   u32 place)
 {
 	return (struct tm_seq_id){
 		(u32)cache->seqs[place].generation << 16 | place,
@@ -406,11 +406,14 @@ int __must_check tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
  * @copies: the copy
  *
  * Before: remove the mappings of what is replaced, and of what leaves a window as for
- * tm_cache_extend(). In a window group that no longer has @index nothing is done. A state is needed at the end only: there the state published under
- * @hash is copied, so @tokens must be all.
+ * tm_cache_extend(). In a window group that no longer has @index nothing is done. A
+ * state is needed where the sequence ends with the block afterwards: the one
+ * published under @hash is copied into its own, which is whole again if it was
+ * packed. With a state @tokens must be all.
  *
  * Return: 0, -ENOENT, -EINVAL for another index, 0 or too many tokens, or too few for a
- * state, -ERANGE for more than max_tokens, -ENODATA when a group does not have the hash, -ENOMEM.
+ * state, -ERANGE for more than max_tokens, -ENODATA when a group does not have the
+ * hash, -ENOMEM.
  */
 int __must_check tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id,
 				u32 index, const struct tm_hash *hash,

@@ -317,13 +317,15 @@ int tm_kv_remove_chunk(struct tm_kv_pool *pool, struct tm_chunk_id *id)
 u64 tm_kv_lack(const struct tm_kv_pool *pool, u64 pages, u64 blocks)
 {
 	tm_assert_sleep_locked(pool->lock);
-	if (pages > pool->free_pages)
-		return (pages - pool->free_pages +
-			tm_chunk_pages(pool->geo.pages) - 1) >>
-		       pool->geo.pages.chunk_order;
 	for (u32 i = 0; i < pool->geo.nr_groups; i++)
 		blocks += pool->used[i];
-	return blocks > pool->nr_blocks ? TM_KV_NEVER : 0;
+	if (blocks > pool->nr_blocks)
+		return TM_KV_NEVER;
+	if (pages <= pool->free_pages)
+		return 0;
+	pages -= pool->free_pages;
+	return (pages + tm_chunk_pages(pool->geo.pages) - 1) >>
+	       pool->geo.pages.chunk_order;
 }
 
 u64 tm_kv_missing(const struct tm_kv_pool *pool, const u32 *count)

@@ -267,7 +267,7 @@ int __must_check tm_kv_add_chunk(struct tm_kv_pool *pool,
 int __must_check tm_kv_remove_chunk(struct tm_kv_pool *pool,
 				    struct tm_chunk_id *id);
 
-/* No chunks will help: so many blocks are shrunk that there is no number left. */
+/* No chunks will do: there are not so many numbers of blocks left. */
 #define TM_KV_NEVER		(~(u64)0)
 
 /**

@@ -473,11 +473,11 @@ int kv_do_alloc(struct kv_model *model, struct tm_kv_pool *pool,
 		need += (u64)count[g] * model->geo.block_pages[g];
 		total += count[g];
 	}
-	if (need > kv_model_free(model))
+	if (model->nr_blocks + total > most_blocks(model))
+		missing = TM_KV_NEVER;
+	else if (need > kv_model_free(model))
 		missing = (need - kv_model_free(model) - 1) /
 			  kv_model_pages(model) + 1;
-	else if (model->nr_blocks + total > most_blocks(model))
-		missing = TM_KV_NEVER;
 	CHECK(tm_kv_missing(pool, count) == missing);
 	CHECK(tm_kv_lack(pool, need, total) == missing);
 	kv_snapshot_take(&before, pool);
