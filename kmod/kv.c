@@ -102,10 +102,12 @@ static int tm_kv_lay_out(struct tm_kv *kv,
 			.element = groups[i].element ?: 1,
 		};
 		if (check_mul_overflow(stride, (u64)geo->group[i].planes,
-				       &size) ||
-		    size > limit || (pages += size) > limit)
+				       &size) || size > limit)
 			return -EINVAL;
+		pages += size;
 	}
+	if (pages > limit)
+		return -EINVAL;
 	/* No page table is shared by two sequences. */
 	kv->place_pages = round_up(pages, TM_CHUNK_SIZE >> PAGE_SHIFT);
 	if (check_mul_overflow(kv->place_pages << PAGE_SHIFT,

@@ -71,6 +71,7 @@ static void tm_kv_compact_work(struct work_struct *work)
 /* Blocks have been freed. Context: any; does not wait. */
 void tm_kv_compact_wake(struct tm_kv *kv)
 {
+	/* A hint: the work looks again. */
 	if (data_race(tm_kv_compact_due(kv)))
 		queue_delayed_work(system_unbound_wq, &kv->compact_work,
 				   TM_KV_COMPACT_DELAY);

@@ -628,8 +628,10 @@ void tm_kv_pack_wake(struct tm_kv *kv, bool refused)
 {
 	const struct tm_kv_pool *pool = &kv->cache.pool;
 	u64 limit = (u64)pool->nr_slots << pool->geo.pages.chunk_order;
-	u64 used = data_race(tm_kv_used_pages(kv));
+	u64 used;
 
+	/* A hint: the work looks again. */
+	used = data_race(tm_kv_used_pages(kv));
 	if (refused)
 		limit = min(limit, used);
 	else if (used <= limit / 8 * 7)

@@ -6,11 +6,17 @@
  *
  * Lock order, outermost first:
  *
+ *   mmap_lock                   the kernel's; a fault in a KV cache may need memory
  *   tm_compact_mutex            one compaction at a time (compact.c)
  *   tm_clients_mutex            the list of clients (client.c)
- *   mmap_lock                   the kernel's; never under the two above
  *   mapping->invalidate_lock    a client's window and handles (client.c)
  *   tm_node::lock               both allocator levels of a node (here)
+ *
+ * and beside the three in the middle, never with one of them:
+ *
+ *   mmap_lock
+ *   tm_kv::lock                 a KV cache (kv.c)
+ *   tm_packer_mutex             the codec and its buffers (kv_pack.c)
  *
  * The last is a spinlock held for a bounded number of steps; no page or slab
  * allocator is called under it. These stand alone, nothing is taken inside them:

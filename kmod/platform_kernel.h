@@ -33,9 +33,11 @@ static inline unsigned int tm_fls32(u32 v)
 	return __fls(v);
 }
 
+/* On the caller's cgroup, and no reason for an OOM kill: users choose some sizes. */
 static inline void *tm_table_alloc(size_t n, size_t size)
 {
-	return kvcalloc(n, size, GFP_KERNEL);
+	return kvcalloc(n, size, GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL |
+				 __GFP_NOWARN);
 }
 
 static inline void tm_table_free(void *table)

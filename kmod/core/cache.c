@@ -26,7 +26,7 @@ int tm_cache_init(struct tm_cache *cache, const struct tm_cache_config *config,
 		return -EINVAL;
 	cache->max_blocks = config->max_tokens / geo->block_tokens +
 			    !!(config->max_tokens % geo->block_tokens);
-	/* Factors of 16 and 4 bits beside one of 32. */
+	/* Below 2^53. */
 	entries = (u64)config->max_seqs * geo->nr_groups * cache->max_blocks;
 	if (entries > TM_CACHE_MAX_ENTRIES)
 		return -EINVAL;
@@ -185,16 +185,6 @@ static void tm_cache_count_unpacked(struct tm_cache *cache, u32 block)
 	cache->packed--;
 	cache->packed_pages -= cache->pool.blocks[block].pages;
 	cache->unpacked_pages -= tm_cache_full_pages(cache, block);
-}
-
-/* There is room. */
-static void tm_cache_make_whole(struct tm_cache *cache, u32 block)
-{
-	if (tm_cache_cached(cache, block))
-		cache->cached_pages += tm_cache_lost_pages(cache, block);
-	tm_cache_count_unpacked(cache, block);
-	tm_warn_on(tm_kv_regrow(&cache->pool, (struct tm_kv_block){ block }));
-	cache->stats.unpacks++;
 }
 
 static void tm_cache_free(struct tm_cache *cache, u32 block)
@@ -982,6 +972,15 @@ static int tm_cache_adoptable(const struct tm_cache *cache, u32 place, u32 index
 	return err;
 }
 
+/* Whether a sequence has a block that a state can be copied to. */
+static bool tm_cache_has_whole_state(const struct tm_cache *cache, u32 place,
+				     u32 group)
+{
+	u32 block = *tm_cache_entry(cache, place, group, 0);
+
+	return block != TM_NONE && !tm_cache_lost_pages(cache, block);
+}
+
 int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 		   const struct tm_hash *hash, u32 tokens, bool evict,
 		   struct tm_cache_copies *copies)
@@ -989,8 +988,8 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 	u32 place = tm_cache_find(cache, id);
 	u32 nr_groups = cache->pool.geo.nr_groups;
 	u32 block_tokens = cache->pool.geo.block_tokens;
-	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
 	struct tm_cache_need need = { 0 };
+	u32 from[TM_KV_GROUPS];
 	u32 length;
 	int err;
 
@@ -1016,11 +1015,9 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 		if (from[g] == TM_NONE)
 			continue;
 		tm_cache_get(cache, from[g]);
-		to[g] = tm_cache_is_state(cache, g) ?
-			*tm_cache_entry(cache, place, g, 0) : TM_NONE;
-		if (to[g] != TM_NONE)
-			need.pages += tm_cache_lost_pages(cache, to[g]);
-		else if (tm_cache_is_state(cache, g) || tokens < block_tokens)
+		if (tm_cache_is_state(cache, g) ?
+		    !tm_cache_has_whole_state(cache, place, g) :
+		    tokens < block_tokens)
 			tm_cache_need(cache, &need, g, 1);
 	}
 	err = tm_cache_make_room(cache, &need, evict, TM_NONE);
@@ -1034,24 +1031,25 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 	cache->seqs[place].length = length;
 	copies->nr = 0;
 	for (u32 g = 0; g < nr_groups; g++) {
-		u32 at = tm_cache_is_state(cache, g) ? 0 : index;
+		bool state = tm_cache_is_state(cache, g);
+		u32 at = state ? 0 : index;
 		u32 *entry = tm_cache_entry(cache, place, g, at);
+		u32 old = *entry;
 
 		if (from[g] == TM_NONE)
 			continue;
-		if (!tm_cache_is_state(cache, g) && tokens == block_tokens) {
-			if (*entry != TM_NONE)
-				tm_cache_put(cache, *entry);
+		if (!state && tokens == block_tokens) {
 			*entry = from[g];
-			continue;
+		} else {
+			if (state && tm_cache_has_whole_state(cache, place, g))
+				old = TM_NONE;
+			else
+				*entry = tm_cache_new(cache, g);
+			tm_cache_copy(cache, copies, g, at, from[g], *entry);
+			tm_cache_put(cache, from[g]);
 		}
-		/* A sequence that is not empty has a block for its state. */
-		if (to[g] == TM_NONE)
-			*entry = tm_cache_new(cache, g);
-		else if (tm_cache_lost_pages(cache, to[g]))
-			tm_cache_make_whole(cache, to[g]);
-		tm_cache_copy(cache, copies, g, at, from[g], *entry);
-		tm_cache_put(cache, from[g]);
+		if (old != TM_NONE)
+			tm_cache_put(cache, old);
 	}
 	return 0;
 }
@@ -1120,6 +1118,10 @@ int tm_cache_unpack(struct tm_cache *cache, struct tm_kv_block block,
 	err = tm_cache_make_room(cache, &need, evict, block.v);
 	if (err)
 		return err;
-	tm_cache_make_whole(cache, block.v);
+	if (tm_cache_cached(cache, block.v))
+		cache->cached_pages += need.pages;
+	tm_cache_count_unpacked(cache, block.v);
+	tm_warn_on(tm_kv_regrow(&cache->pool, block));
+	cache->stats.unpacks++;
 	return 0;
 }

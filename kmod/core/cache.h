@@ -40,8 +40,8 @@
 
 /* Most sequences: a name has 16 bits for the place and 16 for how often it was used. */
 #define TM_CACHE_MAX_SEQS	65535
-/* Most entries of all tables together: 256 MiB of them. */
-#define TM_CACHE_MAX_ENTRIES	(1u << 26)
+/* Most entries of all tables together: 64 MiB of them. */
+#define TM_CACHE_MAX_ENTRIES	(1u << 24)
 
 /* An open sequence: place | generation << 16, never 0. */
 struct tm_seq_id {
@@ -157,7 +157,8 @@ struct tm_cache {
 
 /*
  * Context: may sleep; no lock. Return: 0, -EINVAL for 0 or too many tokens, sequences
- * or table entries, or fewer chunks than one block of each group takes; -ENOMEM.
+ * or table entries, another number of events, more chunks than a link can name, or fewer
+ * than one block of each group takes; -ENOMEM.
  */
 int __must_check tm_cache_init(struct tm_cache *cache,
 			       const struct tm_cache_config *config,
@@ -408,8 +409,8 @@ int __must_check tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
  * Before: remove the mappings of what is replaced, and of what leaves a window as for
  * tm_cache_extend(). In a window group that no longer has @index nothing is done. A
  * state is needed where the sequence ends with the block afterwards: the one
- * published under @hash is copied into its own, which is whole again if it was
- * packed. With a state @tokens must be all.
+ * published under @hash is copied to its own block, or to a new one in place of a
+ * packed one. With a state @tokens must be all.
  *
  * Return: 0, -ENOENT, -EINVAL for another index, 0 or too many tokens, or too few for a
  * state, -ERANGE for more than max_tokens, -ENODATA when a group does not have the

@@ -350,7 +350,7 @@ def test_demo(run: Run, fake: FakeDevice) -> None:
     assert weights[1:3] == ["chunk", "1"]
     assert weights[-2:] == ["1", "4"]
     assert [row[1] for row in rows if row[:1] == ["activations"]] == ["buddy", "slab"]
-    assert next(row for row in rows if row[:1] == ["kv"])[1:3] == ["buddy", "8"]
+    assert next(row for row in rows if row[:1] == ["kv"])[1:3] == ["kv", "1"]
     assert "verdict      equal: all 100 tokens" in report
     assert "tokens/s on tensormem" in report
     assert "chunk pool   chunks: 12 used, 5 ready, of 256 (512 MiB)" in report

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from importlib.resources import files
@@ -14,9 +15,19 @@ import numpy.typing as npt
 import pytest
 
 from fake import FakeDevice
-from tensormem import Client, errors, safetensors
+from fakekv import FakeKV
+from tensormem import Client, abi, errors, safetensors
 from tensormem.demo import run
-from tensormem.demo.model import Config, Decoder, HeapMemory, decode, encode
+from tensormem.demo.model import (
+    ArrayKV,
+    Config,
+    Decoder,
+    HeapMemory,
+    Memory,
+    Model,
+    decode,
+    encode,
+)
 
 FOLDER = Path(str(files("tensormem.demo")))
 TEXT = run.text()
@@ -124,18 +135,114 @@ def test_forward_against_the_textbook(kv_heads: int, tied: bool) -> None:
     assert np.abs(expected).max() > 1, "the comparison would say nothing"
 
 
-@pytest.mark.parametrize("parts", [[1] * 13, [5, 8], [12, 1], [1, 11, 1]])
-def test_cached_decode_equals_full_recompute(parts: list[int]) -> None:
-    weights = random_weights(SMALL)
-    tokens = np.random.default_rng(2).integers(0, SMALL.vocab, 13)
-    whole = Decoder(weights, SMALL, HeapMemory()).forward(tokens).copy()
-    decoder = Decoder(weights, SMALL, HeapMemory())
-    rows, begin = [], 0
+def full_width() -> tuple[Weights, Config]:
+    """The widths of the demo model: those for which BLAS rounds by the number of rows."""
+    c = Config(context=160)
+    return random_weights(c), c
+
+
+def logits_of(decoder: Decoder, tokens: npt.NDArray[Any], parts: list[int]) -> npt.NDArray[Any]:
+    rows, begin = [], decoder.length
     for part in parts:
         rows.append(decoder.forward(tokens[begin : begin + part]).copy())
         begin += part
         assert decoder.length == begin
-    np.testing.assert_allclose(np.concatenate(rows), whole, rtol=1e-4, atol=1e-5)
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("shape", ["small", "full"])
+@pytest.mark.parametrize("parts", [[1] * 29, [5, 8, 16], [28, 1], [1, 27, 1]])
+def test_passes_make_no_difference(parts: list[int], shape: str) -> None:
+    weights, c = (random_weights(SMALL), SMALL) if shape == "small" else full_width()
+    tokens = np.random.default_rng(2).integers(0, c.vocab, 29)
+    whole = Decoder(weights, c, HeapMemory())
+    expected = logits_of(whole, tokens, [29])
+    decoder = Decoder(weights, c, HeapMemory())
+    np.testing.assert_array_equal(logits_of(decoder, tokens, parts), expected)
+    for layer in range(c.layers):
+        np.testing.assert_array_equal(decoder.kv.k(layer), whole.kv.k(layer))
+        np.testing.assert_array_equal(decoder.kv.v(layer), whole.kv.v(layer))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_company_makes_no_difference(seed: int) -> None:
+    """Random batches of five sequences, each against itself alone: bit for bit."""
+    weights, c = full_width()
+    rng = np.random.default_rng(seed)
+    tokens = [rng.integers(0, c.vocab, n) for n in (3, 40, 65, 90, 160)]
+    alone = [logits_of(Decoder(weights, c, HeapMemory()), t, [1] * len(t)) for t in tokens]
+    model = Model(weights, c, HeapMemory())
+    caches = [ArrayKV(c, HeapMemory()) for _ in tokens]
+    found: list[list[npt.NDArray[Any]]] = [[] for _ in tokens]
+    sizes: set[int] = set()
+    while any(kv.length < len(t) for kv, t in zip(caches, tokens, strict=True)):
+        room, batch = Model.ROWS, []
+        for i in rng.permutation(len(tokens)):
+            left = len(tokens[i]) - caches[i].length
+            n = int(min(left, room, rng.choice([0, 1, 1, 2, 7, 32])))
+            if n:
+                begin = caches[i].length
+                caches[i].extend(n)
+                batch.append((i, tokens[i][begin : begin + n]))
+                room -= n
+        if not batch:
+            continue
+        logits, row = model.step([(caches[i], part) for i, part in batch]), 0
+        assert len(logits) == Model.ROWS - room
+        sizes.add(len(batch))
+        for i, part in batch:
+            found[i].append(logits[row : row + len(part)].copy())
+            row += len(part)
+    for rows, expected in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(np.concatenate(rows), expected)
+    assert {1, 2, 3} <= sizes
+
+
+class Counted(ArrayKV):
+    """Remembers what it was extended by."""
+
+    def __init__(self, config: Config, memory: Memory) -> None:
+        super().__init__(config, memory)
+        self.extended: list[int] = []
+
+    def extend(self, tokens: int) -> int:
+        self.extended.append(tokens)
+        return super().extend(tokens)
+
+
+def test_resume_behind_a_prefix() -> None:
+    weights, c = full_width()
+    prompt = np.random.default_rng(3).integers(0, c.vocab, 50)
+    first = Decoder(weights, c, HeapMemory())
+    expected = list(first.generate(prompt, 9))
+    for matched in (1, 32, 49):
+        kv = Counted(c, HeapMemory())
+        kv.extend(matched)
+        for layer in range(c.layers):
+            kv.k(layer)[:] = first.kv.k(layer)[:matched]
+            kv.v(layer)[:] = first.kv.v(layer)[:matched]
+        decoder = Decoder(weights, c, HeapMemory(), kv=kv)
+        assert list(decoder.generate(prompt, 9)) == expected
+        whole, rest = divmod(50 - matched, Model.ROWS)
+        assert kv.extended == [matched, *([Model.ROWS] * whole), rest, *([1] * 8)]
+    with pytest.raises(ValueError, match="the sequence has 58 tokens, the prompt 50"):
+        next(decoder.generate(prompt, 9))
+
+
+def test_the_arrays_are_read_where_they_lie() -> None:
+    """Attention is over the arrays of the KV: what is written there shows, and not later."""
+    c = SMALL
+    decoder = Decoder(random_weights(c), c, HeapMemory())
+    tokens = [3, 1, 4, 1, 5]
+    expected = decoder.forward(tokens).copy()
+    decoder.kv.truncate(4)
+    decoder.kv.v(1)[2] += 1.0
+    changed = decoder.forward(tokens[4:])[0].copy()
+    assert (changed != expected[4]).any()
+    decoder.kv.truncate(4)
+    decoder.kv.v(1)[2] -= 1.0
+    decoder.kv.k(0)[1] *= 0.0
+    assert (decoder.forward(tokens[4:])[0] != expected[4]).any()
 
 
 def test_generated_text_equals_full_recompute(b: tuple[Weights, Config, dict[str, str]]) -> None:
@@ -151,14 +258,16 @@ def test_generated_text_equals_full_recompute(b: tuple[Weights, Config, dict[str
 def test_reset_forgets() -> None:
     decoder = Decoder(random_weights(SMALL), SMALL, HeapMemory())
     first = list(decoder.generate([1, 2, 3], 10))
+    decoder.reset()
     list(decoder.generate([9, 8], 10))
+    decoder.reset()
     assert list(decoder.generate([1, 2, 3], 10)) == first
 
 
 def test_a_long_prompt_goes_in_several_passes() -> None:
     weights = random_weights(SMALL)
     prompt = np.random.default_rng(4).integers(0, SMALL.vocab, 35)
-    assert len(prompt) > Decoder.BLOCK
+    assert len(prompt) > Model.ROWS
     expected = int(np.argmax(plain_forward(weights, SMALL, prompt)[-1]))
     assert Decoder(weights, SMALL, HeapMemory()).prefill(prompt) == expected
 
@@ -190,6 +299,7 @@ def test_the_context_is_a_bound() -> None:
         decoder.forward([1])
     with pytest.raises(ValueError, match="context"):
         list(decoder.generate([1] * 30, 11))
+    decoder.reset()
     assert len(list(decoder.generate([1] * 30, 10))) == 10
     with pytest.raises(ValueError, match="empty"):
         decoder.prefill([])
@@ -233,23 +343,77 @@ def test_kv_and_scratch_come_from_the_provider_once() -> None:
     before = len(memory.asked)
     list(decoder.generate([1, 2], 5))
     assert len(memory.asked) == before, "nothing is allocated while generating"
+    memory.asked.clear()
+    Decoder(random_weights(SMALL), SMALL, memory, kv=decoder.kv)
+    assert {kind for kind, _ in memory.asked} == {"activations"}
 
 
 def test_hot_arrays_are_written_in_place() -> None:
-    decoder = Decoder(random_weights(SMALL), SMALL, HeapMemory())
-    constant = {"cos", "sin", "mask"}
-    for name, array in decoder.arrays.items():
-        if name not in constant:
+    kv = ArrayKV(SMALL, HeapMemory())
+    decoder = Decoder(random_weights(SMALL), SMALL, HeapMemory(), kv=kv)
+    scratch = decoder.model.arrays
+    for name, array in (scratch | kv.arrays).items():
+        if name not in ("cos", "sin"):
             array.fill(np.nan)
     logits = decoder.forward([1, 2, 3])
-    assert np.shares_memory(logits, decoder.arrays["logits"])
-    for name, array in decoder.arrays.items():
+    assert np.shares_memory(logits, scratch["logits"])
+    for name, array in scratch.items():
         assert not np.isnan(array).all(), f"{name} is never used"
-    for i in range(SMALL.layers):
-        for which in ("keys", "values"):
-            cache = decoder.arrays[f"{which}.{i}"]
-            assert not np.isnan(cache[:, :3]).any()
-            assert np.isnan(cache[:, 3:]).all(), "wrote past the sequence"
+    assert len(kv.arrays) == 2 * SMALL.layers
+    for cache in kv.arrays.values():
+        assert not np.isnan(cache[:3]).any()
+        assert np.isnan(cache[3:]).all(), "wrote past the sequence"
+    assert not np.isnan(logits).any()
+
+
+class Grudging(ArrayKV):
+    """Has no room beyond some length."""
+
+    def extend(self, tokens: int) -> int:
+        if self.length + tokens > 34:
+            raise errors.PoolExhausted
+        return super().extend(tokens)
+
+
+def test_no_room_leaves_the_sequence() -> None:
+    decoder = Decoder(random_weights(SMALL), SMALL, HeapMemory(), kv=Grudging(SMALL, HeapMemory()))
+    decoder.forward([1])
+    with pytest.raises(errors.PoolExhausted):
+        decoder.prefill([2] * 36)
+    assert decoder.length == 1
+    expected = decoder.prefill([2] * 33)
+    assert decoder.length == 34
+    with pytest.raises(errors.PoolExhausted):
+        decoder.forward([expected])
+    assert decoder.length == 34
+
+
+def test_array_kv_refuses() -> None:
+    kv = ArrayKV(SMALL, HeapMemory())
+    for bad in (0, -1, 41):
+        with pytest.raises(ValueError, match="in a context of 40"):
+            kv.extend(bad)
+    assert kv.extend(40) == 40
+    for bad in (-1, 41):
+        with pytest.raises(ValueError, match="40 tokens, not"):
+            kv.truncate(bad)
+    assert kv.length == 40
+
+
+def test_step_refuses() -> None:
+    model = Model(random_weights(SMALL), SMALL, HeapMemory())
+    kv, other = ArrayKV(SMALL, HeapMemory()), ArrayKV(SMALL, HeapMemory())
+    kv.extend(20)
+    other.extend(20)
+    for batch, words in (
+        ([], "0 tokens"),
+        ([(kv, [1]), (other, [])], "1 tokens"),
+        ([(kv, [1] * 20), (other, [1] * 13)], "33 tokens"),
+        ([(kv, [1] * 21)], "tokens -1 to 20"),
+        ([(kv, [1]), (other, [50])], "vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.step(batch)
 
 
 def test_run_puts_everything_on_the_client() -> None:
@@ -262,7 +426,7 @@ def test_run_puts_everything_on_the_client() -> None:
         assert result.text == decode(seen)
         assert [(h.kind, h.pool) for h in result.holdings] == [
             ("weights", "chunk"),
-            ("kv", "buddy"),
+            ("kv", "kv"),
             ("activations", "buddy"),
             ("activations", "slab"),
         ]
@@ -271,14 +435,19 @@ def test_run_puts_everything_on_the_client() -> None:
         assert size - 8192 < held["weights"].size <= size + 64 * 50
         assert held["weights"].tensors == 1
         assert (held["weights"].chunks, held["weights"].runs) == (1, 4)
-        c = result.config
-        assert held["kv"].tensors == 2 * c.layers
-        assert held["kv"].size == 2 * c.layers * c.kv_heads * c.context * c.head_dim * 4
+        # the last token is not computed any more
+        length, each = len(encode(run.PROMPT)) + 5, run.token_bytes(result.config)
+        (kv,) = device.caches.values()
+        blocks = -(-length // kv.state.block_tokens)
+        assert (held["kv"].tensors, held["kv"].size) == (1, length * each)
+        assert (held["kv"].chunks, held["kv"].runs) == (0, blocks)
+        assert held["kv"].held == blocks * kv.state.block_tokens * each
         assert sum(h.tensors for h in result.holdings[2:]) > 10
         assert sum(h.held for h in result.holdings) >= sum(h.size for h in result.holdings)
         assert result.speed > 0
         assert result.numpy_speed > 0
         assert not device.tensors, "all of it is released afterwards"
+        assert kv.fd == -1
 
 
 def test_run_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,15 +476,48 @@ def test_run_refuses_what_does_not_fit(prompt: str, count: int) -> None:
     assert not device.tensors
 
 
-def test_run_out_of_memory_leaves_nothing() -> None:
-    # beyond it is the first time weights, then KV, then activations
-    for quota in (1 << 20, 3 << 20, 3600 << 10):
-        device = FakeDevice(quota=quota)
-        with Client(device) as client:
-            with pytest.raises(errors.QuotaExceeded) as info:
-                run.run(client, count=3)
-            del info
-            assert not device.tensors
+@pytest.mark.parametrize("quota", [1 << 20, 3 << 20])
+def test_run_out_of_memory_leaves_nothing(quota: int) -> None:
+    # beyond it are the weights, and then the activations
+    device = FakeDevice(quota=quota)
+    with Client(device) as client:
+        with pytest.raises(errors.QuotaExceeded) as info:
+            run.run(client, count=3)
+        del info
+        assert not device.tensors
+        assert all(kv.fd == -1 for kv in device.caches.values())
+
+
+class Refusing(FakeDevice):
+    """Its KV caches refuse one call."""
+
+    def __init__(self, call: int, number: int) -> None:
+        super().__init__()
+        self.refused = {call: number}
+
+    def other(self, fd: int) -> FakeKV:
+        kv = super().other(fd)
+        kv.fail = self.refused
+        return kv
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "expected"),
+    [
+        (abi.IOC_KV_OPEN, errno.ENOMEM, errors.OutOfMemory),
+        (abi.IOC_KV_EXTEND, errno.ENOSPC, errors.CacheFull),
+    ],
+)
+def test_run_without_kv_leaves_nothing(
+    call: int, number: int, expected: type[errors.TensormemError]
+) -> None:
+    device = Refusing(call, number)
+    with Client(device) as client:
+        with pytest.raises(expected) as info:
+            run.run(client, count=3)
+        del info
+        assert not device.tensors
+        assert [kv.fd for kv in device.caches.values()] == [-1]
 
 
 # -- what it says ------------------------------------------------------------------------
@@ -348,7 +550,9 @@ def test_b_continues_the_text_verbatim(b: tuple[Weights, Config, dict[str, str]]
     assert TEXT.startswith(run.PROMPT)
     found = decode(list(decoder.generate(encode(run.PROMPT), 200)))
     assert found == TEXT[len(run.PROMPT) :][:200]
+    decoder.reset()
     assert found == decode(list(decoder.generate(encode(run.PROMPT), 200)))
+    decoder.reset()
     middle = "The next heavy rain came in April."
     found = decode(list(decoder.generate(encode(middle), 100)))
     assert found == TEXT[TEXT.index(middle) + len(middle) :][:100]

@@ -16,10 +16,11 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, system
-from .demo import CHECKPOINTS, PROMPT, TOKENS
+from .demo import CHECKPOINTS, PROMPT, REQUESTS, TOKENS
 from .units import format_quota, format_size, parse_size
 
 if TYPE_CHECKING:
+    from .demo.requests import Moment, Report, Trace
     from .demo.run import Holding, Result
 
 __all__ = ["cli", "main"]
@@ -467,13 +468,7 @@ class _Printer:
 
 
 @cli.command()
-@click.option(
-    "--tokens",
-    type=click.IntRange(1),
-    default=TOKENS,
-    show_default=True,
-    help="Tokens to generate.",
-)
+@click.option("--tokens", type=click.IntRange(1), help=f"Tokens to generate.  [default: {TOKENS}]")
 @click.option("--prompt", help="Text to continue.  [default: the beginning of the story]")
 @click.option(
     "--checkpoint",
@@ -482,14 +477,31 @@ class _Printer:
     show_default=True,
     help="Early (a) or final (b) weights of one training run.",
 )
+@click.option(
+    "--requests",
+    type=click.IntRange(1, REQUESTS),
+    metavar="N",
+    help=f"Serve N requests of a trace instead, at most {REQUESTS}, from one KV cache.",
+)
 @json_option
-def demo(tokens: int, prompt: str | None, checkpoint: str, as_json: bool) -> None:
+def demo(
+    tokens: int | None, prompt: str | None, checkpoint: str, requests: int | None, as_json: bool
+) -> None:
     """Run a small language model on memory from the module.
 
-    Weights, KV cache and activations are tensors. The model continues a text, then
-    does so again on ordinary numpy memory, and both must agree token for token:
-    exit code 1 if they do not.
+    Weights and activations are tensors, keys and values a sequence of a KV cache. The
+    model continues a text, then does so again on ordinary numpy memory, and both must
+    agree token for token: exit code 1 if they do not.
+
+    With --requests it serves many conversations from a pool that holds four
+    sequences of full length, and says what sharing, eviction and forks make of that. Numpy
+    answers each request alone, and must answer the same.
     """
+    if requests is not None:
+        if tokens is not None or prompt is not None:
+            raise click.UsageError("the trace has its own prompts: --requests goes without")
+        _demo_requests(requests, checkpoint, as_json)
+        return
     from . import client as client_module
     from .demo import run
 
@@ -509,7 +521,7 @@ def demo(tokens: int, prompt: str | None, checkpoint: str, as_json: bool) -> Non
             client,
             checkpoint=checkpoint,
             prompt=prompt,
-            count=tokens,
+            count=TOKENS if tokens is None else tokens,
             each=None if as_json else each,
         )
         if as_json:
@@ -591,6 +603,93 @@ def _demo_report(result: Result, page: int) -> None:
             f"  verdict      {verdict} at token {where} of {count}: {result.tokens[where]} here,"
             f" {result.expected[where]} on numpy memory"
         )
+
+
+def _demo_requests(count: int, checkpoint: str, as_json: bool) -> None:
+    from . import client as client_module
+    from .demo import requests
+
+    trace = requests.trace(count)
+    with client_module.open() as client:
+        if as_json:
+            report = requests.replay(client, trace, checkpoint=checkpoint)
+            emit(_requests_document(report, trace))
+        else:
+            # on the device and on numpy memory
+            work = 2 * sum(request.tokens for request in trace.requests)
+            with click.progressbar(length=work, label="serving", file=sys.stderr) as bar:
+                report = requests.replay(client, trace, checkpoint=checkpoint, each=bar.update)
+            _requests_report(report)
+    if report.different:
+        click.get_current_context().exit(1)
+
+
+def _requests_document(report: Report, trace: Trace) -> dict[str, Any]:
+    from .demo.model import decode
+
+    def moment(m: Moment) -> dict[str, Any]:
+        return {**asdict(m), "per_sequence": asdict(m.per_sequence())}
+
+    fields = asdict(report)
+    sequences = fields.pop("sequences")
+    return {
+        **fields,
+        "hit_rate": report.hit_rate,
+        "peak": moment(report.peak),
+        "mean": moment(report.mean),
+        "against_contiguous": report.against_contiguous,
+        "against_private": report.against_private,
+        "ms_per_token": {
+            "tensormem": 1000 * report.seconds / report.generated,
+            "numpy": 1000 * report.alone / report.generated,
+        },
+        "equal": not report.different,
+        "answers": {r.name: decode(sequences[r.name][-r.tokens :]) for r in trace.requests},
+    }
+
+
+def _requests_report(report: Report) -> None:
+    info, n = report.info, report.requests
+    whole = report.max_tokens // report.block_tokens * report.block_bytes
+    click.echo(
+        f"{n} requests from one KV cache: a pool of {format_size(info.limit)},"
+        f" blocks of {report.block_tokens} tokens ({format_size(report.block_bytes)})\n"
+    )
+    rows: list[Sequence[str]] = [("KV memory", "at peak", "a sequence", "mean", "a sequence")]
+    for what, name in (
+        ("contiguous", "contiguous"),
+        ("private blocks", "private"),
+        ("tensormem", "held"),
+        ("  and cached", "cached"),
+    ):
+        cells = []
+        for m in (report.peak, report.mean):
+            cells += [getattr(m, name), getattr(m.per_sequence(), name)]
+        rows.append((what, *(format_size(round(cell)) for cell in cells)))
+    for line in table(rows):
+        click.echo(line)
+    click.echo()
+    ours, theirs = (1000 * seconds / report.generated for seconds in (report.seconds, report.alone))
+    facts = {
+        "memory": f"{report.against_contiguous:.2f} of contiguous,"
+        f" {report.against_private:.2f} of private blocks, on average",
+        "at once": f"{report.most} requests at most; {info.limit // whole} would fit contiguous",
+        "prefixes": f"{report.matched} of {report.asked} tokens found ({report.hit_rate:.1%}),"
+        f" {report.forked} more by {report.forks} forks",
+        "computed": f"{report.computed} tokens, {report.recomputed} of them again",
+        "blocks": f"{info.evictions} evicted, {info.copies} copied, {info.packs} packed",
+        "put back": f"{report.preempted} requests, because the pool was full",
+        "time": f"{ours:.1f} ms for each of {report.generated} tokens;"
+        f" {theirs:.1f} ms on numpy, each alone",
+    }
+    for what, words in facts.items():
+        click.echo(f"  {what:<11}  {words}")
+    if not report.different:
+        verdict = click.style("equal", fg="green", bold=True)
+        click.echo(f"  verdict      {verdict}: all {n} answers are those of numpy, each alone")
+    else:
+        verdict = click.style("DIFFERENT", fg="red", bold=True)
+        click.echo(f"  verdict      {verdict}: {', '.join(report.different)}")
 
 
 # -- completion ------------------------------------------------------------------------

@@ -9,3 +9,6 @@ PROMPT = "The board lived in a grey box"
 
 #: Tokens (bytes) it generates unless told otherwise.
 TOKENS = 128
+
+#: Requests of the trace.
+REQUESTS = 32

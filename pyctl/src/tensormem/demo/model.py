@@ -6,9 +6,19 @@ half-split heads, grouped-query attention, SwiGLU, and an embedding that is also
 the output matrix unless the file has one of its own. The tensor names are the
 usual ones (``model.layers.0.self_attn.q_proj.weight``). A token is a byte.
 
-Every array that lives longer than one operation comes from a :class:`Memory`:
-keys and values as ``kv``, scratch as ``activations``. The operations write with
-``out=``, so that the hot arrays really are where the provider put them.
+A :class:`Model` has weights and scratch and no sequence. Keys and values are in a
+:class:`KV`, one for each sequence, and are read where they lie: nothing is gathered
+and nothing copied. One pass takes tokens of any number of sequences.
+
+What comes out for a token does not depend, to the last bit, on which other tokens
+were in its pass or in the passes before. BLAS rounds differently for different numbers of
+rows, so every row goes through the weights by itself (one call for all of them), and
+attends by itself to as many keys as there are before it. Hence a prefix that another
+sequence has computed is the one that this sequence would have computed.
+
+Every array that lives longer than one operation comes from a :class:`Memory`.
+The operations write with ``out=``, so that the hot arrays really are where the provider
+put them.
 """
 
 from __future__ import annotations
@@ -21,9 +31,20 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Config", "Decoder", "HeapMemory", "Memory", "decode", "encode"]
+__all__ = [
+    "KV",
+    "ArrayKV",
+    "Config",
+    "Decoder",
+    "HeapMemory",
+    "Memory",
+    "Model",
+    "decode",
+    "encode",
+]
 
 Floats = npt.NDArray[np.float32]
+Tokens = Sequence[int] | npt.NDArray[Any]
 
 
 class Memory(Protocol):
@@ -107,35 +128,105 @@ def decode(tokens: Sequence[int] | npt.NDArray[Any]) -> str:
     return bytes(int(t) for t in tokens).decode("utf-8", errors="replace")
 
 
-class Decoder:
-    """One model with one sequence.
+class KV(Protocol):
+    """The keys and values of one sequence; ``tensormem.KVSequence`` is one."""
+
+    @property
+    def length(self) -> int:
+        """Tokens it has."""
+        ...
+
+    def extend(self, tokens: int) -> int:
+        """Make room for more tokens and return how many it has then."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Drop all tokens but the first ``length``."""
+        ...
+
+    def k(self, layer: int) -> npt.NDArray[Any]:
+        """Return the keys of a layer, of shape (length, kv_heads, head_dim)."""
+        ...
+
+    def v(self, layer: int) -> npt.NDArray[Any]:
+        """Return the values, likewise."""
+        ...
+
+
+class ArrayKV:
+    """Keys and values in arrays as long as the context, from the start.
+
+    Attributes:
+        arrays: all of them, by name.
+    """
+
+    def __init__(self, config: Config, memory: Memory) -> None:
+        """Take the arrays (``kv``) from the provider."""
+        self.length = 0
+        self.arrays: dict[str, Floats] = {}
+        self._context = config.context
+        shape = (config.context, config.kv_heads, config.head_dim)
+        for name in ("keys", "values"):
+            for i in range(config.layers):
+                self.arrays[f"{name}.{i}"] = memory.empty(shape, np.float32, kind="kv")
+
+    def extend(self, tokens: int) -> int:
+        """Make room for more tokens and return how many there are then.
+
+        Raises:
+            ValueError: none, or more than the context has room for.
+        """
+        if not 0 < tokens <= self._context - self.length:
+            raise ValueError(f"{self.length} + {tokens} tokens in a context of {self._context}")
+        self.length += tokens
+        return self.length
+
+    def truncate(self, length: int) -> None:
+        """Drop all tokens but the first ``length``.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"there are {self.length} tokens, not {length}")
+        self.length = length
+
+    def k(self, layer: int) -> Floats:
+        """Return the keys of a layer."""
+        return self.arrays[f"keys.{layer}"][: self.length]
+
+    def v(self, layer: int) -> Floats:
+        """Return the values of a layer."""
+        return self.arrays[f"values.{layer}"][: self.length]
+
+
+class Model:
+    """Weights and scratch, for any number of sequences.
 
     Attributes:
         config: the shape.
-        length: tokens in the KV cache.
         arrays: every array taken from the memory provider, by name.
     """
 
-    #: Tokens that one pass takes at most; a longer prompt goes in several.
-    BLOCK = 32
+    #: Tokens that one pass takes at most, of all its sequences together.
+    ROWS = 32
 
     def __init__(
         self, weights: Mapping[str, npt.NDArray[Any]], config: Config, memory: Memory
     ) -> None:
-        """Check the weights and take KV cache and scratch from the provider.
+        """Check the weights and take scratch from the provider.
 
         Args:
             weights: name -> float32 array; they are used in place, not copied.
             config: the shape they must have.
-            memory: where KV cache (``kv``) and scratch (``activations``) come from.
+            memory: where scratch (``activations``) comes from.
 
         Raises:
             ValueError: a weight is missing or has another shape or dtype.
         """
         self.config = c = config
-        self.length = 0
         self.arrays: dict[str, npt.NDArray[Any]] = {}
-        q_dim, kv_dim, half = c.dim, c.kv_heads * c.head_dim, c.head_dim // 2
+        kv_dim, half = c.kv_heads * c.head_dim, c.head_dim // 2
         self._group = c.heads // c.kv_heads
 
         def weight(name: str, *shape: int) -> Floats:
@@ -161,10 +252,10 @@ class Decoder:
             self._layers.append(
                 {
                     "norm1": weight(p + "input_layernorm.weight", c.dim),
-                    "q": weight(p + "self_attn.q_proj.weight", q_dim, c.dim).T,
+                    "q": weight(p + "self_attn.q_proj.weight", c.dim, c.dim).T,
                     "k": weight(p + "self_attn.k_proj.weight", kv_dim, c.dim).T,
                     "v": weight(p + "self_attn.v_proj.weight", kv_dim, c.dim).T,
-                    "o": weight(p + "self_attn.o_proj.weight", c.dim, q_dim).T,
+                    "o": weight(p + "self_attn.o_proj.weight", c.dim, c.dim).T,
                     "norm2": weight(p + "post_attention_layernorm.weight", c.dim),
                     "gate": weight(p + "mlp.gate_proj.weight", c.ffn, c.dim).T,
                     "up": weight(p + "mlp.up_proj.weight", c.ffn, c.dim).T,
@@ -172,93 +263,111 @@ class Decoder:
                 }
             )
 
-        def array(kind: str, name: str, *shape: int) -> Floats:
-            self.arrays[name] = result = memory.empty(shape, np.float32, kind=kind)
+        def array(name: str, *shape: int) -> Floats:
+            result = memory.empty(shape, np.float32, kind="activations")
+            self.arrays[name] = result
             return result
 
-        b = self.BLOCK
-        self._keys, self._values = [], []
-        for i in range(c.layers):
-            shape = (c.kv_heads, c.context, c.head_dim)
-            self._keys.append(array("kv", f"keys.{i}", *shape))
-            self._values.append(array("kv", f"values.{i}", *shape))
-        use = "activations"
-        self._x = array(use, "residual", b, c.dim)
-        self._h = array(use, "normed", b, c.dim)
-        self._t = array(use, "scratch", b, c.dim)
-        self._scale = array(use, "norm_scale", b, 1)
-        self._q = array(use, "queries", b * q_dim)
-        self._qr = array(use, "queries_rotated", b * q_dim)
-        self._kn = array(use, "new_keys", b, kv_dim)
-        self._vn = array(use, "new_values", b, kv_dim)
-        self._rot = array(use, "rotary_scratch", b * q_dim // 2)
-        self._att = array(use, "attention", c.heads * b * c.context)
-        self._att_max = array(use, "attention_norm", c.heads * b)
-        self._ctx = array(use, "context", b * q_dim)
-        self._gate = array(use, "gate", b, c.ffn)
-        self._up = array(use, "up", b, c.ffn)
-        self._sig = array(use, "sigmoid", b, c.ffn)
-        self._logits = array(use, "logits", b, c.vocab)
-        self._cos = array(use, "cos", c.context, half)
-        self._sin = array(use, "sin", c.context, half)
-        self._mask = array(use, "mask", b, b)
+        b = self.ROWS
+        self._x = array("residual", b, c.dim)
+        self._h = array("normed", b, c.dim)
+        self._t = array("scratch", b, c.dim)
+        self._scale = array("norm_scale", b, 1)
+        self._q = array("queries", b, c.heads, c.head_dim)
+        self._qr = array("queries_rotated", b, c.heads, c.head_dim)
+        self._k = array("new_keys", b, c.kv_heads, c.head_dim)
+        self._kr = array("new_keys_rotated", b, c.kv_heads, c.head_dim)
+        self._v = array("new_values", b, c.kv_heads, c.head_dim)
+        self._rot = array("rotary_scratch", b, c.heads, half)
+        self._att = array("attention", c.heads * c.context)
+        self._att_norm = array("attention_norm", c.kv_heads, self._group, 1)
+        self._ctx = array("context", b, c.dim)
+        self._gate = array("gate", b, c.ffn)
+        self._up = array("up", b, c.ffn)
+        self._sig = array("sigmoid", b, c.ffn)
+        self._logits = array("logits", b, c.vocab)
+        self._cos = array("cos", c.context, half)
+        self._sin = array("sin", c.context, half)
+        self._cos_now = array("cos_of_rows", b, 1, half)
+        self._sin_now = array("sin_of_rows", b, 1, half)
 
         freq = c.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
         angle = np.arange(c.context)[:, None] * freq
         self._cos[:], self._sin[:] = np.cos(angle), np.sin(angle)
-        self._mask[:] = np.triu(np.full((b, b), -np.inf, np.float32), 1)
 
-    def reset(self) -> None:
-        """Forget the sequence."""
-        self.length = 0
-
-    def forward(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Floats:
-        """Append tokens to the sequence and return what follows each of them.
-
-        Args:
-            tokens: from 1 to :attr:`BLOCK` token ids.
-
-        Returns:
-            Logits, float32 of shape (tokens, vocab): a view of scratch that the
-            next call overwrites.
+    def check(self, tokens: Tokens) -> npt.NDArray[np.int64]:
+        """Return tokens as an array.
 
         Raises:
-            ValueError: no token, too many at once, one outside the vocabulary,
-                or the sequence would outgrow the context.
+            ValueError: one is outside the vocabulary.
+        """
+        ids = np.asarray(tokens, np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.config.vocab):
+            raise ValueError(f"a token is outside the vocabulary of {self.config.vocab}")
+        return ids
+
+    def step(self, batch: Sequence[tuple[KV, Tokens]]) -> Floats:
+        """Compute the last tokens of some sequences, and return what follows each of them.
+
+        Args:
+            batch: sequences, each once, and the tokens that they end with. The
+                sequences have room for these already (``extend``), and the
+                keys and values of all tokens before.
+
+        Returns:
+            Logits, float32 of shape (tokens, vocab), those of the first sequence first:
+            a view of scratch that the next call overwrites.
+
+        Raises:
+            ValueError: no token of some sequence, too many at once, one outside the
+                vocabulary, or a sequence longer than the context or shorter
+                than its tokens.
         """
         c = self.config
-        ids = np.asarray(tokens, np.int64)
-        n, begin, end = len(ids), self.length, self.length + len(ids)
-        if not 1 <= n <= self.BLOCK:
-            raise ValueError(f"{n} tokens at once; a pass takes 1 to {self.BLOCK}")
-        if end > c.context:
-            raise ValueError(f"{end} tokens are more than the context of {c.context}")
-        if ids.min() < 0 or ids.max() >= c.vocab:
-            raise ValueError(f"a token is outside the vocabulary of {c.vocab}")
+        parts = [(kv, self.check(tokens)) for kv, tokens in batch]
+        n = sum(len(ids) for _, ids in parts)
+        if not parts or n > self.ROWS or not all(len(ids) for _, ids in parts):
+            raise ValueError(f"{n} tokens at once; a pass takes 1 to {self.ROWS}")
+        spans = [(kv.length - len(ids), kv.length) for kv, ids in parts]
+        for begin, end in spans:
+            if begin < 0 or end > c.context:
+                raise ValueError(f"tokens {begin} to {end} in a context of {c.context}")
+        places = np.concatenate([np.arange(begin, end) for begin, end in spans])
+        np.take(self._cos, places, axis=0, out=self._cos_now[:n, 0], mode="clip")
+        np.take(self._sin, places, axis=0, out=self._sin_now[:n, 0], mode="clip")
 
         x, h, t = self._x[:n], self._h[:n], self._t[:n]
+        ids = np.concatenate([ids for _, ids in parts])
         np.take(self._embed, ids, axis=0, out=x, mode="clip")
-        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
+        for i, layer in enumerate(self._layers):
             self._rms(x, layer["norm1"], h)
-            self._attend(layer, h, keys, values, begin, end)
-            np.matmul(self._ctx[: n * c.dim].reshape(n, c.dim), layer["o"], out=t)
+            self._project(layer, h)
+            row = 0
+            for (kv, _), (begin, end) in zip(parts, spans, strict=True):
+                self._attend(kv.k(i), kv.v(i), row, begin, end)
+                row += end - begin
+            self._rows(self._ctx[:n], layer["o"], t)
             np.add(x, t, out=x)
             self._rms(x, layer["norm2"], h)
             gate, up, sig = self._gate[:n], self._up[:n], self._sig[:n]
-            np.matmul(h, layer["gate"], out=gate)
-            np.matmul(h, layer["up"], out=up)
+            self._rows(h, layer["gate"], gate)
+            self._rows(h, layer["up"], up)
             np.negative(gate, out=sig)
             np.exp(sig, out=sig)
             np.add(sig, 1.0, out=sig)
             np.divide(gate, sig, out=gate)
             np.multiply(gate, up, out=gate)
-            np.matmul(gate, layer["down"], out=t)
+            self._rows(gate, layer["down"], t)
             np.add(x, t, out=x)
         self._rms(x, self._norm, h)
         logits = self._logits[:n]
-        np.matmul(h, self._head_t, out=logits)
-        self.length = end
+        self._rows(h, self._head_t, logits)
         return logits
+
+    @staticmethod
+    def _rows(x: Floats, weight: Floats, out: Floats) -> None:
+        # a stack of one-row matrices: the rounding of a row is then its own
+        np.matmul(x[:, None], weight, out=out[:, None])
 
     def _rms(self, x: Floats, weight: Floats, out: Floats) -> None:
         scale = self._scale[: len(x)]
@@ -269,12 +378,22 @@ class Decoder:
         np.divide(x, scale, out=out)
         np.multiply(out, weight, out=out)
 
-    def _rotate(self, x: Floats, begin: int, end: int, out: Floats) -> None:
-        """Rotate the two halves of the last axis by position; x is (..., n, head_dim)."""
-        half = x.shape[-1] // 2
-        cos, sin = self._cos[begin:end], self._sin[begin:end]
+    def _project(self, layer: dict[str, Floats], h: Floats) -> None:
+        """Compute queries, keys and values of all rows; the first two rotated."""
+        n = len(h)
+        q, qr, k, kr, v = (a[:n] for a in (self._q, self._qr, self._k, self._kr, self._v))
+        for name, out in (("q", q), ("k", k), ("v", v)):
+            self._rows(h, layer[name], out.reshape(n, -1))
+        self._rotate(q, qr)
+        np.multiply(qr, self.config.head_dim**-0.5, out=qr)
+        self._rotate(k, kr)
+
+    def _rotate(self, x: Floats, out: Floats) -> None:
+        """Rotate the two halves of the last axis by position; x is (n, any heads, head_dim)."""
+        n, half = len(x), x.shape[-1] // 2
+        cos, sin = self._cos_now[:n], self._sin_now[:n]
         a, b = x[..., :half], x[..., half:]
-        s = self._rot[: x.size // 2].reshape(a.shape)
+        s = self._rot[:n, : x.shape[1]]
         np.multiply(a, cos, out=out[..., :half])
         np.multiply(b, sin, out=s)
         np.subtract(out[..., :half], s, out=out[..., :half])
@@ -282,57 +401,92 @@ class Decoder:
         np.multiply(a, sin, out=s)
         np.add(out[..., half:], s, out=out[..., half:])
 
-    def _attend(
+    def _attend(self, keys: Floats, values: Floats, row: int, begin: int, end: int) -> None:
+        """Store a sequence's new keys and values; attend for each of its rows."""
+        c = self.config
+        keys[begin:end] = self._kr[row : row + end - begin]
+        values[begin:end] = self._v[row : row + end - begin]
+        # (length, kv_heads, head_dim) as BLAS takes it: strides, no copies
+        keys_t, values_h = keys.transpose(1, 2, 0), values.transpose(1, 0, 2)
+        heads = (c.kv_heads, self._group, c.head_dim)
+        top = self._att_norm
+        for seen in range(begin + 1, end + 1):
+            att = self._att[: c.heads * seen].reshape(c.kv_heads, self._group, seen)
+            np.matmul(self._qr[row].reshape(heads), keys_t[..., :seen], out=att)
+            np.amax(att, axis=2, keepdims=True, out=top)
+            np.subtract(att, top, out=att)
+            np.exp(att, out=att)
+            np.sum(att, axis=2, keepdims=True, out=top)
+            np.divide(att, top, out=att)
+            np.matmul(att, values_h[:, :seen], out=self._ctx[row].reshape(heads))
+            row += 1
+
+
+class Decoder:
+    """A model with one sequence.
+
+    Attributes:
+        model: the model.
+        kv: keys and values of the sequence.
+    """
+
+    def __init__(
         self,
-        layer: dict[str, Floats],
-        h: Floats,
-        keys: Floats,
-        values: Floats,
-        begin: int,
-        end: int,
+        weights: Mapping[str, npt.NDArray[Any]],
+        config: Config,
+        memory: Memory,
+        kv: KV | None = None,
     ) -> None:
-        c, n, group = self.config, end - begin, self._group
-        q = self._q[: n * c.dim]
-        kn, vn = self._kn[:n], self._vn[:n]
-        np.matmul(h, layer["q"], out=q.reshape(n, c.dim))
-        np.matmul(h, layer["k"], out=kn)
-        np.matmul(h, layer["v"], out=vn)
-        # (n, kv_heads, group, head_dim) -> (kv_heads, group, n, head_dim): all queries
-        # that share a key/value head become the rows of one matrix
-        rows = (c.kv_heads, group, n, c.head_dim)
-        qr = self._qr[: q.size].reshape(rows)
-        by_head = q.reshape(n, c.kv_heads, group, c.head_dim).transpose(1, 2, 0, 3)
-        self._rotate(by_head, begin, end, qr)
-        fresh = (n, c.kv_heads, c.head_dim)
-        self._rotate(kn.reshape(fresh).transpose(1, 0, 2), begin, end, keys[:, begin:end])
-        values[:, begin:end] = vn.reshape(fresh).transpose(1, 0, 2)
+        """Check the weights and take what is needed from the provider.
 
-        count = c.heads * n
-        att = self._att[: count * end].reshape(c.kv_heads, group * n, end)
-        top = self._att_max[:count].reshape(c.kv_heads, group * n, 1)
-        np.multiply(qr, c.head_dim**-0.5, out=qr)
-        np.matmul(
-            qr.reshape(c.kv_heads, group * n, c.head_dim),
-            keys[:, :end].transpose(0, 2, 1),
-            out=att,
-        )
-        if n > 1:
-            new = att.reshape(c.kv_heads, group, n, end)[..., begin:]
-            np.add(new, self._mask[:n, :n], out=new)
-        np.amax(att, axis=2, keepdims=True, out=top)
-        np.subtract(att, top, out=att)
-        np.exp(att, out=att)
-        np.sum(att, axis=2, keepdims=True, out=top)
-        np.divide(att, top, out=att)
-        mixed = qr.reshape(c.kv_heads, group * n, c.head_dim)
-        np.matmul(att, values[:, :end], out=mixed)
-        np.copyto(
-            self._ctx[: n * c.dim].reshape(n, c.kv_heads, group, c.head_dim),
-            mixed.reshape(rows).transpose(2, 0, 1, 3),
-        )
+        Args:
+            weights: as :class:`Model` wants them.
+            config: the shape of the model.
+            memory: where scratch comes from, and keys and values without ``kv``.
+            kv: keys and values; tokens that it has already are the first of the
+                sequence.
 
-    def prefill(self, tokens: Sequence[int] | npt.NDArray[Any]) -> int:
-        """Append a prompt of any length and return the likeliest next token.
+        Raises:
+            ValueError: as :class:`Model`.
+        """
+        self.model = Model(weights, config, memory)
+        self.kv: KV = ArrayKV(config, memory) if kv is None else kv
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence."""
+        return self.kv.length
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.kv.truncate(0)
+
+    def forward(self, tokens: Tokens) -> Floats:
+        """Append tokens to the sequence and return what follows each of them.
+
+        Args:
+            tokens: from 1 to :attr:`Model.ROWS` token ids.
+
+        Returns:
+            Logits, float32 of shape (tokens, vocab): a view of scratch that the
+            next call overwrites.
+
+        Raises:
+            ValueError: no token, too many at once, one outside the vocabulary,
+                or the sequence would outgrow the context. It is then as it was.
+        """
+        ids, context = self.model.check(tokens), self.model.config.context
+        if not 1 <= len(ids) <= Model.ROWS:
+            raise ValueError(f"{len(ids)} tokens at once; a pass takes 1 to {Model.ROWS}")
+        if self.length + len(ids) > context:
+            raise ValueError(
+                f"{self.length + len(ids)} tokens are more than the context of {context}"
+            )
+        self.kv.extend(len(ids))
+        return self.model.step([(self.kv, ids)])
+
+    def prefill(self, tokens: Tokens) -> int:
+        """Append tokens, any number of them, and return the likeliest next one.
 
         Raises:
             ValueError: as :meth:`forward`; the sequence is then as it was.
@@ -341,33 +495,36 @@ class Decoder:
         if len(tokens) == 0:
             raise ValueError("the prompt is empty")
         try:
-            for i in range(0, len(tokens), self.BLOCK):
-                logits = self.forward(tokens[i : i + self.BLOCK])
-        except ValueError:
-            self.length = begin
+            for i in range(0, len(tokens), Model.ROWS):
+                logits = self.forward(tokens[i : i + Model.ROWS])
+        except BaseException:
+            self.kv.truncate(begin)
             raise
         return int(np.argmax(logits[-1]))
 
-    def generate(self, prompt: Sequence[int] | npt.NDArray[Any], count: int) -> Iterator[int]:
+    def generate(self, prompt: Tokens, count: int) -> Iterator[int]:
         """Continue a prompt greedily.
 
         Args:
-            prompt: token ids; the sequence begins with them.
+            prompt: all token ids of the sequence. Those that it has already are not
+                computed again.
             count: tokens to yield.
 
         Yields:
             The tokens that follow, one after the other.
 
         Raises:
-            ValueError: the prompt is empty, or prompt and continuation do not
-                fit into the context.
+            ValueError: the sequence has all of the prompt or more already, or
+                prompt and continuation do not fit into the context.
         """
-        if len(prompt) + count > self.config.context:
+        context = self.model.config.context
+        if len(prompt) + count > context:
             raise ValueError(
-                f"{len(prompt)} + {count} tokens are more than the context of {self.config.context}"
+                f"{len(prompt)} + {count} tokens are more than the context of {context}"
             )
-        self.reset()
-        token = self.prefill(prompt)
+        if self.length and self.length >= len(prompt):
+            raise ValueError(f"the sequence has {self.length} tokens, the prompt {len(prompt)}")
+        token = self.prefill(prompt[self.length :])
         for i in range(count):
             yield token
             if i + 1 < count:

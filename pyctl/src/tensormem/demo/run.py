@@ -6,15 +6,17 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import errors, system
 from ..client import Client, TensorInfo
+from ..kv import KVCache, KVGroup
 from ..safetensors import SafetensorsError, load, load_into, read_header
 from . import CHECKPOINTS, PROMPT, TOKENS
 from .model import Config, Decoder, HeapMemory, decode, encode
@@ -28,12 +30,12 @@ class Holding:
 
     Attributes:
         kind: ``weights``, ``kv`` or ``activations``.
-        pool: ``chunk``, ``buddy`` or ``slab``.
-        tensors: number of tensors.
+        pool: ``chunk``, ``buddy``, ``slab`` or ``kv``.
+        tensors: number of tensors; of sequences in the kv pool.
         size: bytes asked for.
         held: bytes of memory they took.
         chunks: whole chunks.
-        runs: runs of pages.
+        runs: runs of pages; blocks in the kv pool.
     """
 
     kind: str
@@ -92,6 +94,37 @@ def text() -> str:
     return (files(__package__) / "text.txt").read_text("utf-8")
 
 
+@contextlib.contextmanager
+def opened(checkpoint: str) -> Iterator[tuple[Path, Config, dict[str, str]]]:
+    """Give the path, the config and the metadata of a checkpoint.
+
+    Raises:
+        SafetensorsError: it is damaged.
+    """
+    with as_file(files(__package__) / f"demo-{checkpoint}.safetensors") as path:
+        metadata = read_header(path).metadata
+        try:
+            config = Config.from_json(metadata.get("config", ""))
+        except ValueError as error:
+            raise SafetensorsError(str(path), None, "__metadata__", f"config: {error}") from None
+        yield path, config, metadata
+
+
+def token_bytes(config: Config) -> int:
+    """Return the bytes of a token's keys and values in all layers."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * 4
+
+
+def kv_cache(
+    client: Client, config: Config, *, max_sequences: int = 1, limit: int | None = None
+) -> KVCache:
+    """Make a KV cache of the model's shape; ``limit`` as for ``client.kv_cache``."""
+    group = KVGroup(config.layers, config.kv_heads, config.head_dim, np.float32)
+    return client.kv_cache(
+        [group], max_tokens=config.context, max_sequences=max_sequences, limit=limit
+    )
+
+
 def _holdings(tensors: Iterable[TensorInfo]) -> list[Holding]:
     order = ["weights", "kv", "activations", "protocol"]
     groups: dict[tuple[str, str], list[TensorInfo]] = {}
@@ -111,6 +144,12 @@ def _holdings(tensors: Iterable[TensorInfo]) -> list[Holding]:
             groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])
         )
     ]
+
+
+def _kv_holding(cache: KVCache, config: Config, tokens: int) -> Holding:
+    info, each = cache.info(), token_bytes(config)
+    blocks = info.used // (info.block_tokens * each)
+    return Holding("kv", "kv", info.sequences, tokens * each, info.used, 0, blocks)
 
 
 def _timed(
@@ -156,24 +195,22 @@ def run(
         TensormemError: the memory could not be had.
     """
     ids = encode(prompt)
-    with as_file(files(__package__) / f"demo-{checkpoint}.safetensors") as path:
-        metadata = read_header(path).metadata
-        try:
-            config = Config.from_json(metadata.get("config", ""))
-        except ValueError as error:
-            raise SafetensorsError(str(path), None, "__metadata__", f"config: {error}") from None
+    with opened(checkpoint) as (path, config, metadata):
         if not len(ids) >= 1 or len(ids) + count > config.context:
             raise errors.InvalidArgument(
                 f"a prompt of {len(ids)} bytes and {count} tokens do not fit",
                 f"they may have 1 to {config.context} bytes together",
             )
-        ours = Decoder(load_into(client, path), config, client)
-        theirs = Decoder(load(path), config, HeapMemory())
-    tokens, speed = _timed(ours, ids, count, each)
-    expected, numpy_speed = _timed(theirs, ids, count, None)
-    pools = None
-    with contextlib.suppress(errors.NotAvailable):
-        pools = system.read()
+        weights, theirs = load_into(client, path), Decoder(load(path), config, HeapMemory())
+    with kv_cache(client, config) as cache, cache.sequence() as seq:
+        ours = Decoder(weights, config, client, kv=seq)
+        tokens, speed = _timed(ours, ids, count, each)
+        expected, numpy_speed = _timed(theirs, ids, count, None)
+        pools = None
+        with contextlib.suppress(errors.NotAvailable):
+            pools = system.read()
+        holdings = _holdings(client.tensors())
+        holdings.insert(1, _kv_holding(cache, config, seq.length))
     return Result(
         checkpoint=checkpoint,
         config=config,
@@ -183,6 +220,6 @@ def run(
         expected=expected,
         speed=speed,
         numpy_speed=numpy_speed,
-        holdings=_holdings(client.tensors()),
+        holdings=holdings,
         pools=pools,
     )
