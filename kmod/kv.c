@@ -122,7 +122,9 @@ static u32 tm_kv_max_chunks(const struct tensormem_kv_create *request,
 			    const struct tm_kv_geometry *geo)
 {
 	u64 all = totalram_pages() >> geo->pages.chunk_order;
-	u64 pages = DIV_ROUND_UP_ULL(request->limit, PAGE_SIZE);
+	/* Not DIV_ROUND_UP_ULL(), which can overflow. */
+	u64 pages = (request->limit >> PAGE_SHIFT) +
+		    !!(request->limit & ~PAGE_MASK);
 
 	/* Below 2^46 bytes of addresses, by tm_kv_lay_out(). */
 	for (u32 i = 0; !request->limit && i < geo->nr_groups; i++)
@@ -629,34 +631,43 @@ struct tm_kv_extend_args {
 	u32 *failed;
 };
 
+/* Remove the mappings of what windows leave behind when @tokens more come. */
+static void tm_kv_zap_left(struct tm_kv *kv, u32 place, u32 tokens)
+{
+	const struct tm_cache_seq *seq = tm_cache_seq(&kv->cache, place);
+	u32 length;
+
+	if (check_add_overflow(seq->length, tokens, &length) ||
+	    length > kv->cache.max_tokens)
+		return;
+	for (u32 i = 0; i < kv->cache.pool.geo.nr_groups; i++) {
+		u32 first, end, new_first, new_end;
+
+		tm_cache_span(&kv->cache, i, seq->length, &first, &end);
+		tm_cache_span(&kv->cache, i, length, &new_first, &new_end);
+		tm_kv_zap(kv, place, i, first, min(new_first, end));
+	}
+}
+
 /* What the core wants unmapped before it extends a sequence. */
 static void tm_kv_before_extend(struct tm_kv *kv,
 				const struct tm_cache_extend *item)
 {
 	const struct tm_kv_geometry *geo = &kv->cache.pool.geo;
 	u32 place = tm_cache_find(&kv->cache, item->id);
-	const struct tm_cache_seq *seq;
 	u32 length, last;
 
 	if (place == TM_NONE)
 		return;
 	tm_kv_touch(kv, place);
-	seq = tm_cache_seq(&kv->cache, place);
-	if (check_add_overflow(seq->length, item->tokens, &length) ||
-	    length > kv->cache.max_tokens)
-		return;
-	last = seq->length / geo->block_tokens;
-	for (u32 i = 0; i < geo->nr_groups; i++) {
-		u32 first, end, new_first, new_end;
+	tm_kv_zap_left(kv, place, item->tokens);
+	length = tm_cache_seq(&kv->cache, place)->length;
+	last = length / geo->block_tokens;
+	for (u32 i = 0; length % geo->block_tokens && i < geo->nr_groups; i++) {
 		struct tm_cache_page page;
 
-		tm_cache_span(&kv->cache, i, seq->length, &first, &end);
-		tm_cache_span(&kv->cache, i, length, &new_first, &new_end);
-		tm_kv_zap(kv, place, i, first, min(new_first, end));
-		if (geo->group[i].rule == TM_KV_STATE ||
-		    !(seq->length % geo->block_tokens))
-			continue;
-		if (tm_cache_page(&kv->cache, place, i, 0,
+		if (geo->group[i].rule != TM_KV_STATE &&
+		    tm_cache_page(&kv->cache, place, i, 0,
 				  last * geo->plane_pages[i],
 				  &page) != -ENOENT &&
 		    tm_cache_shared(&kv->cache, page.block))
@@ -949,6 +960,8 @@ static int tm_kv_call_adopt(struct tm_kv *kv, void *args, bool evict)
 			   geo->block_tokens;
 
 		tm_kv_touch(kv, place);
+		if (adopt->index == full)
+			tm_kv_zap_left(kv, place, adopt->tokens);
 		for (u32 i = 0; i < geo->nr_groups; i++)
 			if (geo->group[i].rule == TM_KV_STATE)
 				tm_kv_zap(kv, place, i, 0, 1);

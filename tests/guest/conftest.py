@@ -29,6 +29,7 @@ COMPLAINTS = (
 USAGE = (
     "clients/count", "clients/tensors", "clients/bytes", "clients/kept",
     "buddy/used_pages", "chunk/used", "chunk/quarantined", "chunk/charged",
+    "kv/caches", "kv/held",
 )  # fmt: skip
 
 

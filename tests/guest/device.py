@@ -14,8 +14,11 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
+from typing import Self
 
 from tensormem import abi
 
@@ -28,13 +31,13 @@ CHUNK = 2 << 20
 KINDS = tuple(abi.Kind)
 
 
-class Raw:
-    """One client."""
+class Descriptor:
+    """What ioctls and mappings go through."""
 
-    def __init__(self) -> None:
-        self.fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
 
-    def __enter__(self) -> Raw:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,6 +54,39 @@ class Raw:
         except OSError as error:
             return error.errno or -1
         return 0
+
+    def batch(self, request: int, items: ctypes.Array, **fields: int) -> tuple[int, abi.Batch]:
+        values = {
+            "items": ctypes.addressof(items),
+            "count": len(items),
+            "item_size": ctypes.sizeof(items._type_),
+            **fields,
+        }
+        batch = abi.Batch(**values)
+        return self.ioctl(request, batch), batch
+
+    def map(
+        self,
+        length: int,
+        offset: int,
+        prot: int = mmap.PROT_READ | mmap.PROT_WRITE,
+        flags: int = mmap.MAP_SHARED,
+    ) -> mmap.mmap:
+        return mmap.mmap(self.fd, length, flags, prot, offset=offset)
+
+    def map_errno(self, length: int, offset: int, **how: int) -> int:
+        try:
+            self.map(length, offset, **how).close()
+        except OSError as error:
+            return error.errno or -1
+        return 0
+
+
+class Raw(Descriptor):
+    """One client."""
+
+    def __init__(self) -> None:
+        super().__init__(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
 
     def info(self) -> abi.Info:
         info = abi.Info()
@@ -77,16 +113,6 @@ class Raw:
         item = abi.Query(handle=handle)
         return self.ioctl(abi.IOC_QUERY, item), item
 
-    def batch(self, request: int, items: ctypes.Array, **fields: int) -> tuple[int, abi.Batch]:
-        values = {
-            "items": ctypes.addressof(items),
-            "count": len(items),
-            "item_size": ctypes.sizeof(items._type_),
-            **fields,
-        }
-        batch = abi.Batch(**values)
-        return self.ioctl(request, batch), batch
-
     def alloc_batch(
         self, sizes: list[int], kind: int = abi.Kind.KV, **fields: int
     ) -> tuple[int, abi.Batch, list]:
@@ -99,33 +125,227 @@ class Raw:
         items = (abi.Free * len(handles))(*(abi.Free(handle=h) for h in handles))
         return self.batch(abi.IOC_FREE_BATCH, items)
 
+    def try_kv(
+        self, groups: Sequence[abi.KVGroup], /, **fields: int
+    ) -> tuple[int, abi.KVCreate]:
+        array = (abi.KVGroup * len(groups))(*groups)
+        values = {
+            "groups": ctypes.addressof(array), "nr_groups": len(groups),
+            "group_size": ctypes.sizeof(abi.KVGroup), "max_tokens": 1024, "max_sequences": 8,
+            "fd": -1, **fields,
+        }  # fmt: skip
+        request = abi.KVCreate(**values)
+        return self.ioctl(abi.IOC_KV_CREATE, request), request
+
+    def kv(self, groups: Sequence[abi.KVGroup], /, **fields: int) -> KV:
+        result, request = self.try_kv(groups, **fields)
+        assert result == 0, errno.errorcode.get(result, result)
+        return KV(request.fd)
+
     def set_quota(self, value: int) -> int:
         return self.ioctl(abi.IOC_SET_QUOTA, abi.Quota(bytes=value))
 
     def set_numa(self, numa: int, nodes: int = 0, flags: int = 0) -> int:
         return self.ioctl(abi.IOC_SET_NUMA, abi.SetNuma(numa=numa, nodes=nodes, flags=flags))
 
-    def map(
-        self,
-        length: int,
-        offset: int,
-        prot: int = mmap.PROT_READ | mmap.PROT_WRITE,
-        flags: int = mmap.MAP_SHARED,
-    ) -> mmap.mmap:
-        return mmap.mmap(self.fd, length, flags, prot, offset=offset)
-
-    def map_errno(self, length: int, offset: int, **how: int) -> int:
-        try:
-            self.map(length, offset, **how).close()
-        except OSError as error:
-            return error.errno or -1
-        return 0
-
     def map_tensor(self, item: abi.Alloc) -> mmap.mmap:
         return self.map(round_up(item.size, PAGE), item.offset)
 
     def map_window(self) -> mmap.mmap:
         return self.map(self.info().window_size, 0)
+
+
+def full(planes: int, token_bytes: int, **fields: int) -> abi.KVGroup:
+    return abi.KVGroup(rule=abi.KVRule.FULL, planes=planes, token_bytes=token_bytes, **fields)
+
+
+def window(tokens: int, planes: int, token_bytes: int, **fields: int) -> abi.KVGroup:
+    return abi.KVGroup(
+        rule=abi.KVRule.WINDOW, planes=planes, token_bytes=token_bytes, window=tokens, **fields
+    )
+
+
+def state(planes: int, size: int, **fields: int) -> abi.KVGroup:
+    return abi.KVGroup(rule=abi.KVRule.STATE, planes=planes, token_bytes=size, **fields)
+
+
+@dataclass(frozen=True)
+class Seq:
+    """A sequence: its name, and its place in the window."""
+
+    name: int
+    offset: int
+
+
+class KV(Descriptor):
+    """One KV cache."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        info = self.info()
+        self.block_tokens = info.block_tokens
+        array = (abi.KVGroup * info.nr_groups)()
+        info.groups, info.group_size = ctypes.addressof(array), ctypes.sizeof(abi.KVGroup)
+        assert self.ioctl(abi.IOC_KV_INFO, info) == 0
+        self.groups = list(array)
+
+    def info(self) -> abi.KVInfo:
+        info = abi.KVInfo()
+        assert self.ioctl(abi.IOC_KV_INFO, info) == 0
+        return info
+
+    def block_bytes(self, group: int = 0) -> int:
+        """Bytes of a block: planes of whole pages."""
+        g = self.groups[group]
+        tokens = 1 if g.rule == abi.KVRule.STATE else self.block_tokens
+        return g.planes * round_up(g.token_bytes * tokens, PAGE)
+
+    def try_open(self, tenant: int = 0, **fields: int) -> tuple[int, Seq]:
+        item = abi.KVOpen(tenant=tenant, **fields)
+        return self.ioctl(abi.IOC_KV_OPEN, item), Seq(item.sequence, item.offset)
+
+    def open(self, tenant: int = 0, tokens: int = 0) -> Seq:
+        result, seq = self.try_open(tenant)
+        assert result == 0, errno.errorcode.get(result, result)
+        assert tokens == 0 or self.extend(seq, tokens) == 0
+        return seq
+
+    def end(self, seq: Seq) -> int:
+        return self.ioctl(abi.IOC_KV_CLOSE, abi.KVClose(sequence=seq.name))
+
+    def extend(self, seq: Seq, tokens: int) -> int:
+        return self.ioctl(abi.IOC_KV_EXTEND, abi.KVExtend(sequence=seq.name, tokens=tokens))
+
+    def extend_batch(self, wanted: list[tuple[Seq, int]]) -> tuple[int, abi.Batch, list]:
+        requests = (abi.KVExtend(sequence=seq.name, tokens=n) for seq, n in wanted)
+        items = (abi.KVExtend * len(wanted))(*requests)
+        result, batch = self.batch(abi.IOC_KV_EXTEND_BATCH, items)
+        return result, batch, list(items)
+
+    def truncate(self, seq: Seq, length: int) -> int:
+        return self.ioctl(abi.IOC_KV_TRUNCATE, abi.KVTruncate(sequence=seq.name, length=length))
+
+    def try_fork(self, seq: Seq, at: int) -> tuple[int, Seq]:
+        item = abi.KVFork(sequence=seq.name, at=at)
+        return self.ioctl(abi.IOC_KV_FORK, item), Seq(item.child, item.offset)
+
+    def fork(self, seq: Seq, at: int) -> Seq:
+        result, child = self.try_fork(seq, at)
+        assert result == 0, errno.errorcode.get(result, result)
+        return child
+
+    def hashes(self, request: int, seq: Seq, names: list[bytes], **fields: int) -> tuple[int, int]:
+        array = (abi.KVHash * max(len(names), 1)).from_buffer_copy(b"".join(names) or bytes(16))
+        values = {"hashes": ctypes.addressof(array), "count": len(names), **fields}
+        item = abi.KVHashes(sequence=seq.name, **values)
+        return self.ioctl(request, item), item.matched
+
+    def publish(self, seq: Seq, names: list[bytes], first: int = 0) -> int:
+        return self.hashes(abi.IOC_KV_PUBLISH, seq, names, first=first)[0]
+
+    def lookup(self, seq: Seq, names: list[bytes]) -> tuple[int, int]:
+        return self.hashes(abi.IOC_KV_LOOKUP, seq, names)
+
+    def peek(self, seq: Seq, names: list[bytes]) -> tuple[int, int]:
+        return self.hashes(abi.IOC_KV_LOOKUP, seq, names, flags=abi.KV_PEEK)
+
+    def adopt(self, seq: Seq, block: int, name: bytes, tokens: int = 0) -> tuple[int, int]:
+        named = abi.KVHash.from_buffer_copy(name)
+        item = abi.KVAdopt(sequence=seq.name, block=block, tokens=tokens, hash=named)
+        return self.ioctl(abi.IOC_KV_ADOPT, item), item.length
+
+    def try_query(self, seq: Seq) -> tuple[int, abi.KVQuery]:
+        item = abi.KVQuery(sequence=seq.name)
+        return self.ioctl(abi.IOC_KV_QUERY, item), item
+
+    def query(self, seq: Seq) -> abi.KVQuery:
+        result, item = self.try_query(seq)
+        assert result == 0, errno.errorcode.get(result, result)
+        return item
+
+    def pack(self, seq: Seq, flags: int = 0) -> tuple[int, abi.KVPack]:
+        item = abi.KVPack(sequence=seq.name, flags=flags)
+        return self.ioctl(abi.IOC_KV_PACK, item), item
+
+    def reset(self) -> int:
+        return self.ioctl(abi.IOC_KV_RESET, abi.KVReset())
+
+    def events(self) -> list[abi.KVEvent]:
+        """All there are now."""
+        size = ctypes.sizeof(abi.KVEvent)
+        os.set_blocking(self.fd, False)
+        data = b""
+        try:
+            while True:
+                data += os.read(self.fd, 64 * size)
+        except BlockingIOError:
+            assert len(data) % size == 0
+        return [abi.KVEvent.from_buffer_copy(data, at) for at in range(0, len(data), size)]
+
+    def counts(self) -> dict[str, int]:
+        """What a call that fails leaves as it was."""
+        info = self.info()
+        names = ("sequences", "held", "used", "cached", "packed", "unpacked", "lookups", "hits",
+                 "copies", "evictions", "packs", "unpacks")  # fmt: skip
+        return {name: getattr(info, name) for name in names}
+
+    def view(self) -> View:
+        return View(self)
+
+
+class View:
+    """The whole window of a KV cache, mapped: the bytes of each token."""
+
+    def __init__(self, kv: KV) -> None:
+        self.kv = kv
+        self.memory = kv.map(kv.info().window_size, 0)
+
+    def close(self) -> None:
+        self.memory.close()
+
+    def place(self, seq: Seq, token: int = 0, plane: int = 0, group: int = 0) -> int:
+        """Where a token begins, as the header has it."""
+        g = self.kv.groups[group]
+        return seq.offset + g.offset + plane * g.stride + token * g.token_bytes
+
+    def span(self, seq: Seq, token: int = 0, plane: int = 0, group: int = 0, tokens: int = 1
+             ) -> slice:  # fmt: skip
+        at = self.place(seq, token, plane, group)
+        return slice(at, at + tokens * self.kv.groups[group].token_bytes)
+
+    def write(self, seq: Seq, values: dict[int, object], group: int = 0) -> None:
+        """Fill tokens with what stands for a value, in all planes."""
+        g = self.kv.groups[group]
+        for plane in range(g.planes):
+            for token, value in values.items():
+                data = pattern(value, plane, g.token_bytes)
+                self.memory[self.span(seq, token, plane, group)] = data
+
+    def check(self, seq: Seq, values: dict[int, object], group: int = 0) -> None:
+        """Find them as written; None stands for zeros."""
+        g = self.kv.groups[group]
+        for plane in range(g.planes):
+            for token, value in values.items():
+                data = self.memory[self.span(seq, token, plane, group)]
+                expected = pattern(value, plane, g.token_bytes)
+                assert data == expected, (seq, group, plane, token, value)
+
+
+def pattern(value: object, plane: int, size: int) -> bytes:
+    if value is None:
+        return bytes(size)
+    unit = blake2b(repr((value, plane)).encode(), digest_size=16).digest()
+    return (unit * (size // 16 + 1))[:size]
+
+
+def tokens(tag: object, first: int, end: int) -> dict[int, object]:
+    """Values for tokens, each other than the next."""
+    return {t: (tag, t) for t in range(first, end)}
+
+
+def chain(tag: object, count: int) -> list[bytes]:
+    """Names of so many blocks, each of all before it."""
+    return [blake2b(repr((tag, i)).encode(), digest_size=16).digest() for i in range(count)]
 
 
 def round_up(value: int, unit: int) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import random
 import re
@@ -48,6 +49,32 @@ def dies(action: Callable[[], object]) -> int:
     if os.WIFEXITED(status):
         assert os.WEXITSTATUS(status) == 0
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def readable(view: memoryview) -> bool:
+    """Whether the kernel can read it: its faults end as errors, not as signals."""
+    copy = os.memfd_create("copy")
+    try:
+        return os.pwrite(copy, view, 0) == len(view)
+    except OSError as error:
+        return fault(error)
+    finally:
+        os.close(copy)
+
+
+def writable(view: memoryview) -> bool:
+    """Whether the kernel can write it; zeros, if so."""
+    try:
+        with open("/dev/zero", "rb", buffering=0) as zero:
+            return zero.readinto(view) == len(view)
+    except OSError as error:
+        return fault(error)
+
+
+def fault(error: OSError) -> bool:
+    if error.errno != errno.EFAULT:
+        raise error
+    return False
 
 
 def killed_at_random(
