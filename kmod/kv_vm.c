@@ -19,6 +19,7 @@
 
 #include "compat.h"
 #include "kv.h"
+#include "kv_ops.h"
 #include "kv_pack.h"
 #include "kv_vm.h"
 
@@ -37,8 +38,8 @@ struct tm_kv_spot {
 };
 
 /* Return: whether a plane of some sequence's place is there. */
-static bool tm_kv_find(const struct tm_kv *kv, u64 offset,
-		       struct tm_kv_spot *spot)
+static bool tm_kv_locate(const struct tm_kv *kv, u64 offset,
+			 struct tm_kv_spot *spot)
 {
 	const struct tm_kv_geometry *geo = &kv->cache.pool.geo;
 	u64 rest;
@@ -126,19 +127,20 @@ static vm_fault_t tm_kv_map_around(struct tm_kv *kv, struct vm_fault *vmf,
 	return tm_kv_map(kv, vmf->vma, plane & PAGE_MASK, spot, first, end);
 }
 
-
 static vm_fault_t tm_kv_vm_fault(struct vm_fault *vmf)
 {
 	struct tm_kv *kv = vmf->vma->vm_private_data;
 	bool write = vmf->flags & FAULT_FLAG_WRITE;
-	struct tm_kv_packed packed;
 	struct tm_cache_page page;
 	struct tm_kv_spot spot;
 	vm_fault_t result;
 	u32 index;
 	int err;
 
-	if (!tm_kv_find(kv, vmf->pgoff, &spot))
+	/* A userfaultfd marker is no hole: to map around it would fault for ever. */
+	if (vmf->flags & FAULT_FLAG_ORIG_PTE_VALID && !pte_none(vmf->orig_pte))
+		return VM_FAULT_SIGBUS;
+	if (!tm_kv_locate(kv, vmf->pgoff, &spot))
 		return VM_FAULT_SIGBUS;
 	index = spot.index / kv->cache.pool.geo.plane_pages[spot.group];
 	do {
@@ -154,10 +156,9 @@ static vm_fault_t tm_kv_vm_fault(struct vm_fault *vmf)
 		up_read(&kv->lock);
 		if (err == -EAGAIN)
 			err = tm_kv_unpack(kv, spot.place, spot.group, index,
-					   &packed);
+					   NULL);
 		else if (!err)
-			err = tm_kv_write(kv, spot.place, spot.group, index,
-					  vmf->pgoff);
+			err = tm_kv_write(kv, spot.place, spot.group, index);
 	} while (!err && !fatal_signal_pending(current));
 	return VM_FAULT_SIGBUS;
 }
@@ -169,12 +170,11 @@ static vm_fault_t tm_kv_vm_mkwrite(struct vm_fault *vmf)
 	struct tm_kv_spot spot;
 	int err;
 
-	if (!tm_kv_find(kv, vmf->pgoff, &spot))
+	if (!tm_kv_locate(kv, vmf->pgoff, &spot))
 		return VM_FAULT_SIGBUS;
 	err = tm_kv_write(kv, spot.place, spot.group,
 			  spot.index /
-			  kv->cache.pool.geo.plane_pages[spot.group],
-			  vmf->pgoff);
+			  kv->cache.pool.geo.plane_pages[spot.group]);
 	return err ? VM_FAULT_SIGBUS : VM_FAULT_NOPAGE;
 }
 
@@ -244,7 +244,7 @@ void tm_kv_vm_map_ahead(struct tm_kv *kv, const struct tm_cache_extend *done)
 	if (READ_ONCE(kv->mapped_mm) != mm)
 		return;
 	/* Within one block, which its first token has brought and had mapped. */
-	if (done->length % block_tokens + done->tokens <= block_tokens &&
+	if ((u64)done->length % block_tokens + done->tokens <= block_tokens &&
 	    done->length % block_tokens && !done->copies.nr)
 		return;
 	if (mmap_read_lock_killable(mm))
