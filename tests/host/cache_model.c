@@ -722,32 +722,7 @@ static void compare_contents(struct cache_model *m, struct cache_model_seq *s,
 	CHECK_EQ(s->mapped[group][index], mapped);
 }
 
-/* Mappings alone, which is most of what a comparison takes. */
-static void compare_mapped(struct cache_model *m, struct cache_model_seq *s,
-			   u32 group, u32 index)
-{
-	u32 block = s->block[group][index];
-
-	if (!s->mapped[group][index])
-		return;
-	CHECK(!m->block[block].packed);
-	for (u32 n = 0; n < m->geo.block_pages[group]; n++) {
-		struct tm_page_id page;
-
-		if (!s->map[group][index][n])
-			continue;
-		CHECK_EQ(tm_kv_page(&m->cache.pool,
-				    (struct tm_kv_block){ block }, n, &page),
-			 0);
-		CHECK_EQ(s->at[group][index][n].v, page.v);
-		if (s->map[group][index][n] == CACHE_READ)
-			continue;
-		CHECK(m->block[block].refs == 1 && !m->block[block].published);
-		CHECK(is_state(m, group) || index >= s->sealed);
-	}
-}
-
-static void compare_seq(struct cache_model *m, u32 place, u32 *refs, bool look)
+static void compare_seq(struct cache_model *m, u32 place, u32 *refs)
 {
 	const struct tm_cache_seq *c = tm_cache_seq(&m->cache, place);
 	struct cache_model_seq *s = &m->seq[place];
@@ -779,10 +754,7 @@ static void compare_seq(struct cache_model *m, u32 place, u32 *refs, bool look)
 			}
 			refs[table[i]]++;
 			CHECK_EQ(m->block[table[i]].group, g);
-			if (look)
-				compare_contents(m, s, g, i);
-			else
-				compare_mapped(m, s, g, i);
+			compare_contents(m, s, g, i);
 		}
 	}
 }
@@ -807,16 +779,15 @@ static void compare_published(struct cache_model *m, u32 block)
 void cache_compare(struct cache_model *m)
 {
 	u32 refs[CACHE_POOL] = { 0 };
-	bool look = m->compared++ % m->look == 0;
 
 	CHECK_EQ(m->cache.nr_open, m->nr_open);
 	for (u32 place = 0; place < m->max_seqs; place++)
-		compare_seq(m, place, refs, look);
+		compare_seq(m, place, refs);
 	for (u32 i = 0; i < m->cache.pool.nr_blocks; i++)
 		CHECK_EQ(m->block[i].used ? m->block[i].refs : 0, refs[i]);
 	compare_blocks(m);
 	compare_stats(m);
-	if (m->compared % (16 * m->look))
+	if (m->compared++ % 16)
 		return;
 	for (u32 i = 0; i < m->cache.pool.nr_blocks; i++)
 		if (m->block[i].published)
@@ -836,7 +807,6 @@ void cache_setup(struct cache_model *m, const struct tm_cache_config *config,
 	m->max_blocks = (config->max_tokens - 1) / config->geo.block_tokens + 1;
 	m->limit = limit;
 	m->nr_events = config->nr_events;
-	m->look = 1;
 	CHECK(m->max_seqs <= CACHE_SEQS && m->max_blocks <= CACHE_BLOCKS);
 	CHECK(m->geo.nr_groups <= CACHE_GROUPS && limit <= CACHE_CHUNKS);
 	CHECK(m->nr_events <= CACHE_EVENTS);

@@ -120,8 +120,7 @@ struct cache_model {
 	u32 memory[CACHE_CHUNKS << TM_MAX_CHUNK_ORDER][CACHE_WORDS];
 	/* Contents for whoever wants some. */
 	struct tm_rng rng;
-	/* Look at pages of contents in one comparison of so many. */
-	u32 look;
+	/* Comparisons: what no sequence has is looked at in one of 16. */
 	u32 compared;
 };
 
