@@ -1709,7 +1709,8 @@ TEST(cache_writes_are_ones_own)
 	CHECK_EQ(cache_do_write(&m, place_of(a), 0, ~0u, false), -ENOENT);
 	CHECK_EQ(cache_do_write(&m, 2, 0, 0, false), -ENOENT);
 	/* A place that no sequence has, or can have. */
-	for (u32 place = 2; place; place = place == ~0u ? 0 : ~0u) {
+	for (u32 i = 0; i < 3; i++) {
+		u32 place = ((u32[]){ 2, m.max_seqs, ~0u })[i];
 		struct tm_cache_copies copies;
 		struct tm_kv_block none;
 		struct tm_cache_page page;
