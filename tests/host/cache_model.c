@@ -680,6 +680,44 @@ static void compare_stats(const struct cache_model *m)
 	CHECK_EQ(s->events_lost, m->stats.events_lost);
 }
 
+/*
+ * What is said of many pages at a time is what is said of each. From page @at of a plane
+ * on, in turn another one.
+ */
+static void compare_run(struct cache_model *m, struct cache_model_seq *s,
+			u32 group, u32 index, u32 plane, u32 at)
+{
+	u32 pages = m->geo.plane_pages[group], place = cache_place(m, s);
+	u32 max = 1 + m->compared % (pages + 1), left = pages - at;
+	struct tm_cache_run run = { .index = TM_NONE };
+	struct tm_cache_page page;
+	struct tm_page_id id;
+	int err;
+
+	err = tm_cache_pages(&m->cache, place, group, plane,
+			     index * pages + at, max, &run);
+	CHECK_EQ(run.nr, left < max ? left : max);
+	CHECK_EQ(tm_cache_page(&m->cache, place, group, plane,
+			       index * pages + at, &page), err);
+	if (err == -ENOENT) {
+		CHECK_EQ(run.index, TM_NONE);
+		return;
+	}
+	CHECK_EQ(run.block.v, page.block.v);
+	CHECK_EQ(run.index, page.index);
+	if (err)
+		return;
+	CHECK_EQ(run.writable, page.writable);
+	/* On to the end of the block, through the planes after this one. */
+	for (u32 n = run.index; n < m->geo.block_pages[group]; n++) {
+		CHECK(tm_kv_walk_next(&m->cache.pool, &run.walk, &id));
+		CHECK_EQ(tm_cache_page(&m->cache, place, group, n / pages,
+				       index * pages + n % pages, &page), 0);
+		CHECK_EQ(id.v, page.page.v);
+	}
+	CHECK(!tm_kv_walk_next(&m->cache.pool, &run.walk, &id));
+}
+
 /* Every page of a block, as the sequence sees it; and its mappings. */
 static void compare_contents(struct cache_model *m, struct cache_model_seq *s,
 			     u32 group, u32 index)
@@ -719,6 +757,8 @@ static void compare_contents(struct cache_model *m, struct cache_model_seq *s,
 			CHECK_EQ(s->at[group][index][n].v, page.page.v);
 			CHECK(how == CACHE_READ || writable);
 		}
+	n = m->compared % n;
+	compare_run(m, s, group, index, n / plane_pages, n % plane_pages);
 	CHECK_EQ(s->mapped[group][index], mapped);
 }
 
@@ -750,6 +790,8 @@ static void compare_seq(struct cache_model *m, u32 place, u32 *refs)
 			CHECK_EQ(s->block[g][i] != TM_NONE, held);
 			if (!held) {
 				CHECK(!s->mapped[g][i]);
+				compare_run(m, s, g, i, 0,
+					    m->compared % m->geo.plane_pages[g]);
 				continue;
 			}
 			refs[table[i]]++;

@@ -2264,6 +2264,7 @@ static void unlocked(void *which)
 	struct tm_cache_copies copies;
 	struct tm_cache_event event;
 	struct tm_cache_page page;
+	struct tm_cache_run run;
 	struct tm_hash name = hash(1);
 	struct tm_kv_block block = { 0 };
 	struct tm_seq_id id = m.seq[0].id;
@@ -2344,6 +2345,9 @@ static void unlocked(void *which)
 	case 22:
 		tm_cache_span(&m.cache, 0, 1, &failed, &failed);
 		break;
+	case 23:
+		(void)!tm_cache_pages(&m.cache, 0, 0, 0, 0, 1, &run);
+		break;
 	}
 }
 
@@ -2353,13 +2357,13 @@ TEST(cache_calls_need_the_lock)
 		"find", "open", "close", "extend", "truncate", "seal", "fork",
 		"page", "write", "shared", "publish", "match", "lookup",
 		"adopt", "reset", "evict", "evictable", "packed", "packable",
-		"pack", "unpack", "next_event", "span",
+		"pack", "unpack", "next_event", "span", "pages",
 	};
 
 	setup_full(2, 4, 2, 1);
 	add_chunks(1);
 	write_seq(1, 1);
-	for (int i = 0; i < 23; i++)
+	for (int i = 0; i < 24; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	cache_teardown(&m);
 }

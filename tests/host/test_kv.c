@@ -1014,6 +1014,9 @@ static void unlocked(void *which)
 	case 13:
 		(void)!tm_kv_page(&pool, block, 0, &page);
 		break;
+	case 14:
+		(void)!tm_kv_walk_at(&pool, block, 0, &walk);
+		break;
 	}
 }
 
@@ -1022,12 +1025,12 @@ TEST(kv_calls_need_the_lock)
 	static const char *const calls[] = {
 		"add_chunk", "remove_chunk", "missing", "alloc", "free",
 		"walk_start", "walk_next", "move_begin", "move_end", "lack",
-		"pages", "shrink", "regrow", "page",
+		"pages", "shrink", "regrow", "page", "walk_at",
 	};
 	struct tm_kv_geometry geo = sized(12, (u32[]){ 3 }, 1);
 
 	setup(&geo, 2, 1);
-	for (int i = 0; i < 14; i++)
+	for (int i = 0; i < 15; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	teardown();
 }
