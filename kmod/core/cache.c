@@ -104,6 +104,20 @@ void tm_cache_span(const struct tm_cache *cache, u32 group, u32 tokens,
 		*end = 0;
 }
 
+void tm_cache_leaving(const struct tm_cache *cache, u32 place, u32 group,
+		      u32 length, u32 *first, u32 *end)
+{
+	u32 had = tm_cache_seq(cache, place)->length;
+	u32 new_first, new_end;
+
+	tm_cache_span(cache, group, had, first, end);
+	tm_cache_span(cache, group, length, &new_first, &new_end);
+	if (length > had && *end > new_first)
+		*end = new_first;
+	else if (length <= had && *first < new_end)
+		*first = new_end;
+}
+
 static bool tm_cache_is_state(const struct tm_cache *cache, u32 group)
 {
 	return cache->pool.geo.group[group].rule == TM_KV_STATE;
@@ -358,10 +372,13 @@ int tm_cache_open(struct tm_cache *cache, u64 tenant, struct tm_seq_id *id)
 	return 0;
 }
 
-/* Let go of blocks [from, to) of each group, of all of them the last one first. */
-static void tm_cache_let_go(struct tm_cache *cache, u32 place, const u32 *from,
-			    u32 *to)
+/* Drop what a new length does not have, of all groups the last block first. */
+static void tm_cache_leave(struct tm_cache *cache, u32 place, u32 length)
 {
+	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
+
+	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++)
+		tm_cache_leaving(cache, place, g, length, &from[g], &to[g]);
 	for (;;) {
 		u32 last = 0, group = TM_NONE;
 
@@ -382,17 +399,8 @@ static void tm_cache_cut(struct tm_cache *cache, u32 place, u32 length)
 {
 	struct tm_cache_seq *seq = &cache->seqs[place];
 	u32 full = length / cache->pool.geo.block_tokens;
-	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
 
-	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
-		u32 first, end;
-
-		tm_cache_span(cache, g, length, &first, &end);
-		tm_cache_span(cache, g, seq->length, &from[g], &to[g]);
-		if (end > from[g])
-			from[g] = end;
-	}
-	tm_cache_let_go(cache, place, from, to);
+	tm_cache_leave(cache, place, length);
 	seq->length = length;
 	if (seq->sealed > full)
 		seq->sealed = full;
@@ -448,23 +456,6 @@ static u32 tm_cache_unfinished(const struct tm_cache *cache, u32 place,
 	block = *tm_cache_entry(cache, place, group, had / tokens);
 	return tm_cache_shared(cache, (struct tm_kv_block){ block }) ?
 	       block : TM_NONE;
-}
-
-/* Let go of what has left the windows when a sequence grows to @length. */
-static void tm_cache_leave(struct tm_cache *cache, u32 place, u32 length)
-{
-	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
-
-	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
-		u32 first, end;
-
-		tm_cache_span(cache, g, length, &first, &end);
-		tm_cache_span(cache, g, cache->seqs[place].length, &from[g],
-			      &to[g]);
-		if (to[g] > first)
-			to[g] = first;
-	}
-	tm_cache_let_go(cache, place, from, to);
 }
 
 static int tm_cache_extend_check(struct tm_cache *cache,
