@@ -89,7 +89,10 @@ u32 tm_cache_find(const struct tm_cache *cache, struct tm_seq_id id)
 	u32 place = id.v & 0xffff;
 
 	tm_assert_sleep_locked(cache->lock);
-	if (place >= cache->max_seqs || !cache->seqs[place].open ||
+	if (place >= cache->max_seqs)
+		return TM_NONE;
+	place = tm_index(place, cache->max_seqs);
+	if (!cache->seqs[place].open ||
 	    cache->seqs[place].generation != id.v >> 16)
 		return TM_NONE;
 	return place;
@@ -126,9 +129,11 @@ static bool tm_cache_is_state(const struct tm_cache *cache, u32 group)
 static u32 *tm_cache_entry(const struct tm_cache *cache, u32 place, u32 group,
 			   u32 index)
 {
-	u32 table = place * cache->pool.geo.nr_groups + group;
+	u32 tables = cache->max_seqs * cache->pool.geo.nr_groups;
+	u32 table = tm_index(place * cache->pool.geo.nr_groups + group, tables);
 
-	return &cache->tables[table * cache->max_blocks + index];
+	return &cache->tables[table * cache->max_blocks +
+			      tm_index(index, cache->max_blocks)];
 }
 
 /* The block of a sequence at this place; TM_NONE where it has none. */
@@ -655,10 +660,12 @@ int tm_cache_fork(struct tm_cache *cache, struct tm_seq_id id, u32 at,
 int tm_cache_pages(const struct tm_cache *cache, u32 place, u32 group,
 		   u32 plane, u32 index, u32 max, struct tm_cache_run *run)
 {
-	u32 pages = cache->pool.geo.plane_pages[group];
-	u32 block = tm_cache_at(cache, place, group, index / pages);
+	u32 pages, block;
 
 	tm_assert_sleep_locked(cache->lock);
+	group = tm_index(group, cache->pool.geo.nr_groups);
+	pages = cache->pool.geo.plane_pages[group];
+	block = tm_cache_at(cache, place, group, index / pages);
 	run->nr = pages - index % pages;
 	if (run->nr > max)
 		run->nr = max;
@@ -670,7 +677,7 @@ int tm_cache_pages(const struct tm_cache *cache, u32 place, u32 group,
 		return -EAGAIN;
 	/* A state is always written in place, and never shared. */
 	run->writable = tm_cache_is_state(cache, group) ||
-			(index / pages >= cache->seqs[place].sealed &&
+			(index / pages >= tm_cache_seq(cache, place)->sealed &&
 			 !tm_cache_shared(cache, run->block));
 	return tm_kv_walk_at(&cache->pool, run->block, run->index, &run->walk);
 }
@@ -697,14 +704,17 @@ int tm_cache_page(const struct tm_cache *cache, u32 place, u32 group,
 int tm_cache_write(struct tm_cache *cache, u32 place, u32 group, u32 index,
 		   bool evict, struct tm_cache_copies *copies)
 {
-	u32 block = tm_cache_at(cache, place, group, index);
 	struct tm_cache_need need = { 0 };
-	u32 to;
+	struct tm_cache_seq *seq;
+	u32 block, to;
 	int err;
 
 	tm_assert_sleep_locked(cache->lock);
+	group = tm_index(group, cache->pool.geo.nr_groups);
+	block = tm_cache_at(cache, place, group, index);
 	if (block == TM_NONE)
 		return -ENOENT;
+	seq = &cache->seqs[tm_index(place, cache->max_seqs)];
 	copies->nr = 0;
 	if (tm_cache_shared(cache, (struct tm_kv_block){ block })) {
 		tm_cache_need(cache, &need, group, 1);
@@ -716,9 +726,8 @@ int tm_cache_write(struct tm_cache *cache, u32 place, u32 group, u32 index,
 		*tm_cache_entry(cache, place, group, index) = to;
 		tm_cache_put(cache, block);
 	}
-	if (!tm_cache_is_state(cache, group) &&
-	    cache->seqs[place].sealed > index)
-		cache->seqs[place].sealed = index;
+	if (!tm_cache_is_state(cache, group) && seq->sealed > index)
+		seq->sealed = index;
 	return 0;
 }
 
@@ -1095,7 +1104,8 @@ int tm_cache_packable(const struct tm_cache *cache, u32 place, u32 group,
 		return -ENOENT;
 	/* The next token goes there. */
 	if (!tm_cache_is_state(cache, group) &&
-	    index == cache->seqs[place].length / cache->pool.geo.block_tokens)
+	    index == tm_cache_seq(cache, place)->length /
+		     cache->pool.geo.block_tokens)
 		return -ENOENT;
 	*block = b;
 	return 0;

@@ -172,7 +172,7 @@ u32 tm_cache_find(const struct tm_cache *cache, struct tm_seq_id id);
 static inline const struct tm_cache_seq *
 tm_cache_seq(const struct tm_cache *cache, u32 place)
 {
-	return &cache->seqs[place];
+	return &cache->seqs[tm_index(place, cache->max_seqs)];
 }
 
 /* The name of the open sequence at @place. */

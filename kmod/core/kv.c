@@ -518,6 +518,7 @@ int tm_kv_walk_at(const struct tm_kv_pool *pool, struct tm_kv_block block,
 	if (index >= tm_kv_pages(pool, block))
 		return -EINVAL;
 	record = &pool->blocks[block.v];
+	index = tm_index(index, record->pages);
 	link = record->link;
 	if (record->run)
 		link += index;
