@@ -394,6 +394,7 @@ static void tm_cache_leave(struct tm_cache *cache, u32 place, u32 length)
 			}
 		if (group == TM_NONE)
 			return;
+		tm_relax();
 		to[group]--;
 		tm_cache_drop(cache, place, group, to[group]);
 	}
@@ -531,6 +532,7 @@ int tm_cache_extend(struct tm_cache *cache, struct tm_cache_extend *items,
 		if (short_of == nr &&
 		    !tm_cache_fits(cache, &need, evict, TM_NONE))
 			short_of = n;
+		tm_relax();
 	}
 	*failed = n;
 	while (n--)
@@ -549,8 +551,10 @@ int tm_cache_extend(struct tm_cache *cache, struct tm_cache_extend *items,
 	for (n = 0; n < nr; n++)
 		tm_cache_leave(cache, tm_cache_find(cache, items[n].id),
 			       items[n].length + items[n].tokens);
-	for (n = 0; n < nr; n++)
+	for (n = 0; n < nr; n++) {
 		tm_cache_extend_one(cache, &items[n]);
+		tm_relax();
+	}
 	return 0;
 }
 
@@ -652,6 +656,7 @@ int tm_cache_fork(struct tm_cache *cache, struct tm_seq_id id, u32 at,
 				*entry = block;
 				tm_cache_get(cache, block);
 			}
+			tm_relax();
 		}
 	}
 	return 0;
@@ -809,12 +814,14 @@ int tm_cache_publish(struct tm_cache *cache, struct tm_seq_id id, u32 first,
 		return -EINVAL;
 	for (u32 g = 0; g < nr_groups; g++) {
 		state[g] = tm_cache_is_state(cache, g);
-		for (u32 i = 0; i < nr && !state[g]; i++)
+		for (u32 i = 0; i < nr && !state[g]; i++) {
 			if (!tm_cache_nameable(cache,
 					       *tm_cache_entry(cache, place, g,
 							       first + i),
 					       &hashes[i]))
 				return -EINVAL;
+			tm_relax();
+		}
 		/* Again under the same hash is nothing for a state, too. */
 		state[g] = state[g] && (first + nr) * tokens == seq->length &&
 			   tm_cache_published(cache, seq->tenant, g,
@@ -853,6 +860,7 @@ int tm_cache_publish(struct tm_cache *cache, struct tm_seq_id id, u32 first,
 			}
 		}
 		parent = hashes[i];
+		tm_relax();
 	}
 	return 0;
 }
@@ -887,6 +895,7 @@ u32 tm_cache_match(const struct tm_cache *cache, u64 tenant,
 		}
 		if (match)
 			best = i + 1;
+		tm_relax();
 	}
 	return best;
 }
@@ -926,6 +935,7 @@ int tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
 			*tm_cache_entry(cache, place, g, i) = block;
 			if (state)
 				tm_cache_need(cache, &need, g, 1);
+			tm_relax();
 		}
 	}
 	err = tm_cache_make_room(cache, &need, evict, TM_NONE);
@@ -936,6 +946,7 @@ int tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
 
 			tm_cache_unget(cache, *entry);
 			*entry = TM_NONE;
+			tm_relax();
 		}
 	}
 	if (err)

@@ -29,8 +29,9 @@
  * had, calls again with @evict, which gives up cached blocks, if that suffices. A call
  * that fails, whatever for, changes no count, no table and no order of eviction.
  *
- * Context: all functions but init and destroy need the lock and never sleep for long:
- * steps are bounded by the blocks concerned.
+ * Context: all functions but init and destroy need the lock. Steps are bounded by the
+ * blocks concerned; what deals with many lets others run meanwhile (tm_relax()), with the
+ * lock held.
  */
 #ifndef TM_CORE_CACHE_H
 #define TM_CORE_CACHE_H
