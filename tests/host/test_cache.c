@@ -2348,6 +2348,9 @@ static void unlocked(void *which)
 	case 23:
 		(void)!tm_cache_pages(&m.cache, 0, 0, 0, 0, 1, &run);
 		break;
+	case 24:
+		tm_cache_leaving(&m.cache, 0, 0, 1, &failed, &failed);
+		break;
 	}
 }
 
@@ -2358,12 +2361,13 @@ TEST(cache_calls_need_the_lock)
 		"page", "write", "shared", "publish", "match", "lookup",
 		"adopt", "reset", "evict", "evictable", "packed", "packable",
 		"pack", "unpack", "next_event", "span", "pages",
+		"leaving",
 	};
 
 	setup_full(2, 4, 2, 1);
 	add_chunks(1);
 	write_seq(1, 1);
-	for (int i = 0; i < 24; i++)
+	for (int i = 0; i < 25; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	cache_teardown(&m);
 }
