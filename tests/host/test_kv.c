@@ -232,6 +232,7 @@ TEST(kv_geometry_refuses)
 
 	CHECK_EQ(geometry(full(0, 4096), 1), -EINVAL);
 	CHECK_EQ(geometry(full(1, 0), 1), -EINVAL);
+	CHECK_EQ(geometry(full(1, 0), 0), -EINVAL);
 	CHECK_EQ(geometry(state(1, 0), 1), -EINVAL);
 	CHECK_EQ(geometry(window(1, 4096, 1), 1), 0);
 	CHECK_EQ(geometry(window(1, 4096, 0), 1), -EINVAL);
@@ -654,6 +655,12 @@ TEST(kv_numbers_run_out)
 	geo = sized(16, (u32[]){ 1, 9 }, 2);
 	setup(&geo, 3, 3);
 	CHECK_EQ(pool.nr_blocks, 3 * 32);
+	teardown();
+	/* Numbers enough for more pages than 32 bits count. */
+	geo = sized(12, (u32[]){ 1, 1u << 20 }, 2);
+	setup(&geo, 8, 1);
+	CHECK_EQ(kv_do_alloc(&model, &pool, (u32[]){ 0, 4096 }), -ENOMEM);
+	CHECK_EQ(tm_kv_missing(&pool, (u32[]){ 0, 4096 }), (1u << 23) - 1);
 	teardown();
 }
 
