@@ -1824,6 +1824,16 @@ TEST(cache_of_the_most_groups)
 	CHECK_EQ(cache_do_close(&m, a), 0);
 	CHECK(!cache_do_evict(&m));
 	cache_teardown(&m);
+
+	/* Without states one can be cut anywhere. */
+	for (u32 i = 2; i < TM_KV_GROUPS; i += 3)
+		groups[i] = groups[0];
+	setup(16, groups, TM_KV_GROUPS, TOKENS, 4 * TOKENS, 3, 6);
+	add_chunks(6);
+	a = write_seq(1, 1);
+	CHECK_EQ(cache_do_truncate(&m, a, 2), 0);
+	CHECK_EQ(cache_do_fork(&m, a, 1, false, &child), 0);
+	cache_teardown(&m);
 }
 
 /* A state that was packed has not the pages for another one. */
