@@ -2205,7 +2205,13 @@ TEST(cache_init_refuses)
 	tm_sleep_lock_t lock = { false };
 	struct tm_cache_config config;
 
-#define REFUSED(change)								do {										config = good;								change;									CHECK_EQ(tm_cache_init(&cache, &config, &lock),					 -EINVAL);							CHECK_EQ(tm_host_tables(), 0);					} while (0)
+#define REFUSED(change)							\
+	do {								\
+		config = good;						\
+		change;							\
+		CHECK_EQ(tm_cache_init(&cache, &config, &lock), -EINVAL);	\
+		CHECK_EQ(tm_host_tables(), 0);				\
+	} while (0)
 
 	REFUSED(config.max_tokens = 0);
 	REFUSED(config.max_seqs = 0);
@@ -2214,6 +2220,9 @@ TEST(cache_init_refuses)
 	REFUSED(config.max_tokens = ~0u);
 	REFUSED((config.max_seqs = TM_CACHE_MAX_SEQS,
 		 config.max_tokens = 1025 * TOKENS));
+	/* 2^32 entries, which in 32 bits are none. */
+	REFUSED((config.max_seqs = 1u << 15,
+		 config.max_tokens = (1u << 17) * TOKENS));
 	REFUSED((config.max_seqs = 1,
 		 config.max_tokens = TM_CACHE_MAX_ENTRIES * TOKENS + 1));
 	REFUSED(config.nr_events = 3);
