@@ -1054,9 +1054,9 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 			tm_cache_need(cache, &need, g, 1);
 	}
 	err = tm_cache_make_room(cache, &need, evict, TM_NONE);
+	/* Memory is needed at the end only, where every group adopts. */
 	for (u32 g = nr_groups; err && g--;)
-		if (from[g] != TM_NONE)
-			tm_cache_unget(cache, from[g]);
+		tm_cache_unget(cache, from[g]);
 	if (err)
 		return err;
 
