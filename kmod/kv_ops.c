@@ -166,22 +166,25 @@ struct tm_kv_extend_args {
 	u32 *failed;
 };
 
-/* Remove the mappings of what windows leave behind when @tokens more come. */
-static void tm_kv_zap_left(struct tm_kv *kv, u32 place, u32 tokens)
+/* Remove the mappings of what a sequence drops when it has @length tokens. */
+static void tm_kv_zap_leaving(struct tm_kv *kv, u32 place, u32 length)
 {
-	const struct tm_cache_seq *seq = tm_cache_seq(&kv->cache, place);
-	u32 length;
-
-	if (check_add_overflow(seq->length, tokens, &length) ||
-	    length > kv->cache.max_tokens)
-		return;
 	for (u32 i = 0; i < kv->cache.pool.geo.nr_groups; i++) {
-		u32 first, end, new_first, new_end;
+		u32 first, end;
 
-		tm_cache_span(&kv->cache, i, seq->length, &first, &end);
-		tm_cache_span(&kv->cache, i, length, &new_first, &new_end);
-		tm_kv_zap(kv, place, i, first, min(new_first, end));
+		tm_cache_leaving(&kv->cache, place, i, length, &first, &end);
+		tm_kv_zap(kv, place, i, first, end);
 	}
+}
+
+/* The same when it grows. Where that is refused, nothing is to be done. */
+static void tm_kv_zap_growing(struct tm_kv *kv, u32 place, u32 tokens)
+{
+	u32 length = tm_cache_seq(&kv->cache, place)->length;
+
+	if (!check_add_overflow(length, tokens, &length) &&
+	    length <= kv->cache.max_tokens)
+		tm_kv_zap_leaving(kv, place, length);
 }
 
 /* What the core wants unmapped before it extends a sequence. */
@@ -195,7 +198,7 @@ static void tm_kv_before_extend(struct tm_kv *kv,
 	if (place == TM_NONE)
 		return;
 	tm_kv_touch(kv, place);
-	tm_kv_zap_left(kv, place, item->tokens);
+	tm_kv_zap_growing(kv, place, item->tokens);
 	length = tm_cache_seq(&kv->cache, place)->length;
 	last = length / geo->block_tokens;
 	for (u32 i = 0; length % geo->block_tokens && i < geo->nr_groups; i++) {
@@ -293,7 +296,6 @@ int tm_kv_extend(struct tm_kv *kv, struct tm_cache_extend *items, u32 nr,
  */
 int tm_kv_truncate(struct tm_kv *kv, struct tm_seq_id id, u32 length)
 {
-	const struct tm_kv_geometry *geo = &kv->cache.pool.geo;
 	u32 place;
 	int err;
 
@@ -301,19 +303,9 @@ int tm_kv_truncate(struct tm_kv *kv, struct tm_seq_id id, u32 length)
 		return -EINTR;
 	place = tm_cache_find(&kv->cache, id);
 	if (place != TM_NONE) {
-		u32 from = length / geo->block_tokens;
-		u32 first, end;
-
 		tm_kv_touch(kv, place);
-		for (u32 i = 0; i < geo->nr_groups; i++) {
-			tm_cache_span(&kv->cache, i,
-				      tm_cache_seq(&kv->cache, place)->length,
-				      &first, &end);
-			if (geo->group[i].rule == TM_KV_STATE)
-				tm_kv_zap(kv, place, i, 0, length ? 0 : end);
-			else
-				tm_kv_zap(kv, place, i, from, end);
-		}
+		if (length <= tm_cache_seq(&kv->cache, place)->length)
+			tm_kv_zap_leaving(kv, place, length);
 	}
 	err = tm_cache_truncate(&kv->cache, id, length);
 	up_write(&kv->lock);
@@ -508,7 +500,7 @@ static int tm_kv_call_adopt(struct tm_kv *kv, void *args, bool evict)
 
 		tm_kv_touch(kv, place);
 		if (adopt->index == full)
-			tm_kv_zap_left(kv, place, adopt->tokens);
+			tm_kv_zap_growing(kv, place, adopt->tokens);
 		for (u32 i = 0; i < geo->nr_groups; i++)
 			if (geo->group[i].rule == TM_KV_STATE)
 				tm_kv_zap(kv, place, i, 0, 1);
