@@ -661,24 +661,46 @@ int tm_cache_fork(struct tm_cache *cache, struct tm_seq_id id, u32 at,
 	return 0;
 }
 
-int tm_cache_page(const struct tm_cache *cache, u32 place, u32 group,
-		  u32 plane, u32 index, struct tm_cache_page *page)
+int tm_cache_pages(const struct tm_cache *cache, u32 place, u32 group,
+		   u32 plane, u32 index, u32 max, struct tm_cache_run *run)
 {
 	u32 pages = cache->pool.geo.plane_pages[group];
 	u32 block = tm_cache_at(cache, place, group, index / pages);
 
 	tm_assert_sleep_locked(cache->lock);
+	run->nr = pages - index % pages;
+	if (run->nr > max)
+		run->nr = max;
 	if (block == TM_NONE)
 		return -ENOENT;
-	page->block = (struct tm_kv_block){ block };
-	page->index = plane * pages + index % pages;
-	if (tm_cache_packed(cache, page->block))
+	run->block = (struct tm_kv_block){ block };
+	run->index = plane * pages + index % pages;
+	if (tm_cache_packed(cache, run->block))
 		return -EAGAIN;
 	/* A state is always written in place, and never shared. */
-	page->writable = tm_cache_is_state(cache, group) ||
-			 (index / pages >= cache->seqs[place].sealed &&
-			  !tm_cache_shared(cache, page->block));
-	return tm_kv_page(&cache->pool, page->block, page->index, &page->page);
+	run->writable = tm_cache_is_state(cache, group) ||
+			(index / pages >= cache->seqs[place].sealed &&
+			 !tm_cache_shared(cache, run->block));
+	return tm_kv_walk_at(&cache->pool, run->block, run->index, &run->walk);
+}
+
+int tm_cache_page(const struct tm_cache *cache, u32 place, u32 group,
+		  u32 plane, u32 index, struct tm_cache_page *page)
+{
+	struct tm_cache_run run;
+	int err;
+
+	tm_assert_sleep_locked(cache->lock);
+	err = tm_cache_pages(cache, place, group, plane, index, 1, &run);
+	if (err == -ENOENT)
+		return err;
+	page->block = run.block;
+	page->index = run.index;
+	if (err)
+		return err;
+	page->writable = run.writable;
+	tm_kv_walk_next(&cache->pool, &run.walk, &page->page);
+	return 0;
 }
 
 int tm_cache_write(struct tm_cache *cache, u32 place, u32 group, u32 index,

@@ -328,6 +328,44 @@ int __must_check tm_cache_page(const struct tm_cache *cache, u32 place,
 			       struct tm_cache_page *page);
 
 /**
+ * struct tm_cache_run - pages of a plane that lie in one block
+ * @block: the block
+ * @index: which page of it the first one is
+ * @nr: how many they are
+ * @writable: as in struct tm_cache_page
+ * @walk: gives the pages, one after the other; after the last of the plane's it goes on
+ *        with the first of the next plane's in this block, and so on
+ */
+struct tm_cache_run {
+	struct tm_kv_block block;
+	u32 index;
+	u32 nr;
+	bool writable;
+	struct tm_kv_walk walk;
+};
+
+/**
+ * tm_cache_pages - what is to be mapped, for many pages at a time
+ * @cache: the cache
+ * @place: of an open sequence, or not
+ * @group: less than nr_groups
+ * @plane: less than the group's planes
+ * @index: first page, of the plane's array
+ * @max: most pages, at least 1
+ * @run: the answer
+ *
+ * Who wants the pages behind @run->nr asks again: they are of another block.
+ * Steps: as tm_kv_walk_at().
+ *
+ * Return: 0, -ENOENT where the sequence has nothing (only @run->nr is set: so many
+ * pages have nothing), -EAGAIN for a packed block (all but @run->walk and @writable is
+ * set).
+ */
+int __must_check tm_cache_pages(const struct tm_cache *cache, u32 place,
+				u32 group, u32 plane, u32 index, u32 max,
+				struct tm_cache_run *run);
+
+/**
  * tm_cache_write - make a block one that its sequence may write in place
  * @cache: the cache
  * @place: of the sequence

@@ -508,8 +508,8 @@ static struct tm_page_id tm_kv_page_id(const struct tm_kv_pool *pool, u32 page)
 			  tm_page_index(g, local));
 }
 
-int tm_kv_page(const struct tm_kv_pool *pool, struct tm_kv_block block,
-	       u32 index, struct tm_page_id *page)
+int tm_kv_walk_at(const struct tm_kv_pool *pool, struct tm_kv_block block,
+		  u32 index, struct tm_kv_walk *walk)
 {
 	const struct tm_kv_record *record;
 	u32 link;
@@ -524,8 +524,19 @@ int tm_kv_page(const struct tm_kv_pool *pool, struct tm_kv_block block,
 	else
 		while (index--)
 			link = pool->links[link - 1];
-	*page = tm_kv_page_id(pool, link - 1);
+	walk->link = link;
 	return 0;
+}
+
+int tm_kv_page(const struct tm_kv_pool *pool, struct tm_kv_block block,
+	       u32 index, struct tm_page_id *page)
+{
+	struct tm_kv_walk walk;
+	int err = tm_kv_walk_at(pool, block, index, &walk);
+
+	if (!err)
+		tm_kv_walk_next(pool, &walk, page);
+	return err;
 }
 
 int tm_kv_walk_start(const struct tm_kv_pool *pool, struct tm_kv_block block,

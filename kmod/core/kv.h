@@ -340,7 +340,7 @@ int __must_check tm_kv_regrow(struct tm_kv_pool *pool,
  * @index: which, from 0, in the order of tm_kv_walk_next()
  * @page: the page
  *
- * One step for a block in one run, else one for each page before it.
+ * Steps: as tm_kv_walk_at(), which is for who wants more than one.
  * Return: 0, or -EINVAL when there is no such block or page.
  */
 int __must_check tm_kv_page(const struct tm_kv_pool *pool,
@@ -366,6 +366,20 @@ struct tm_kv_walk {
 int __must_check tm_kv_walk_start(const struct tm_kv_pool *pool,
 				  struct tm_kv_block block,
 				  struct tm_kv_walk *walk);
+
+/**
+ * tm_kv_walk_at - go to any page of a block
+ * @pool: the pool
+ * @block: the block
+ * @index: which, from 0, in the order of tm_kv_walk_next()
+ * @walk: for tm_kv_walk_next()
+ *
+ * One step for a block in one run, else one for each page before it.
+ * Return: 0, or -EINVAL when there is no such block or page.
+ */
+int __must_check tm_kv_walk_at(const struct tm_kv_pool *pool,
+			       struct tm_kv_block block, u32 index,
+			       struct tm_kv_walk *walk);
 
 /**
  * tm_kv_walk_next - the next page of a block

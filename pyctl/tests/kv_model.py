@@ -176,7 +176,7 @@ class ModelCache:
         self.block_tokens = max(8, self.page // token)
         self.block_bytes = self.block_tokens * token * self.planes
         self.room = -(-self.limit // CHUNK) * CHUNK // self.block_bytes
-        self.count = self.copies = self.evictions = 0
+        self.count = self.copies = self.evictions = self.refused = 0
         self.index: dict[tuple[int, tuple[int, ...]], list[Block]] = {}
         self.cached: OrderedDict[int, Block] = OrderedDict()
 
@@ -212,6 +212,7 @@ class ModelCache:
     def new(self) -> Block:
         if self.count == self.room:
             if not self.cached:
+                self.refused += 1
                 raise errors.PoolExhausted
             self.evict()
         self.count += 1

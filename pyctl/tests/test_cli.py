@@ -14,15 +14,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fake import FakeDevice
-from tensormem import __version__
+from tensormem import __version__, system
 from tensormem import client as client_module
 from tensormem import doctor as doctor_module
 from tensormem.cli import cli
+from tensormem.demo import PROMPT
 from tensormem.demo import run as run_module
 from tensormem.device import KernelDevice
 from tensormem.safetensors import load_into
 from tensormem.units import format_size
-from test_system import make_sysfs
+from test_system import make_process, make_sysfs
 
 Run = Callable[..., Result]
 
@@ -304,6 +305,165 @@ def test_an_unforeseen_oserror_is_one_line(run: Run, monkeypatch: pytest.MonkeyP
     assert result.stderr.count("\n") == 1
 
 
+# -- KV caches -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "proc"
+    folder.mkdir()
+    monkeypatch.setenv("TENSORMEM_PROC", str(folder))
+    return folder
+
+
+KV_LINES = {
+    "tensormem-kv": 4, "client": 9, "max_tokens": 512, "max_sequences": 12, "block_tokens": 32,
+    "sequences": 3, "limit": 8 << 20, "held": 4 << 20, "used": 3 << 20, "cached": 1 << 20,
+    "packed": 1 << 18, "unpacked": 1 << 20, "lookups": 200, "hits": 150, "copies": 5,
+    "evictions": 6, "packs": 7, "unpacks": 8, "events_lost": 0, "moved": 10,
+}  # fmt: skip
+
+
+def test_kv_show(bare: Run, proc: Path) -> None:
+    result = bare("kv", "show")
+    assert (result.exit_code, result.stdout) == (0, "no process has a KV cache open\n")
+    link = "anon_inode:[tensormem-kv]"
+    make_process(proc, 55, "python3", {"7": (link, KV_LINES)})
+    for pid in range(60, 72):
+        make_process(proc, pid, "worker with a name", {"3": (link, KV_LINES)})
+    make_process(proc, 90, "old", {"3": (link, {"tensormem-kv": 5})})
+    result = bare("kv", "show")
+    assert result.exit_code == 0
+    assert narrow(result.stdout)
+    assert "KV cache 4 of python3 (55), worker with a name (60)," in result.stdout
+    # 2 and 1 of 8 MiB on 40 columns
+    assert "[##########=====" + "." * 25 + "]  8 MiB" in result.stdout
+    lines = {" ".join(line.split()) for line in result.stdout.splitlines()}
+    for line in (
+        "sequences 3 of 12 2 MiB", "tokens in one, at most 512", "tokens in a block 32",
+        "cached for their prefix 1 MiB", "packed 25.0% 256 KiB", "unpacked it would be 1 MiB",
+        "taken in chunks 4 MiB", "blocks asked for by hash 200", "of these found 75.0%",
+        "blocks copied 5", "cached blocks given up 6", "blocks packed 7", "blocks unpacked 8",
+        "pages moved 10", "events that nobody read 0", "KV cache 5 of old (90)",
+        "sequences - of - -", "packed - -",
+    ):  # fmt: skip
+        assert line in lines
+    document = json.loads(bare("kv", "show", "--json").stdout)
+    assert document["hidden_processes"] == 0
+    first, second = document["caches"]
+    assert first["users"][0] == {"pid": 55, "command": "python3"}
+    assert len(first["users"]) == 13
+    assert {k: first[k] for k in KV_LINES if k != "tensormem-kv"} == {
+        k: v for k, v in KV_LINES.items() if k != "tensormem-kv"
+    }
+    assert (first["id"], first["hit_rate"], first["packing"]) == (4, 0.75, 0.25)
+    assert (second["id"], second["hit_rate"], second["packing"]) == (5, None, None)
+
+
+def test_kv_show_says_what_it_may_not_see(
+    bare: Run, proc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_process(proc, 55, "python3", {})
+
+    def denied(process: Path) -> Any:
+        raise PermissionError
+
+    monkeypatch.setattr(system, "_kv_descriptors", denied)
+    result = bare("kv", "show")
+    assert "1 processes of other users were not looked at: run it with sudo" in result.stdout
+
+
+def saved_text(run: Run, fake: FakeDevice, path: Path, *arguments: str) -> str:
+    result = run("kv", "save", *arguments, "-o", str(path))
+    assert result.exit_code == 0, result.output
+    assert narrow(result.stdout)
+    assert not fake.tensors
+    assert all(cache.fd == -1 for cache in fake.caches.values())
+    return result.stdout
+
+
+def test_kv_save_and_restore(
+    run: Run, fake: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("story.kv")
+    # what the model makes of it in one go
+    want = json.loads(run("demo", "--tokens", "60", "--json").stdout)
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: FakeDevice(max_batch=64))
+    out = saved_text(run, fake, path, PROMPT)
+    assert out.startswith(f"story.kv: {len(PROMPT)} tokens, ")
+    (tmp_path / "text").write_text(PROMPT)
+    assert saved_text(run, fake, path, "@text") == out
+    result = run("kv", "restore", "story.kv", "-n", "60")
+    assert result.exit_code == 0, result.output
+    assert narrow(result.stdout)
+    text = " ".join(result.stdout.split())
+    assert text.startswith(" ".join((PROMPT + want["text"]).split()))
+    assert f"{len(PROMPT) - 1} of {len(PROMPT)} tokens were not computed again" in text
+    result = run("kv", "restore", "story.kv", "-n", "60", "--json")
+    document = json.loads(result.stdout)
+    assert document["tokens"] == want["tokens"]
+    assert document["text"] == want["text"]
+    assert document["prompt_text"] == PROMPT
+    assert document["reused"] == len(PROMPT) - 1
+    document = json.loads(run("kv", "save", PROMPT, "-o", "story.kv", "--json").stdout)
+    assert document["file"] == "story.kv"
+    assert document["tokens"] == len(PROMPT)
+    assert document["size"] == path.stat().st_size
+
+
+def test_kv_file(
+    run: Run, fake: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "story.kv"
+    saved_text(run, fake, path, "The gate was closed at dusk")
+    result = run("kv", "file", str(path))
+    assert result.exit_code == 0
+    lines = {" ".join(line.split()) for line in result.stdout.splitlines()}
+    assert f"{path}: intact" in lines
+    assert f"tokens 27, in blocks of {os.sysconf('SC_PAGE_SIZE') // 128}" in lines
+    assert "0-3 float32 2 heads of 16 all" in lines
+    document = json.loads(run("kv", "file", str(path), "--json").stdout)
+    assert document["length"] == 27
+    assert bytes(document["tokens"]) == b"The gate was closed at dusk"
+    assert document["groups"][0]["layers"] == [0, 1, 2, 3]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    monkeypatch.setattr(client_module, "KernelDevice", lambda _: FakeDevice(max_batch=64))
+    for command in (["file"], ["restore", "-n", "3"]):
+        result = run("kv", *command, str(path))
+        assert result.exit_code == 1
+        assert "tensor 'v.3' is damaged" in result.stderr
+        assert result.stdout == ""
+        result = run("kv", *command, str(path), "--json")
+        assert json.loads(result.stdout)["error"]["type"] == "KVFileError"
+
+
+def test_kv_refusals(run: Run, fake: FakeDevice, tmp_path: Path,
+                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(b"\xff")
+    fresh = lambda _: FakeDevice(max_batch=64)  # noqa: E731
+    monkeypatch.setattr(client_module, "KernelDevice", fresh)
+    for arguments, code, words in (
+        (["save", "", "-o", "x"], 1, "a text of 0 bytes"),
+        (["save", "a" * 513, "-o", "x"], 1, "a text of 513 bytes"),
+        (["save", "@nothing", "-o", "x"], 1, "nothing: No such file"),
+        (["save", "@text", "-o", "x"], 2, "text is not UTF-8"),
+        (["save", "abc"], 2, "--output"),
+        (["save", "abc", "-o", "no/x"], 1, "No such file"),
+        (["save", "abc", "-o", "good"], 0, ""),
+        (["restore", "good", "-n", "510"], 1, "a text of 3 bytes and 510 tokens"),
+        (["restore", "good", "--checkpoint", "a"], 1, "of another model"),
+        (["restore", "x"], 1, "x: No such file"),
+        (["file", "text"], 1, "the file has 1 bytes"),
+    ):
+        result = run("kv", *arguments)
+        assert (result.exit_code, words in result.stderr) == (code, True), result.output
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["good", "text"]
+
+
 # -- doctor -------------------------------------------------------------------------------
 
 
@@ -426,10 +586,20 @@ def test_completion_completes() -> None:
 def test_help_and_version(run: Run) -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for word in ("status", "pool", "numa", "demo", "doctor", "completion", "Exit codes: 0 fine, 1"):
+    for word in (
+        "status",
+        "pool",
+        "numa",
+        "kv",
+        "demo",
+        "doctor",
+        "completion",
+        "Exit codes: 0 fine, 1",
+    ):
         assert word in result.stdout
     assert run("--version").stdout == f"tensormem, version {__version__}\n"
     for command in (["status"], ["pool", "show"], ["pool", "set"], ["pool", "compact"], ["numa"],
+                    ["kv", "show"], ["kv", "save"], ["kv", "restore"], ["kv", "file"],
                     ["demo"], ["doctor"], ["completion"]):  # fmt: skip
         text = run(*command, "-h")
         assert text.exit_code == 0

@@ -23,7 +23,7 @@ from tensormem.demo import REQUESTS, requests, run
 from tensormem.demo.model import Config, Decoder, HeapMemory, Model
 from tensormem.demo.requests import Moment, Report, Request, Trace, alone, serve, trace
 from test_cli import narrow, runner
-from test_demo import SMALL, Weights, random_weights
+from test_demo import SMALL, Refusing, Weights, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,23 @@ def test_a_fork_takes_what_the_cache_has_not() -> None:
     assert report.sequences["d"] == report.sequences["b"]
 
 
+def test_a_fork_without_room_waits() -> None:
+    c = replace(TINY, vocab=256)
+    weights = random_weights(c)
+    t = chain(
+        Request("a", 1, "abc", 4),
+        Request("b", 1, "xyz-one and sixteen more", 7, after="a"),
+        Request("c", 1, "xyz-two", 9, after="a"),
+    )
+    cache = cache_of(c, running=2, page=256)
+    # b has all six blocks when c would have a copy of the third
+    cache.room = 6
+    report = run_on(cache, weights, c, t, 2)
+    assert report.sequences == alone(Decoder(weights, c, HeapMemory()), t)
+    assert (report.forks, report.preempted, report.most) == (0, 0, 1)
+    assert cache.refused == 1, "it did not wait for b to end"
+
+
 def random_trace(rng: random.Random, c: Config) -> Trace:
     made: list[Request] = []
     lengths: dict[str, int] = {}
@@ -200,6 +217,23 @@ def random_trace(rng: random.Random, c: Config) -> Trace:
     return chain(*made)
 
 
+@pytest.fixture
+def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See to it that requests that were put back begin again in the order they came."""
+    began: list[Any] = []
+    begin = requests._Server._begin
+
+    def checked(self: Any, job: Any) -> Any:
+        if job not in began:
+            began.append(job)
+        places = [began.index(other) for other in [job, *self.put_back]]
+        assert places == sorted(places)
+        return begin(self, job)
+
+    monkeypatch.setattr(requests._Server, "_begin", checked)
+
+
+@pytest.mark.usefixtures("in_order")
 @pytest.mark.parametrize("seed", range(12))
 def test_random_traces_in_narrow_pools(seed: int) -> None:
     """The model of the cache checks each block that is shared; answers are those of numpy."""
@@ -296,6 +330,17 @@ def test_replay_counts_as_the_model_does(demo: tuple[Weights, Config]) -> None:
         assert getattr(found, name) == getattr(model, name), name
     for name in ("limit", "used", "cached", "copies", "evictions"):
         assert getattr(found.info, name) == getattr(model.info, name), name
+
+
+@pytest.mark.parametrize("call", [abi.IOC_KV_LOOKUP, abi.IOC_KV_EXTEND])
+def test_a_cache_that_has_nothing(call: int) -> None:
+    device = Refusing(call, errno.ENOSPC)
+    with Client(device) as client:
+        with pytest.raises(errors.CacheFull) as info:
+            requests.replay(client, trace(1), running=1)
+        del info
+        assert not device.tensors
+        assert [kv.fd for kv in device.caches.values()] == [-1]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,53 @@ def test_set_without_the_files(root: Path) -> None:
     (root / "chunk" / "reserve").unlink()
     with pytest.raises(errors.IncompatibleModule, match="chunk/reserve"):
         system.set_chunk_pool(capacity=1, root=root)
+
+
+# -- KV caches ---------------------------------------------------------------------------
+
+
+def make_process(
+    proc: Path, pid: int, command: str, links: dict[str, tuple[str, dict[str, int]]]
+) -> Path:
+    """Make a process of a /proc, with descriptors: number -> (link, lines of its fdinfo)."""
+    folder = proc / str(pid)
+    (folder / "fd").mkdir(parents=True)
+    (folder / "fdinfo").mkdir()
+    (folder / "comm").write_text(f"{command}\n")
+    for name, (link, lines) in links.items():
+        (folder / "fd" / name).symlink_to(link)
+        text = "pos:\t0\nflags:\t02000002\nmnt_id:\t15\nino:\t1055\n"
+        text += "".join(f"{key}:\t{value}\n" for key, value in lines.items())
+        (folder / "fdinfo" / name).write_text(text)
+    return folder
+
+
+def test_kv_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = "anon_inode:[tensormem-kv]"
+    one = {"tensormem-kv": 7, "client": 2, "used": 1 << 40, "hits": 3}
+    two = {"tensormem-kv": 3, "client": 2, "used": 5}
+    make_process(tmp_path, 100, "sh", {"0": ("/dev/null", {}), "5": ("anon_inode:[x]", one)})
+    make_process(tmp_path, 20, "a b", {"4": (link, one), "5": (link, one), "6": (link, two)})
+    make_process(tmp_path, 9, "other", {"4": (link, one)})
+    make_process(tmp_path, 300, "odd", {"4": (link, {"nothing": 1})})
+    (tmp_path / "self").symlink_to("20")
+    (tmp_path / "77").mkdir()  # has ended
+    found = system.kv_caches(tmp_path)
+    assert [c.id for c in found.caches] == [3, 7]
+    assert found.caches[0].users == (system.KVUser(20, "a b"),)
+    assert found.caches[1].users == (system.KVUser(9, "other"), system.KVUser(20, "a b"))
+    assert found.caches[1].values == {"client": 2, "used": 1 << 40, "hits": 3}
+    assert found.caches[0].get("hits") is None
+    assert found.hidden == 0
+
+    iterdir = Path.iterdir
+
+    def denied(path: Path) -> Iterator[Path]:
+        if path == tmp_path / "9" / "fd":
+            raise PermissionError
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    found = system.kv_caches(tmp_path)
+    assert found.hidden == 1
+    assert found.caches[1].users == (system.KVUser(20, "a b"),)

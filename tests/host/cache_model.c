@@ -174,6 +174,7 @@ static void get_contents(struct cache_model *m, u32 block, u32 *data)
 		       CACHE_DATA * sizeof(*data));
 		return;
 	}
+	memset(data, 0, CACHE_DATA * sizeof(*data));
 	for (u32 p = 0; p < pages; p++)
 		memcpy(&data[p * CACHE_WORDS], block_page(m, block, p),
 		       CACHE_WORDS * sizeof(*data));
@@ -679,6 +680,44 @@ static void compare_stats(const struct cache_model *m)
 	CHECK_EQ(s->events_lost, m->stats.events_lost);
 }
 
+/*
+ * What is said of many pages at a time is what is said of each. From page @at of a plane
+ * on, in turn another one.
+ */
+static void compare_run(struct cache_model *m, struct cache_model_seq *s,
+			u32 group, u32 index, u32 plane, u32 at)
+{
+	u32 pages = m->geo.plane_pages[group], place = cache_place(m, s);
+	u32 max = 1 + m->compared % (pages + 1), left = pages - at;
+	struct tm_cache_run run = { .index = TM_NONE };
+	struct tm_cache_page page;
+	struct tm_page_id id;
+	int err;
+
+	err = tm_cache_pages(&m->cache, place, group, plane,
+			     index * pages + at, max, &run);
+	CHECK_EQ(run.nr, left < max ? left : max);
+	CHECK_EQ(tm_cache_page(&m->cache, place, group, plane,
+			       index * pages + at, &page), err);
+	if (err == -ENOENT) {
+		CHECK_EQ(run.index, TM_NONE);
+		return;
+	}
+	CHECK_EQ(run.block.v, page.block.v);
+	CHECK_EQ(run.index, page.index);
+	if (err)
+		return;
+	CHECK_EQ(run.writable, page.writable);
+	/* On to the end of the block, through the planes after this one. */
+	for (u32 n = run.index; n < m->geo.block_pages[group]; n++) {
+		CHECK(tm_kv_walk_next(&m->cache.pool, &run.walk, &id));
+		CHECK_EQ(tm_cache_page(&m->cache, place, group, n / pages,
+				       index * pages + n % pages, &page), 0);
+		CHECK_EQ(id.v, page.page.v);
+	}
+	CHECK(!tm_kv_walk_next(&m->cache.pool, &run.walk, &id));
+}
+
 /* Every page of a block, as the sequence sees it; and its mappings. */
 static void compare_contents(struct cache_model *m, struct cache_model_seq *s,
 			     u32 group, u32 index)
@@ -718,35 +757,12 @@ static void compare_contents(struct cache_model *m, struct cache_model_seq *s,
 			CHECK_EQ(s->at[group][index][n].v, page.page.v);
 			CHECK(how == CACHE_READ || writable);
 		}
+	n = m->compared % n;
+	compare_run(m, s, group, index, n / plane_pages, n % plane_pages);
 	CHECK_EQ(s->mapped[group][index], mapped);
 }
 
-/* Mappings alone, which is most of what a comparison takes. */
-static void compare_mapped(struct cache_model *m, struct cache_model_seq *s,
-			   u32 group, u32 index)
-{
-	u32 block = s->block[group][index];
-
-	if (!s->mapped[group][index])
-		return;
-	CHECK(!m->block[block].packed);
-	for (u32 n = 0; n < m->geo.block_pages[group]; n++) {
-		struct tm_page_id page;
-
-		if (!s->map[group][index][n])
-			continue;
-		CHECK_EQ(tm_kv_page(&m->cache.pool,
-				    (struct tm_kv_block){ block }, n, &page),
-			 0);
-		CHECK_EQ(s->at[group][index][n].v, page.v);
-		if (s->map[group][index][n] == CACHE_READ)
-			continue;
-		CHECK(m->block[block].refs == 1 && !m->block[block].published);
-		CHECK(is_state(m, group) || index >= s->sealed);
-	}
-}
-
-static void compare_seq(struct cache_model *m, u32 place, u32 *refs, bool look)
+static void compare_seq(struct cache_model *m, u32 place, u32 *refs)
 {
 	const struct tm_cache_seq *c = tm_cache_seq(&m->cache, place);
 	struct cache_model_seq *s = &m->seq[place];
@@ -774,14 +790,13 @@ static void compare_seq(struct cache_model *m, u32 place, u32 *refs, bool look)
 			CHECK_EQ(s->block[g][i] != TM_NONE, held);
 			if (!held) {
 				CHECK(!s->mapped[g][i]);
+				compare_run(m, s, g, i, 0,
+					    m->compared % m->geo.plane_pages[g]);
 				continue;
 			}
 			refs[table[i]]++;
 			CHECK_EQ(m->block[table[i]].group, g);
-			if (look)
-				compare_contents(m, s, g, i);
-			else
-				compare_mapped(m, s, g, i);
+			compare_contents(m, s, g, i);
 		}
 	}
 }
@@ -790,7 +805,7 @@ static void compare_seq(struct cache_model *m, u32 place, u32 *refs, bool look)
 static void compare_published(struct cache_model *m, u32 block)
 {
 	const struct cache_model_block *b = &m->block[block];
-	u32 data[CACHE_DATA] = { 0 }, in_use = 0, found;
+	u32 data[CACHE_DATA], in_use = 0, found;
 
 	get_contents(m, block, data);
 	CHECK(!memcmp(data, b->data, sizeof(data)));
@@ -806,16 +821,15 @@ static void compare_published(struct cache_model *m, u32 block)
 void cache_compare(struct cache_model *m)
 {
 	u32 refs[CACHE_POOL] = { 0 };
-	bool look = m->compared++ % m->look == 0;
 
 	CHECK_EQ(m->cache.nr_open, m->nr_open);
 	for (u32 place = 0; place < m->max_seqs; place++)
-		compare_seq(m, place, refs, look);
+		compare_seq(m, place, refs);
 	for (u32 i = 0; i < m->cache.pool.nr_blocks; i++)
 		CHECK_EQ(m->block[i].used ? m->block[i].refs : 0, refs[i]);
 	compare_blocks(m);
 	compare_stats(m);
-	if (m->compared % (16 * m->look))
+	if (m->compared++ % 16)
 		return;
 	for (u32 i = 0; i < m->cache.pool.nr_blocks; i++)
 		if (m->block[i].published)
@@ -835,7 +849,6 @@ void cache_setup(struct cache_model *m, const struct tm_cache_config *config,
 	m->max_blocks = (config->max_tokens - 1) / config->geo.block_tokens + 1;
 	m->limit = limit;
 	m->nr_events = config->nr_events;
-	m->look = 1;
 	CHECK(m->max_seqs <= CACHE_SEQS && m->max_blocks <= CACHE_BLOCKS);
 	CHECK(m->geo.nr_groups <= CACHE_GROUPS && limit <= CACHE_CHUNKS);
 	CHECK(m->nr_events <= CACHE_EVENTS);
@@ -1396,7 +1409,7 @@ int cache_do_publish(struct cache_model *m, struct tm_seq_id id, u32 first,
 	begin(m);
 	if (!s) {
 		want(&w, -ENOENT);
-	} else if (first > cache_nr_full(m, s) ||
+	} else if (!nr || first > cache_nr_full(m, s) ||
 		   nr > cache_nr_full(m, s) - first) {
 		want(&w, -EINVAL);
 	} else {
@@ -1526,7 +1539,7 @@ int cache_do_lookup(struct cache_model *m, struct tm_seq_id id,
 	begin(m);
 	if (!s)
 		want(&w, -ENOENT);
-	else if (s->length)
+	else if (!nr || s->length)
 		want(&w, -EINVAL);
 	else
 		blocks = match(m, s->tenant, hashes, nr);
@@ -1736,46 +1749,51 @@ static bool packable(const struct cache_model *m,
 	return m->block[block].refs == 1 && !m->block[block].packed;
 }
 
-int cache_do_pack(struct cache_model *m, u32 place, u32 group, u32 index,
-		  u32 pages)
+int cache_do_pack_block(struct cache_model *m, u32 v, u32 pages)
 {
-	struct cache_model_seq *s = &m->seq[place];
-	bool can = packable(m, s, group, index);
-	struct tm_kv_block block = { TM_NONE };
-	struct cache_model_block *b;
+	struct cache_model_block *b = &m->block[v];
+	struct tm_kv_block block = { v };
 	struct wants w = { 0 };
 	int err;
 
 	begin(m);
-	CHECK_EQ(tm_cache_packable(&m->cache, place, group, index, &block),
-		 can ? 0 : -ENOENT);
-	if (!can)
-		return -ENOENT;
-	CHECK_EQ(block.v, s->block[group][index]);
-	b = &m->block[block.v];
-	if (!pages || pages >= b->pages)
+	if (b->packed || !pages || pages >= b->pages)
 		want(&w, -EINVAL);
-	unmap(s, group, index);
-	memset(b->aside, 0, sizeof(b->aside));
-	get_contents(m, block.v, b->aside);
+	else
+		get_contents(m, v, b->aside);
+	for (u32 i = 0; i < m->max_seqs; i++)
+		for (u32 n = 0; n < m->max_blocks; n++)
+			if (m->seq[i].block[b->group][n] == v)
+				unmap(&m->seq[i], b->group, n);
 	expect(m, &w);
 	err = tm_cache_pack(&m->cache, block, pages);
 	if (refused(m, &w, err))
 		return err;
-	if (m->moving && m->move.block.v == block.v && m->move.index >= pages)
+	if (m->moving && m->move.block.v == v && m->move.index >= pages)
 		m->move_counts = false;
 	m->used_pages -= b->pages - pages;
 	b->pages = pages;
 	b->packed = true;
 	m->stats.packs++;
 	for (u32 p = 0; p < pages; p++)
-		pack_mark(b->aside, p, block_page(m, block.v, p));
+		pack_mark(b->aside, p, block_page(m, v, p));
 	finish(m);
-	/* No second time. */
-	cache_remember(&m->cache);
-	CHECK_EQ(tm_cache_pack(&m->cache, block, 1), -EINVAL);
-	CHECK(cache_unchanged(&m->cache));
 	return 0;
+}
+
+int cache_do_pack(struct cache_model *m, u32 place, u32 group, u32 index,
+		  u32 pages)
+{
+	struct cache_model_seq *s = &m->seq[place];
+	bool can = packable(m, s, group, index);
+	struct tm_kv_block block = { TM_NONE };
+
+	CHECK_EQ(tm_cache_packable(&m->cache, place, group, index, &block),
+		 can ? 0 : -ENOENT);
+	if (!can)
+		return -ENOENT;
+	CHECK_EQ(block.v, s->block[group][index]);
+	return cache_do_pack_block(m, block.v, pages);
 }
 
 int cache_do_unpack(struct cache_model *m, u32 block, bool evict)

@@ -120,8 +120,7 @@ struct cache_model {
 	u32 memory[CACHE_CHUNKS << TM_MAX_CHUNK_ORDER][CACHE_WORDS];
 	/* Contents for whoever wants some. */
 	struct tm_rng rng;
-	/* Look at pages of contents in one comparison of so many. */
-	u32 look;
+	/* Comparisons: what no sequence has is looked at in one of 16. */
 	u32 compared;
 };
 
@@ -188,6 +187,8 @@ int cache_do_evict(struct cache_model *m);
 /* Pack what the sequence has there; -ENOENT when it cannot be. */
 int cache_do_pack(struct cache_model *m, u32 place, u32 group, u32 index,
 		  u32 pages);
+/* Pack a block, whoever has it; not one that is shared. */
+int cache_do_pack_block(struct cache_model *m, u32 block, u32 pages);
 int cache_do_unpack(struct cache_model *m, u32 block, bool evict);
 bool cache_do_next_event(struct cache_model *m, struct tm_cache_event *event);
 int cache_do_move_begin(struct cache_model *m);

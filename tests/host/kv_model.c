@@ -221,9 +221,9 @@ static void compare_block(const struct kv_model *model,
 			  const struct tm_kv_pool *pool, u32 nth)
 {
 	struct tm_kv_block block = model->blocks[nth];
-	struct tm_page_id page, again;
-	struct tm_kv_walk walk;
 	u32 pages = model->pages[nth], place = 0;
+	struct tm_kv_walk walk, part = { 0 };
+	struct tm_page_id page, again;
 
 	CHECK_EQ(tm_kv_walk_start(pool, block, &walk), 0);
 	while (tm_kv_walk_next(pool, &walk, &page)) {
@@ -236,15 +236,21 @@ static void compare_block(const struct kv_model *model,
 		if (place % (pages / 8 + 1) == 0 || place == pages - 1) {
 			CHECK_EQ(tm_kv_page(pool, block, place, &again), 0);
 			CHECK_EQ(again.v, page.v);
+			CHECK_EQ(tm_kv_walk_at(pool, block, place, &part), 0);
 		}
+		/* Who has gone to the middle goes on from there as all others. */
+		CHECK(tm_kv_walk_next(pool, &part, &again));
+		CHECK_EQ(again.v, page.v);
 		place++;
 	}
 	CHECK_EQ(place, pages);
 	CHECK_EQ(tm_kv_pages(pool, block), pages);
 	CHECK_EQ(tm_kv_page(pool, block, pages, &again), -EINVAL);
+	CHECK_EQ(tm_kv_walk_at(pool, block, pages, &part), -EINVAL);
 	CHECK_EQ(pool->blocks[block.v].run, model->run[nth]);
 	/* The end stays the end. */
 	CHECK(!tm_kv_walk_next(pool, &walk, &page));
+	CHECK(!tm_kv_walk_next(pool, &part, &page));
 }
 
 void kv_model_compare(const struct kv_model *model,
@@ -588,6 +594,7 @@ void kv_do_bad_free(const struct kv_model *model, struct tm_kv_pool *pool,
 	CHECK_EQ(tm_kv_walk_start(pool, block, &walk), -EINVAL);
 	CHECK_EQ(tm_kv_pages(pool, block), 0);
 	CHECK_EQ(tm_kv_page(pool, block, 0, &page), -EINVAL);
+	CHECK_EQ(tm_kv_walk_at(pool, block, 0, &walk), -EINVAL);
 	CHECK_EQ(tm_kv_shrink(pool, block, 1), -EINVAL);
 	CHECK_EQ(tm_kv_regrow(pool, block), -EINVAL);
 	CHECK(kv_snapshot_same(&before, pool));

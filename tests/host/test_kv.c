@@ -232,6 +232,7 @@ TEST(kv_geometry_refuses)
 
 	CHECK_EQ(geometry(full(0, 4096), 1), -EINVAL);
 	CHECK_EQ(geometry(full(1, 0), 1), -EINVAL);
+	CHECK_EQ(geometry(full(1, 0), 0), -EINVAL);
 	CHECK_EQ(geometry(state(1, 0), 1), -EINVAL);
 	CHECK_EQ(geometry(window(1, 4096, 1), 1), 0);
 	CHECK_EQ(geometry(window(1, 4096, 0), 1), -EINVAL);
@@ -655,6 +656,12 @@ TEST(kv_numbers_run_out)
 	setup(&geo, 3, 3);
 	CHECK_EQ(pool.nr_blocks, 3 * 32);
 	teardown();
+	/* Numbers enough for more pages than 32 bits count. */
+	geo = sized(12, (u32[]){ 1, 1u << 20 }, 2);
+	setup(&geo, 8, 1);
+	CHECK_EQ(kv_do_alloc(&model, &pool, (u32[]){ 0, 4096 }), -ENOMEM);
+	CHECK_EQ(tm_kv_missing(&pool, (u32[]){ 0, 4096 }), (1u << 23) - 1);
+	teardown();
 }
 
 /* A page on its way when its block is shrunk: it stays, or it is gone. */
@@ -1007,6 +1014,9 @@ static void unlocked(void *which)
 	case 13:
 		(void)!tm_kv_page(&pool, block, 0, &page);
 		break;
+	case 14:
+		(void)!tm_kv_walk_at(&pool, block, 0, &walk);
+		break;
 	}
 }
 
@@ -1015,12 +1025,12 @@ TEST(kv_calls_need_the_lock)
 	static const char *const calls[] = {
 		"add_chunk", "remove_chunk", "missing", "alloc", "free",
 		"walk_start", "walk_next", "move_begin", "move_end", "lack",
-		"pages", "shrink", "regrow", "page",
+		"pages", "shrink", "regrow", "page", "walk_at",
 	};
 	struct tm_kv_geometry geo = sized(12, (u32[]){ 3 }, 1);
 
 	setup(&geo, 2, 1);
-	for (int i = 0; i < 14; i++)
+	for (int i = 0; i < 15; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	teardown();
 }

@@ -41,7 +41,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from . import safetensors, system
+    from . import kvfile, safetensors, system
     from .abi import Kind, Pool
     from .client import Client, Spec, Stats, Tensor, TensorInfo, open
     from .kv import (
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         KVSequence,
         KVSequenceInfo,
     )
+    from .kvfile import KVFileError
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ __all__ = [
     "InvalidArgument",
     "KVCache",
     "KVEvent",
+    "KVFileError",
     "KVGroup",
     "KVInfo",
     "KVPacked",
@@ -94,6 +96,7 @@ __all__ = [
     "TooManySequences",
     "TooManyTokens",
     "WindowFull",
+    "kvfile",
     "open",
     "safetensors",
     "system",
@@ -105,8 +108,10 @@ def __getattr__(name: str) -> Any:
     # of it: what does is imported on first use
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("safetensors", "system"):
+    if name in ("kvfile", "safetensors", "system"):
         return import_module(f".{name}", __name__)
     module = ".kv" if name.startswith("KV") else ".client"
+    if name == "KVFileError":
+        module = ".kvfile"
     value = globals()[name] = getattr(import_module(module, __name__), name)
     return value

@@ -37,6 +37,15 @@ def json_option(function: _F) -> _F:
     )(function)
 
 
+_checkpoint_option = click.option(
+    "--checkpoint",
+    type=click.Choice(CHECKPOINTS),
+    default="b",
+    show_default=True,
+    help="Early (a) or final (b) weights of one training run.",
+)
+
+
 def emit(document: Any) -> None:
     """Print the one JSON document."""
     click.echo(json.dumps(document, indent=2))
@@ -394,6 +403,245 @@ def numa(as_json: bool) -> None:
     click.echo("  fallbacks: those it gave because the first had none")
 
 
+# -- KV caches -----------------------------------------------------------------------
+
+
+@cli.group(cls=Group)
+def kv() -> None:
+    """Show KV caches; save, restore and check sequences."""
+
+
+@kv.command("show")
+@json_option
+def kv_show(as_json: bool) -> None:
+    """Show the KV caches of running processes.
+
+    Only root sees those of everybody.
+    """
+    found = system.kv_caches()
+    if as_json:
+        caches = [
+            {"id": c.id, "users": [asdict(u) for u in c.users], **c.values, **_kv_ratios(c)}
+            for c in found.caches
+        ]
+        emit({"caches": caches, "hidden_processes": found.hidden})
+        return
+    for number, cache in enumerate(found.caches):
+        if number:
+            click.echo()
+        _kv_report(cache)
+    if not found.caches:
+        click.echo("no process has a KV cache open")
+    if found.hidden:
+        hint = f"{found.hidden} processes of other users were not looked at: run it with sudo"
+        click.echo(click.style(f"\n{hint}", dim=True))
+
+
+def _ratio(part: int | None, whole: int | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _kv_ratios(cache: system.KVStatus) -> dict[str, float | None]:
+    return {
+        "hit_rate": _ratio(cache.get("hits"), cache.get("lookups")),
+        "packing": _ratio(cache.get("packed"), cache.get("unpacked")),
+    }
+
+
+def _kv_report(cache: system.KVStatus) -> None:
+    get = cache.get
+    users = ", ".join(f"{user.command} ({user.pid})" for user in cache.users)
+    head = textwrap.wrap(f"KV cache {cache.id} of {users}", WIDTH - 2, subsequent_indent="  ")
+    for line in head:
+        click.echo(click.style(line, bold=True))
+    used, cached, limit = get("used"), get("cached"), get("limit")
+    held = None
+    if used is not None and cached is not None and limit is not None:
+        held = used - cached
+        bar = _bar(held, cached, limit)
+        click.echo(f"  [{bar}]  {format_size(limit)}")
+        click.echo("   # in sequences   = cached   . free\n")
+    ratios = _kv_ratios(cache)
+    count = f"{_number(get('sequences'))} of {_number(get('max_sequences'))}"
+    rows = [
+        ("", "count", "memory"),
+        ("sequences", count, _size(held)),
+        ("  tokens in one, at most", _number(get("max_tokens")), ""),
+        ("  tokens in a block", _number(get("block_tokens")), ""),
+        ("cached for their prefix", "", _size(cached)),
+        ("packed", _percent(ratios["packing"]), _size(get("packed"))),
+        ("  unpacked it would be", "", _size(get("unpacked"))),
+        ("taken in chunks", "", _size(get("held"))),
+        ("blocks asked for by hash", _number(get("lookups")), ""),
+        ("  of these found", _percent(ratios["hit_rate"]), ""),
+    ]
+    rows += [
+        (what, _number(get(name)), "")
+        for name, what in (
+            ("copies", "blocks copied"),
+            ("evictions", "cached blocks given up"),
+            ("packs", "blocks packed"),
+            ("unpacks", "blocks unpacked"),
+            ("moved", "pages moved"),
+            ("events_lost", "events that nobody read"),
+        )
+    ]
+    for line in table(rows):
+        click.echo(line)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+class _Progress:
+    """A progress bar on stderr for a callback with what is done and what is to do."""
+
+    def __init__(self, label: str, quiet: bool) -> None:
+        self.label, self.quiet = label, quiet
+        self.bar: Any = None
+        self.done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.quiet:
+            return
+        if self.bar is None:
+            self.bar = click.progressbar(length=total, label=self.label, file=sys.stderr)
+            self.bar.__enter__()
+        self.bar.update(done - self.done)
+        self.done = done
+        if done == total:
+            self.bar.__exit__(None, None, None)
+
+
+@kv.command("save")
+@click.argument("prompt")
+@click.option(
+    "-o", "--output", required=True, metavar="FILE", type=click.Path(dir_okay=False),
+    help="The file to write.",
+)  # fmt: skip
+@_checkpoint_option
+@json_option
+def kv_save(prompt: str, output: str, checkpoint: str, as_json: bool) -> None:
+    """Run the demo model over PROMPT (a text, or @FILE) and keep its KV."""
+    from . import client as client_module
+    from .demo import saved
+
+    if prompt.startswith("@"):
+        try:
+            with open(prompt[1:], encoding="utf-8") as file:
+                prompt = file.read()
+        except UnicodeDecodeError:
+            raise click.UsageError(f"{prompt[1:]} is not UTF-8 text") from None
+    with client_module.open() as client:
+        result = saved.save(
+            client,
+            prompt,
+            output,
+            checkpoint=checkpoint,
+            computing=_Progress("computing", as_json),
+            saving=_Progress("saving   ", as_json),
+        )
+    if as_json:
+        emit({"file": output, **asdict(result)})
+    else:
+        click.echo(f"{output}: {result.tokens} tokens, {format_size(result.size)}")
+
+
+@kv.command("restore")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option(
+    "-n", "--tokens", type=click.IntRange(1), default=64, show_default=True,
+    help="Tokens to generate.",
+)  # fmt: skip
+@_checkpoint_option
+@json_option
+def kv_restore(file: str, tokens: int, checkpoint: str, as_json: bool) -> None:
+    """Take up what 'kv save' has kept in FILE, and go on with it.
+
+    The file is checked first; one that is damaged, or of another model, is refused.
+    """
+    from . import client as client_module
+    from .demo import saved
+    from .demo.model import decode
+
+    printer = _Printer()
+
+    def begin(ids: Any) -> None:
+        text = bytes(ids.tolist())
+        printer.feed(text, bold=True)
+        if not text[-1:].isspace():
+            # the word that the text ends in goes on in the continuation
+            printer._flush(bold=True)
+
+    with client_module.open() as client:
+        result = saved.restore(
+            client,
+            file,
+            tokens,
+            checkpoint=checkpoint,
+            checking=_Progress("checking", as_json),
+            begin=None if as_json else begin,
+            each=None if as_json else lambda token: printer.feed(bytes([token])),
+        )
+    if as_json:
+        text = {"prompt_text": decode(result.prompt), "text": decode(result.tokens)}
+        emit({"file": file, **asdict(result), **text})
+        return
+    printer.feed(b"", final=True)
+    click.echo(
+        f"\n\n{result.reused} of {len(result.prompt)} tokens were not computed again"
+        " (the last one always is)"
+    )
+
+
+@kv.command("file")
+@click.argument("file", type=click.Path(dir_okay=False))
+@json_option
+def kv_file(file: str, as_json: bool) -> None:
+    """Say what a saved FILE holds and check every byte of it.
+
+    Exit code 1 if it is damaged.
+    """
+    from . import kvfile
+
+    found = kvfile.read(file, _Progress("checking", as_json))
+    if as_json:
+        fields = {f: getattr(found, f) for f in ("fingerprint", "length", "block_tokens", "size")}
+        emit({"file": file, **fields, "groups": found.groups, "tokens": found.tokens.tolist()})
+        return
+    click.echo(f"{file}: {click.style('intact', fg='green', bold=True)}")
+    for what, value in (
+        ("size", format_size(found.size)),
+        ("tokens", f"{found.length}, in blocks of {found.block_tokens}"),
+        ("fingerprint", found.fingerprint),
+    ):
+        lines = textwrap.wrap(value, WIDTH - 17) or [""]
+        click.echo(f"  {what:<12}  " + f"\n{'':16}".join(lines))
+    rows: list[Sequence[str]] = [("layers", "dtype", "each has", "kept")]
+    for group in found.groups:
+        if "state" in group:
+            shape, kept = f"a state {group['state']}", "all"
+        else:
+            shape = f"{group['heads']} heads of {group['dim']}"
+            kept = "all" if group["window"] is None else f"from token {group['first']}"
+        rows.append((_ranges(group["layers"]), group["dtype"], shape, kept))
+    for line in table(rows):
+        click.echo(line)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write numbers as ranges: 0-3, 7."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    words = ["-".join(map(str, part)) for part in parts]
+    return ", ".join(words) if len(words) <= 4 else f"{len(numbers)} layers"
+
+
 # -- doctor --------------------------------------------------------------------------
 
 _STATES = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
@@ -470,13 +718,7 @@ class _Printer:
 @cli.command()
 @click.option("--tokens", type=click.IntRange(1), help=f"Tokens to generate.  [default: {TOKENS}]")
 @click.option("--prompt", help="Text to continue.  [default: the beginning of the story]")
-@click.option(
-    "--checkpoint",
-    type=click.Choice(CHECKPOINTS),
-    default="b",
-    show_default=True,
-    help="Early (a) or final (b) weights of one training run.",
-)
+@_checkpoint_option
 @click.option(
     "--requests",
     type=click.IntRange(1, REQUESTS),

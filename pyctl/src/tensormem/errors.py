@@ -190,10 +190,7 @@ class NoCodec(TensormemError, NotImplementedError):
     """The kernel has no codec to pack KV with (EOPNOTSUPP)."""
 
     default_cause = "the kernel has no codec to pack KV with"
-    default_remedy = (
-        "load the module that 'cat /sys/class/misc/tensormem/kv/codec' names, for example"
-        " 'sudo modprobe zstd'"
-    )
+    default_remedy = "load one: 'sudo modprobe zstd' or 'sudo modprobe lz4'"
     default_errno = _errno.EOPNOTSUPP
 
 

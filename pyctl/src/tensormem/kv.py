@@ -32,7 +32,7 @@ import threading
 import weakref
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from types import TracebackType
@@ -55,7 +55,9 @@ __all__ = [
     "KVSequence",
     "KVSequenceInfo",
     "Tokens",
+    "as_ids",
     "create",
+    "first_held",
 ]
 
 #: Token ids: integers that fit 64 bits with a sign.
@@ -225,8 +227,12 @@ def _number(value: SupportsIndex, what: str, least: int, most: int) -> int:
     return number
 
 
-def _ids(tokens: Tokens) -> npt.NDArray[np.int64]:
-    """Return token ids as they are hashed and saved."""
+def as_ids(tokens: Tokens) -> npt.NDArray[np.int64]:
+    """Return token ids as they are hashed and saved.
+
+    Raises:
+        InvalidArgument: they are something else.
+    """
     array = np.asarray(tokens)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise errors.InvalidArgument(
@@ -234,6 +240,13 @@ def _ids(tokens: Tokens) -> npt.NDArray[np.int64]:
             "pass a list or a one-dimensional array of integers",
         )
     return array.astype("<i8")
+
+
+def first_held(window: int | None, tokens: int, block_tokens: int) -> int:
+    """Return the first token that a group with this window still has of so many."""
+    if window is None or tokens <= window:
+        return 0
+    return (tokens - window) // block_tokens * block_tokens
 
 
 @dataclass(frozen=True)
@@ -706,7 +719,8 @@ class KVSequence:
             InvalidArgument: it has fewer.
             NotHeld: a window has moved past what ``n`` tokens need, or there is a
                 state, which cannot go back (but for 0 tokens).
-            CacheInUse: there is a state and arrays show it.
+            CacheInUse: arrays show the tokens, and there is a state, or a window that has
+                moved.
             NoSuchSequence: the sequence was closed.
         """
         with self._calling():
@@ -717,15 +731,16 @@ class KVSequence:
             try:
                 settled = self._settle()
                 for number, group in enumerate(() if settled else self._cache.groups):
-                    if group.state is not None:
-                        raise errors.CacheInUse(
-                            f"arrays show the state of sequence {self.handle}",
-                            "drop them before you truncate",
-                        )
-                    now, then = (self._cache._first(number, x) for x in (was, n))
-                    if n and then < now:
+                    lost = self._cache._first(number, n) < self._cache._first(number, was)
+                    if lost and n:
                         raise self._place.session.error(
                             errno.ENODATA, f"cannot truncate sequence {self.handle} to {n} tokens"
+                        )
+                    # what comes anew then must not begin with what is there
+                    if lost or group.state is not None:
+                        raise errors.CacheInUse(
+                            f"cannot begin sequence {self.handle} anew, arrays show its tokens",
+                            "drop the arrays before you truncate",
                         )
             except BaseException:
                 self._length = was
@@ -825,7 +840,7 @@ class KVSequence:
                 state. (For a part of a block: it is left out.)
             NoSuchSequence: the sequence was closed.
         """
-        ids = _ids(tokens)
+        ids = as_ids(tokens)
         with self._calling():
             if self._length:
                 raise errors.InvalidArgument(
@@ -946,14 +961,14 @@ class KVSequence:
             known = min(len(self._chain), full)
             if known:
                 # the last of them says whether these are the tokens
-                last = _ids(tokens[(known - 1) * size : known * size])
+                last = as_ids(tokens[(known - 1) * size : known * size])
                 if cache._hashes(self._chain[: known - 1], last) != self._chain[known - 1 : known]:
                     raise errors.InvalidArgument(
                         f"the first {known * size} tokens are not those that sequence"
                         f" {self.handle} was published with",
                         "pass all its tokens, from the first on",
                     )
-            fresh = _ids(tokens[known * size : full * size])
+            fresh = as_ids(tokens[known * size : full * size])
             chain = self._chain[:known] + cache._hashes(self._chain[:known], fresh)
             count = 0
             for first, part in self._runs(chain, begin, full):
@@ -970,7 +985,7 @@ class KVSequence:
                 )
                 count += len(part)
                 for i in range(first, first + len(part)):
-                    block = _ids(tokens[i * size : (i + 1) * size]).tobytes()
+                    block = as_ids(tokens[i * size : (i + 1) * size]).tobytes()
                     cache._known.add(self._tenant, cache._name(chain, i), chain[i], block)
             if len(chain) > len(self._chain):
                 self._chain = chain
@@ -1045,6 +1060,35 @@ class KVSequence:
                 packed=query.packed,
                 unpacked=query.unpacked,
             )
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        tokens: Tokens,
+        fingerprint: str,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write the sequence to a file, from which :meth:`KVCache.restore` makes one again.
+
+        The file is safetensors; it replaces an old one in one step, when it is complete
+        and on disk. Whatever happens, the old one or the new one is there. Other calls
+        on the sequence wait meanwhile; do not write to its arrays.
+
+        Args:
+            path: the file. Only this user may read it: it is a conversation.
+            tokens: the ids of all tokens of the sequence.
+            fingerprint: names the model and all else that the KV depends on.
+            progress: called with the bytes written and the bytes to write.
+
+        Raises:
+            InvalidArgument: as many ids as it has tokens have to be given.
+            CacheFull, QuotaExceeded, OutOfMemory: it is packed and there is no room.
+            OSError: the file cannot be written; the old one stays.
+            NoSuchSequence: the sequence was closed.
+        """
+        from .kvfile import save
+
+        save(self, path, tokens, fingerprint, progress)
 
     # -- the end -------------------------------------------------------------
 
@@ -1196,10 +1240,7 @@ class KVCache:
         return -(-tokens // self.block_tokens) * self.block_tokens
 
     def _first(self, group: int, tokens: int) -> int:
-        window = self.groups[group].window
-        if window is None or tokens <= window:
-            return 0
-        return (tokens - window) // self.block_tokens * self.block_tokens
+        return first_held(self.groups[group].window, tokens, self.block_tokens)
 
     def _name(self, chain: Sequence[bytes], full: int) -> bytes:
         """Return what the blocks after the first ``full`` ones have as their parent."""
@@ -1304,6 +1345,37 @@ class KVCache:
             number, f"cannot extend sequence {seq.handle} to {seq._kernel + count} tokens"
         )
 
+    def restore(
+        self,
+        path: str | os.PathLike[str],
+        fingerprint: str,
+        tenant: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[KVSequence, npt.NDArray[np.int64]]:
+        """Make a sequence of a file that :meth:`KVSequence.save` wrote.
+
+        All of the file is read and checked before anything is allocated. The full
+        blocks are published again.
+
+        Args:
+            path: the file.
+            fingerprint: as it was saved with.
+            tenant: whose the sequence is to be.
+            progress: called with the bytes checked and the bytes to check.
+
+        Returns:
+            The sequence and the ids of its tokens.
+
+        Raises:
+            KVFileError: the file is damaged, not a saved sequence, of another model or
+                for another geometry; the reason says which.
+            TooManySequences, CacheFull, QuotaExceeded, OutOfMemory: there is no room.
+            OSError: the file cannot be read.
+        """
+        from .kvfile import restore
+
+        return restore(self, path, fingerprint, tenant, progress)
+
     # -- questions -----------------------------------------------------------
 
     def info(self) -> KVInfo:
@@ -1332,7 +1404,8 @@ class KVCache:
     def events(self, timeout: float | None = None) -> Iterator[KVEvent]:
         """Yield what was published, removed and cleared, as it happens.
 
-        Whoever reads an event takes it: of several readers each gets a part.
+        Whoever reads an event takes it: of several readers each gets a part. One that
+        waits keeps the descriptor open, also after :meth:`close`.
 
         Args:
             timeout: seconds without an event that end the iteration; 0: only those

@@ -13,13 +13,16 @@ complaint names the file, the tensor and the field.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import io
 import json
 import math
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,15 +36,19 @@ if TYPE_CHECKING:
     from .client import Client, Nodes
 
 __all__ = [
+    "CODES",
     "DTYPES",
     "MAX_HEADER",
     "Entry",
     "Header",
     "SafetensorsError",
     "bf16_to_float32",
+    "encode_header",
     "load",
     "load_into",
+    "parse_header",
     "read_header",
+    "replacing",
     "save",
 ]
 
@@ -68,7 +75,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
+#: The dtype of the format for each numpy dtype that it has.
+CODES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
+
+#: What a file is called until it is complete; nobody else's files end so.
+_UNFINISHED = ".tensormem-part"
+
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -270,7 +282,8 @@ def _parse(path: str, raw: bytes, data_size: int) -> tuple[tuple[Entry, ...], di
     return tuple(entries), metadata
 
 
-def _read_header(path: str, file: io.BufferedIOBase | io.RawIOBase) -> Header:
+def parse_header(path: str, file: io.BufferedIOBase | io.RawIOBase) -> Header:
+    """Read and check the header of an open file; see :func:`read_header`."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     prefix = _read_exactly(path, file, 8, "length") if size >= 8 else b""
@@ -323,7 +336,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         OSError: the file cannot be opened or read.
     """
     with open(path, "rb", buffering=0) as file:
-        return _read_header(os.fspath(path), file)
+        return parse_header(os.fspath(path), file)
 
 
 def _layout(header: Header, align: int) -> tuple[list[int], int]:
@@ -366,7 +379,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
         OSError: the file cannot be opened or read.
     """
     with open(path, "rb", buffering=0) as file:
-        header = _read_header(os.fspath(path), file)
+        header = parse_header(os.fspath(path), file)
         memory = np.empty(_layout(header, 64)[1], np.uint8)
         return _fill(os.fspath(path), file, header, memory, 64)
 
@@ -407,7 +420,7 @@ def load_into(
         OSError: the file cannot be opened or read.
     """
     with open(path, "rb", buffering=0) as file:
-        header = _read_header(os.fspath(path), file)
+        header = parse_header(os.fspath(path), file)
         align = max(64, client.cache_line)
         size = _layout(header, align)[1]
         memory = client.empty((size,), np.uint8, kind, pool, huge=huge, pinned=pinned, numa=numa)
@@ -432,49 +445,97 @@ def save(
             strings; nothing is written.
         OSError: the file cannot be written; the old one stays.
     """
-    target = Path(path)
-    entries: dict[str, Any] = {}
-    if metadata:
-        for key, text in metadata.items():
-            if not isinstance(key, str) or not isinstance(text, str):
-                raise SafetensorsError(
-                    str(target), None, "__metadata__", f"{key!r} is not a string pair"
-                )
-        entries["__metadata__"] = dict(metadata)
+    name = os.fspath(path)
+    entries: list[Entry] = []
     arrays: list[npt.NDArray[Any]] = []
     position = 0
-    for name, array in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
-        if name == "__metadata__":
-            raise SafetensorsError(str(target), name, "name", "is reserved")
-        code = _NAMES.get(array.dtype.newbyteorder("<"))
+    for key, array in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        code = CODES.get(array.dtype.newbyteorder("<"))
         if code is None:
             raise SafetensorsError(
-                str(target), name, "dtype", f"{array.dtype} is not a dtype of the format"
+                name, key, "dtype", f"{array.dtype} is not a dtype of the format"
             )
         little = np.ascontiguousarray(array, DTYPES[code])
-        entries[name] = {
-            "dtype": code,
-            "shape": list(array.shape),
-            "data_offsets": [position, position + little.nbytes],
-        }
+        entries.append(Entry(key, code, array.shape, position, position + little.nbytes))
         arrays.append(little)
         position += little.nbytes
-    raw = json.dumps(entries, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw = encode_header(name, entries, metadata or {})
+    with replacing(path) as file:
+        file.write(raw)
+        for little in arrays:
+            file.write(little.reshape(-1).view(np.uint8).data)
 
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+
+def encode_header(path: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """Return what a file begins with: the length and the header, padded to 8 bytes.
+
+    Raises:
+        SafetensorsError: a reserved name, or metadata that is not strings.
+    """
+    document: dict[str, Any] = {}
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise SafetensorsError(path, None, "__metadata__", f"{key!r} is not a string pair")
+        document["__metadata__"] = dict(metadata)
+    for entry in entries:
+        if entry.name == "__metadata__":
+            raise SafetensorsError(path, entry.name, "name", "is reserved")
+        document[entry.name] = {
+            "dtype": entry.code,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.stop],
+        }
+    raw = json.dumps(document, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[io.BufferedWriter]:
+    """Write a file under another name, and give it its own when it is complete and on disk.
+
+    Whatever ends the process, the file is the old one or the new one. What one that
+    was killed has left is removed by the next.
+
+    Args:
+        path: the file; an existing one is replaced in one step or not at all.
+        mode: its permissions.
+
+    Yields:
+        The file to write. An exception leaves everything as it was.
+
+    Raises:
+        OSError: the file cannot be written; the old one stays.
+    """
+    target = Path(path)
+    prefix = f".{target.name}."
+    for other in target.parent.glob(f"{glob.escape(prefix)}*{_UNFINISHED}"):
+        with contextlib.suppress(OSError), other.open("rb") as file:
+            # who still writes it holds the lock
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            other.unlink()
+    while True:
+        handle, temporary = tempfile.mkstemp(_UNFINISHED, prefix, target.parent)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            break
+        os.close(handle)  # somebody took it for a left-over
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(struct.pack("<Q", len(raw)) + raw)
-            for little in arrays:
-                file.write(little.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(temporary, target)
+        with os.fdopen(handle, "wb") as writer:
+            yield writer
+            writer.flush()
+            os.fchmod(writer.fileno(), mode)
+            os.fsync(writer.fileno())
+            os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def bf16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pools and totals, from the sysfs files of the module.
+"""Pools and totals, from the sysfs files of the module; KV caches, from /proc.
 
 The files hold one value each; ``docs/ABI`` describes them. A file that the module
 lacks reads as None, a file that this package does not know is left in
@@ -21,11 +21,15 @@ __all__ = [
     "CHUNK_SIZE",
     "DEFAULT_ROOT",
     "Group",
+    "KVCaches",
+    "KVStatus",
+    "KVUser",
     "PoolLimits",
     "Rule",
     "Status",
     "chunks",
     "compact",
+    "kv_caches",
     "read",
     "root_path",
     "set_chunk_pool",
@@ -38,6 +42,12 @@ CHUNK_SIZE = 2 << 20
 
 #: The environment variable that names another directory, for tests.
 ROOT_VARIABLE = "TENSORMEM_SYSFS"
+
+#: Likewise for /proc.
+PROC_VARIABLE = "TENSORMEM_PROC"
+
+#: What a descriptor of a KV cache is a link to.
+_KV_LINK = "anon_inode:[tensormem-kv]"
 
 _NODE = re.compile(r"node(\d+)\Z")
 
@@ -263,6 +273,101 @@ def _write(path: Path, value: int) -> None:
             errno.EBUSY: "free tensors first; 'tensormem pool show' has what is used",
         }
         raise errors.from_errno(number, what, remedies.get(number)) from None
+
+
+@dataclass(frozen=True)
+class KVUser:
+    """A process that has a KV cache open."""
+
+    pid: int
+    command: str
+
+
+@dataclass(frozen=True)
+class KVStatus:
+    """One KV cache.
+
+    Attributes:
+        id: its number, as the kernel counts them.
+        users: who has it open.
+        values: name -> number: those of :class:`tensormem.KVInfo`, and ``client``, whose
+            bill it is on.
+    """
+
+    id: int
+    users: tuple[KVUser, ...]
+    values: Mapping[str, int]
+
+    def get(self, name: str) -> int | None:
+        """Return a number, or None where the module has no such line."""
+        return self.values.get(name)
+
+
+@dataclass(frozen=True)
+class KVCaches:
+    """The KV caches of all processes that this user may look at.
+
+    Attributes:
+        caches: by number.
+        hidden: processes that only root may look at.
+    """
+
+    caches: tuple[KVStatus, ...]
+    hidden: int
+
+
+def kv_caches(proc: str | os.PathLike[str] | None = None) -> KVCaches:
+    """Find the KV caches of running processes by their descriptors.
+
+    Args:
+        proc: another directory than /proc, for tests.
+    """
+    top = Path(proc or os.environ.get(PROC_VARIABLE) or "/proc")
+    users: dict[int, list[KVUser]] = {}
+    values: dict[int, dict[str, int]] = {}
+    hidden = 0
+    for process in sorted(
+        (p for p in top.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
+    ):
+        try:
+            found = _kv_descriptors(process)
+        except PermissionError:
+            hidden += 1
+            continue
+        except OSError:
+            continue  # it has ended
+        for number, lines in found.items():
+            command = _first_line(process / "comm") or "?"
+            users.setdefault(number, []).append(KVUser(int(process.name), command))
+            values[number] = lines
+    caches = tuple(KVStatus(n, tuple(users[n]), values[n]) for n in sorted(users))
+    return KVCaches(caches, hidden)
+
+
+def _kv_descriptors(process: Path) -> dict[int, dict[str, int]]:
+    """Return number -> lines of the KV caches that a process has open, each once."""
+    found: dict[int, dict[str, int]] = {}
+    for link in (process / "fd").iterdir():
+        try:
+            if os.readlink(link) != _KV_LINK:
+                continue
+            text = (process / "fdinfo" / link.name).read_text()
+        except FileNotFoundError:
+            continue  # closed meanwhile
+        lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        numbers = {k: int(v) for k, v in lines.items() if v.strip().isdigit()}
+        number = numbers.pop("tensormem-kv", None)
+        if number is not None:
+            common = ("pos", "flags", "mnt_id", "ino")
+            found[number] = {k: v for k, v in numbers.items() if k not in common}
+    return found
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def chunks(size: int) -> int:
