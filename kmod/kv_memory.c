@@ -67,13 +67,17 @@ static struct tm_memory *tm_kv_remove(struct tm_kv *kv)
 }
 
 /* Whether @nr chunks can be had by growth and eviction together. */
-static bool tm_kv_possible(const struct tm_kv *kv, u64 nr)
+static bool tm_kv_possible(struct tm_kv *kv, u64 nr)
 {
 	const struct tm_kv_pool *pool = &kv->cache.pool;
+	u64 most;
 
-	return nr <= pool->nr_slots - pool->nr_chunks +
-		     DIV_ROUND_UP_ULL(tm_cache_evictable(&kv->cache),
-				      tm_chunk_pages(pool->geo.pages));
+	down_read(&kv->lock);
+	most = pool->nr_slots - pool->nr_chunks +
+	       DIV_ROUND_UP_ULL(tm_cache_evictable(&kv->cache),
+				tm_chunk_pages(pool->geo.pages));
+	up_read(&kv->lock);
+	return nr <= most;
 }
 
 /* Add @nr chunks. @added: how many that were. Return: 0 or why it is not all. */
@@ -81,7 +85,7 @@ static int tm_kv_grow(struct tm_kv *kv, u64 nr, u32 *added)
 {
 	*added = 0;
 	/* What can never be had is to cost nobody anything. */
-	if (!data_race(tm_kv_possible(kv, nr)))
+	if (!tm_kv_possible(kv, nr))
 		return -ENOSPC;
 	for (; *added < nr; ++*added) {
 		struct tm_memory_request request = {
