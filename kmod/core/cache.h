@@ -29,8 +29,9 @@
  * had, calls again with @evict, which gives up cached blocks, if that suffices. A call
  * that fails, whatever for, changes no count, no table and no order of eviction.
  *
- * Context: all functions but init and destroy need the lock and never sleep for long:
- * steps are bounded by the blocks concerned.
+ * Context: all functions but init and destroy need the lock. Steps are bounded by the
+ * blocks concerned; what deals with many lets others run meanwhile (tm_relax()), with the
+ * lock held.
  */
 #ifndef TM_CORE_CACHE_H
 #define TM_CORE_CACHE_H
@@ -172,7 +173,7 @@ u32 tm_cache_find(const struct tm_cache *cache, struct tm_seq_id id);
 static inline const struct tm_cache_seq *
 tm_cache_seq(const struct tm_cache *cache, u32 place)
 {
-	return &cache->seqs[place];
+	return &cache->seqs[tm_index(place, cache->max_seqs)];
 }
 
 /* The name of the open sequence at @place. */
@@ -189,6 +190,19 @@ void tm_cache_span(const struct tm_cache *cache, u32 group, u32 tokens,
 		   u32 *first, u32 *end);
 
 /**
+ * tm_cache_leaving - what a sequence drops when its length changes
+ * @cache: the cache
+ * @place: of an open sequence
+ * @group: less than nr_groups
+ * @length: tokens it is to have: what leaves a window, when there are more; the end, when
+ *          there are fewer
+ * @first: @end: blocks [first, end), out of those it has; none of them may be mapped
+ *               when a call sets this length
+ */
+void tm_cache_leaving(const struct tm_cache *cache, u32 place, u32 group,
+		      u32 length, u32 *first, u32 *end);
+
+/**
  * tm_cache_open - begin an empty sequence
  *
  * Places are taken in turn, and a name comes back only after its place was used 65535
@@ -200,7 +214,8 @@ int __must_check tm_cache_open(struct tm_cache *cache, u64 tenant,
 /**
  * tm_cache_close - end a sequence, and let go of its blocks, the last one first
  *
- * Before: remove all mappings of its place. Return: 0, -ENOENT.
+ * Before: remove the mappings of what tm_cache_leaving() says of no tokens: all.
+ * Return: 0, -ENOENT.
  */
 int __must_check tm_cache_close(struct tm_cache *cache, struct tm_seq_id id);
 
@@ -247,10 +262,9 @@ struct tm_cache_extend {
  * @evict: give up cached blocks where there is no other room
  * @failed: on failure the item concerned
  *
- * Before: remove what window groups map of blocks that the new length leaves behind
- * (tm_cache_span() of both lengths), and what they have mapped of a last block that is not
- * full and is shared. Afterwards: zero the new blocks, from the one after the last that
- * was there on; copy @copies.
+ * Before: remove the mappings of what the new length drops (tm_cache_leaving()), and of
+ * a last block that is not full and is shared (tm_cache_shared()). Afterwards: zero the
+ * new blocks, from the one after the last that was there on; copy @copies.
  *
  * Return: 0, -ENOENT, -EINVAL for no tokens or a sequence named twice, -ERANGE for more than
  * max_tokens, -ENOMEM.
@@ -262,9 +276,11 @@ int __must_check tm_cache_extend(struct tm_cache *cache,
 /**
  * tm_cache_truncate - drop tokens from the end
  *
- * Before: remove the mappings from the block that token @length is in. Blocks go the
- * last one first. Return: 0, -ENOENT, -EINVAL for more tokens than there are, -ENODATA when
- * a window has moved past what @length needs, or a state would have to go back.
+ * Before: remove the mappings of what the new length drops (tm_cache_leaving()). Blocks
+ * go the last one first. The one that is not full any more stays mapped as it is.
+ *
+ * Return: 0, -ENOENT, -EINVAL for more tokens than there are, -ENODATA when a window has
+ * moved past what @length needs, or a state would have to go back.
  */
 int __must_check tm_cache_truncate(struct tm_cache *cache, struct tm_seq_id id,
 				   u32 length);
@@ -444,8 +460,9 @@ int __must_check tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
  * @evict: give up other cached blocks where there is no room for the copy
  * @copies: the copy
  *
- * Before: remove the mappings of what is replaced, and of what leaves a window as for
- * tm_cache_extend(). In a window group that no longer has @index nothing is done. A
+ * Before: remove the mappings of what is replaced, and, where the sequence grows, of what
+ * its new length drops (tm_cache_leaving()). In a window group that no longer has
+ * @index nothing is done. A
  * state is needed where the sequence ends with the block afterwards: the one
  * published under @hash is copied to its own block, or to a new one in place of a
  * packed one. With a state @tokens must be all.

@@ -188,6 +188,7 @@ static u32 *tm_kv_take(struct tm_kv_pool *pool, u32 v, u32 nr, u32 *link)
 	u32 pages = tm_chunk_pages(pool->geo.pages);
 	u32 i = tm_kv_best_run(c, pages, nr);
 
+	tm_relax();
 	tm_kv_relist(pool, v, c->nr_free - nr);
 	for (; nr; nr--) {
 		u32 page;
@@ -425,6 +426,7 @@ static void tm_kv_put_chain(struct tm_kv_pool *pool, u32 link)
 			 (link - 1) >> pool->geo.pages.chunk_order == v);
 		c->stuck = false;
 		tm_kv_relist(pool, v, nr);
+		tm_relax();
 	}
 }
 
@@ -518,6 +520,7 @@ int tm_kv_walk_at(const struct tm_kv_pool *pool, struct tm_kv_block block,
 	if (index >= tm_kv_pages(pool, block))
 		return -EINVAL;
 	record = &pool->blocks[block.v];
+	index = tm_index(index, record->pages);
 	link = record->link;
 	if (record->run)
 		link += index;

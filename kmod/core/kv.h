@@ -28,7 +28,8 @@
  * A block may be made to hold fewer pages for a while (tm_kv_shrink()) and keeps its
  * number: that is what compressed contents lie in.
  *
- * Context: all functions but init and destroy need pool->lock and never sleep.
+ * Context: all functions but init and destroy need pool->lock. Those that allocate or
+ * free pages let others run meanwhile (tm_relax()), with the lock held.
  */
 #ifndef TM_CORE_KV_H
 #define TM_CORE_KV_H

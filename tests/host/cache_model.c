@@ -191,11 +191,32 @@ static void unmap(struct cache_model_seq *s, u32 group, u32 index)
 	       sizeof(s->map[group][index]));
 }
 
-static void unmap_range(struct cache_model_seq *s, u32 group, u32 first,
-			u32 end)
+/* What another length drops is what is there now and would not be then. */
+static void check_leaving(struct cache_model *m, struct cache_model_seq *s,
+			  u32 group, u32 length, u32 *first, u32 *end)
 {
-	for (u32 i = first; i < end; i++)
-		unmap(s, group, i);
+	u32 then_first, then_end;
+
+	tm_cache_leaving(&m->cache, cache_place(m, s), group, length, first,
+			 end);
+	span(m, group, length, &then_first, &then_end);
+	CHECK(*first <= *end && *end <= m->max_blocks);
+	for (u32 i = 0; i < m->max_blocks; i++)
+		CHECK_EQ(s->block[group][i] != TM_NONE &&
+			 (i < then_first || i >= then_end),
+			 i >= *first && i < *end);
+}
+
+static void unmap_leaving(struct cache_model *m, struct cache_model_seq *s,
+			  u32 length)
+{
+	for (u32 g = 0; g < m->geo.nr_groups; g++) {
+		u32 first, end;
+
+		check_leaving(m, s, g, length, &first, &end);
+		for (; first < end; first++)
+			unmap(s, g, first);
+	}
 }
 
 static void map(struct cache_model_seq *s, const struct tm_cache_page *page,
@@ -783,6 +804,9 @@ static void compare_seq(struct cache_model *m, u32 place, u32 *refs)
 
 		CHECK(!memcmp(table, s->block[g],
 			      m->max_blocks * sizeof(*table)));
+		if (s->open)
+			check_leaving(m, s, g, m->compared %
+				      (m->max_tokens + 1), &first, &end);
 		span(m, g, s->open ? s->length : 0, &first, &end);
 		for (u32 i = 0; i < m->max_blocks; i++) {
 			bool held = i >= first && i < end;
@@ -979,8 +1003,8 @@ int cache_do_close(struct cache_model *m, struct tm_seq_id id)
 	if (!s)
 		want(&w, -ENOENT);
 	expect(m, &w);
-	for (u32 g = 0; s && g < m->geo.nr_groups; g++)
-		unmap_range(s, g, 0, m->max_blocks);
+	if (s)
+		unmap_leaving(m, s, 0);
 	err = tm_cache_close(&m->cache, id);
 	if (refused(m, &w, err))
 		return err;
@@ -1053,17 +1077,14 @@ static void extend_unmap(struct cache_model *m,
 			 const struct tm_cache_extend *item)
 {
 	struct cache_model_seq *s = cache_seq(m, item->id);
-	u32 first, end, old_first, old_end;
+	u32 last = s->length / m->geo.block_tokens;
 
-	for (u32 g = 0; g < m->geo.nr_groups; g++) {
-		span(m, g, s->length, &old_first, &old_end);
-		span(m, g, s->length + item->tokens, &first, &end);
-		unmap_range(s, g, old_first, first < old_end ? first : old_end);
+	unmap_leaving(m, s, s->length + item->tokens);
+	for (u32 g = 0; g < m->geo.nr_groups; g++)
 		if (!is_state(m, g) && s->length % m->geo.block_tokens &&
 		    tm_cache_shared(&m->cache, (struct tm_kv_block){
-				    s->block[g][old_end - 1] }))
-			unmap(s, g, old_end - 1);
-	}
+				    s->block[g][last] }))
+			unmap(s, g, last);
 }
 
 /* Let go of what is in no window any more, the last one first. */
@@ -1147,6 +1168,8 @@ int cache_do_extend_many(struct cache_model *m, struct tm_cache_extend *items,
 						   &index[i][g], true);
 		extend_unmap(m, &items[i]);
 	}
+	for (u32 i = 0; i < nr; i++)
+		items[i].copies.nr = TM_NONE;
 	expect(m, &w);
 	err = tm_cache_extend(&m->cache, items, nr, evict, &failed);
 	if (refused(m, &w, err)) {
@@ -1206,9 +1229,8 @@ int cache_do_truncate(struct cache_model *m, struct tm_seq_id id, u32 length)
 	else if (no_data(m, s, length))
 		want(&w, -ENODATA);
 	expect(m, &w);
-	for (u32 g = 0; !w.nr && g < m->geo.nr_groups; g++)
-		if (!is_state(m, g) || !length)
-			unmap_range(s, g, length / tokens, m->max_blocks);
+	if (!w.nr)
+		unmap_leaving(m, s, length);
 	err = tm_cache_truncate(&m->cache, id, length);
 	if (refused(m, &w, err))
 		return err;
@@ -1252,7 +1274,7 @@ int cache_do_fork(struct cache_model *m, struct tm_seq_id id, u32 at,
 	struct cache_model_seq *s = cache_seq(m, id), *c;
 	u32 tokens = m->geo.block_tokens, full = at / tokens;
 	u32 need = 0, blocks = 0, nr = 0, first, end;
-	struct tm_cache_copies copies;
+	struct tm_cache_copies copies = { .nr = TM_NONE };
 	struct wants w = { 0 };
 	int err;
 
@@ -1651,12 +1673,11 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 			want(&w, -ENOMEM);
 	}
 	expect(m, &w);
-	for (u32 g = 0; s && !w.nr && g < m->geo.nr_groups; g++) {
-		span(m, g, length, &first, &end);
+	if (!w.nr && append)
+		unmap_leaving(m, s, length);
+	for (u32 g = 0; !w.nr && g < m->geo.nr_groups; g++)
 		if (hits[g] != TM_NONE)
 			unmap(s, g, is_state(m, g) ? 0 : index);
-		unmap_range(s, g, 0, first);
-	}
 	err = tm_cache_adopt(&m->cache, id, index, hash, tokens, evict,
 			     &copies);
 	if (refused(m, &w, err))
