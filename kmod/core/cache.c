@@ -298,10 +298,9 @@ static bool tm_cache_fits(const struct tm_cache *cache,
 
 	if (!evict)
 		return !tm_kv_lack(&cache->pool, need->pages, need->blocks);
-	if (keep != TM_NONE && tm_cache_cached(cache, keep)) {
+	/* Whoever keeps one needs no numbers of others. */
+	if (keep != TM_NONE && tm_cache_cached(cache, keep))
 		pages -= cache->pool.blocks[keep].pages;
-		blocks--;
-	}
 	return !tm_kv_lack(&cache->pool,
 			   need->pages > pages ? need->pages - pages : 0,
 			   need->blocks > blocks ? need->blocks - blocks : 0);

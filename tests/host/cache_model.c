@@ -1170,6 +1170,8 @@ int cache_do_extend_many(struct cache_model *m, struct tm_cache_extend *items,
 	}
 	for (u32 i = 0; i < nr; i++)
 		items[i].copies.nr = TM_NONE;
+	for (u32 i = 0; i < nr; i++)
+		items[i].copies.nr = TM_NONE;
 	expect(m, &w);
 	err = tm_cache_extend(&m->cache, items, nr, evict, &failed);
 	if (refused(m, &w, err)) {
