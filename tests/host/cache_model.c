@@ -564,6 +564,7 @@ static bool each_table(const struct tm_cache *cache,
 				pool->geo.pages.chunk_order) *
 				sizeof(*pool->links) },
 		{ pool->blocks, pool->nr_blocks * sizeof(*pool->blocks) },
+		{ pool->marks, pool->nr_marks * sizeof(*pool->marks) },
 		{ cache->prefix.blocks, cache->prefix.nr_blocks *
 		  sizeof(*cache->prefix.blocks) },
 		{ cache->prefix.buckets, cache->prefix.nr_buckets *
