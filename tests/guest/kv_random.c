@@ -6,7 +6,7 @@
  * of its pages, and one more block of its worker's, so that all come around.
  *
  *	kv_random --shape NAME [--tight | --quota] [--seed S] [--steps N]
- *	          [--threads T] [--processes P] [--reader] [--maps M]
+ *	          [--threads T] [--processes P] [--reader] [--maps M] [--private]
  *
  * One worker (the default) has the cache to itself. The model is exact then: the events
  * say what can be found, and a call may be refused memory only if KV_INFO says that
@@ -16,7 +16,8 @@
  * published, and reads them over and over.
  *
  * --tight: a limit of a third of what the sequences can want; --quota: the client's
- * quota is that instead. On a mismatch it says what led to it and exits with 1.
+ * quota is that instead; --private: nothing is published, so that what is given up is
+ * free, and pages are moved together. On a mismatch it says what led to it and exits with 1.
  */
 #define _GNU_SOURCE
 #include "kv_random.h"
@@ -47,20 +48,20 @@
 
 struct shape shape;
 
-enum op {
+enum operation {
 	OP_OPEN, OP_CLOSE, OP_EXTEND, OP_BATCH, OP_TRUNCATE, OP_FORK, OP_PUBLISH,
 	OP_LOOKUP, OP_PEEK, OP_ADOPT, OP_REWRITE, OP_STATE, OP_PACK, OP_UNPACK,
-	OP_POKE, OP_BAD, OP_PROTECT, OP_QUERY, OP_RESET, OPS,
+	OP_POKE, OP_BAD, OP_PROTECT, OP_QUERY, OP_RESET, OP_WANE, OPS,
 };
 
 static const char * const op_names[OPS] = {
 	"open", "close", "extend", "batch", "truncate", "fork", "publish",
 	"lookup", "peek", "adopt", "rewrite", "state", "pack", "unpack",
-	"poke", "bad", "protect", "query", "reset",
+	"poke", "bad", "protect", "query", "reset", "wane",
 };
 
 static const unsigned char writer_weights[OPS] = {
-	3, 1, 28, 8, 5, 5, 10, 7, 3, 8, 12, 3, 2, 1, 2, 3, 1, 2, 1,
+	6, 2, 56, 16, 10, 10, 20, 14, 6, 16, 24, 6, 4, 2, 4, 6, 2, 4, 1, 1,
 };
 
 static const unsigned char reader_weights[OPS] = {
@@ -70,7 +71,7 @@ static const unsigned char reader_weights[OPS] = {
 /* Something that was done. */
 struct deed {
 	u64 step;
-	enum op op;
+	enum operation op;
 	u32 id;
 	u64 a;
 	u64 b;
@@ -153,7 +154,7 @@ struct common {
 
 static struct common *common;
 static struct registry *registry;
-static bool exact, tight;
+static bool exact, tight, private;
 static int full_errno = ENOSPC;
 static u64 seed = 1, steps = 10000;
 static int client, kv;
@@ -169,7 +170,10 @@ static u64 evicted, asked, hit;
 static u64 in_use, in_use_unsure, blocks_in_use;
 
 static __thread struct worker *current;
-static __thread sigjmp_buf *volatile trap;
+/* Where a signal leads, if anywhere. */
+static __thread volatile struct {
+	sigjmp_buf *buf;
+} trap;
 static __thread volatile u32 stored_words;
 
 static void say_deed(const struct deed *deed)
@@ -203,7 +207,7 @@ static void fail(struct worker *w, const char *format, ...)
 	_exit(1);
 }
 
-static int done(struct worker *w, enum op op, const struct seq *s, u64 a, u64 b,
+static int done(struct worker *w, enum operation op, const struct seq *s, u64 a, u64 b,
 		int result)
 {
 	w->deed[w->nr_deeds++ % RECENT] = (struct deed){
@@ -679,8 +683,8 @@ static int call_with(struct worker *w, unsigned long request, void *arg,
 static void on_signal(int number, siginfo_t *what, void *context)
 {
 	(void)context;
-	if (trap)
-		siglongjmp(*trap, number);
+	if (trap.buf)
+		siglongjmp(*trap.buf, number);
 	signal(number, SIG_DFL);
 	fail(current, "signal %d at %p", number, what->si_addr);
 }
@@ -700,10 +704,10 @@ static int read_page(const char *at, u32 *crc)
 	int number = sigsetjmp(buf, 0);
 
 	if (!number) {
-		trap = &buf;
+		trap.buf = &buf;
 		*crc = crc_memory((const u64 *)at, shape.page / 8);
 	}
-	trap = NULL;
+	trap.buf = NULL;
 	return number;
 }
 
@@ -713,10 +717,10 @@ static int read_byte(const volatile char *at)
 	int number = sigsetjmp(buf, 0);
 
 	if (!number) {
-		trap = &buf;
+		trap.buf = &buf;
 		(void)*at;
 	}
-	trap = NULL;
+	trap.buf = NULL;
 	return number;
 }
 
@@ -726,11 +730,11 @@ static int write_words(volatile u64 *at, u32 words, u64 pat)
 	int number = sigsetjmp(buf, 0);
 
 	if (!number) {
-		trap = &buf;
+		trap.buf = &buf;
 		for (stored_words = 0; stored_words < words; stored_words++)
 			at[stored_words] = word(pat, stored_words);
 	}
-	trap = NULL;
+	trap.buf = NULL;
 	return number;
 }
 
@@ -856,6 +860,32 @@ static bool store(struct worker *w, struct seq *s, u32 g, u32 i, u32 plane, u32 
 	if (!is_state(g))
 		s->named[i] = false;
 	return true;
+}
+
+/* A sequence does not have this block, or not any more. */
+static void check_gone(struct worker *w, const struct seq *s, u32 g, u32 i)
+{
+	int number = read_byte(address(w, s, g, below(w, shape.group[g].planes), i));
+
+	w->counts[SIGNALS]++;
+	if (number != SIGBUS)
+		fail(w, "sequence %#x has %u tokens and can be read at group %u block %u",
+		     s->id, s->length, g, i);
+}
+
+/* Blocks that it had when it was of @had tokens have left windows, or the end. */
+static void check_left(struct worker *w, const struct seq *s, u32 had)
+{
+	for (u32 g = 0; g < shape.nr_groups; g++) {
+		u32 first, end, had_first, had_end;
+
+		span(g, had, &had_first, &had_end);
+		span(g, s->length, &first, &end);
+		if (had_first < had_end && had_first < first)
+			check_gone(w, s, g, first < had_end ? first - 1 : had_first);
+		if (had_end > end && end)
+			check_gone(w, s, g, had_end - 1);
+	}
 }
 
 /* Sequences */
@@ -1072,7 +1102,7 @@ static u32 some_tokens(struct worker *w, const struct seq *s)
 }
 
 /* Extend sequences, all locked. */
-static void do_extend(struct worker *w, enum op op, struct seq **seq, u32 nr)
+static void do_extend(struct worker *w, enum operation op, struct seq **seq, u32 nr)
 {
 	struct tensormem_kv_extend item[BATCH] = { 0 };
 	struct tensormem_batch batch = {
@@ -1131,6 +1161,7 @@ static void do_extend(struct worker *w, enum op op, struct seq **seq, u32 nr)
 		struct seq *s = seq[i];
 		u32 last = had[i] / shape.block_tokens;
 
+		check_left(w, s, had[i]);
 		for (u32 g = 0; g < shape.nr_groups; g++) {
 			u32 first, end;
 
@@ -1200,7 +1231,7 @@ static u32 some_length(struct worker *w, const struct seq *s)
 
 static void op_truncate(struct worker *w, struct seq *s)
 {
-	u32 length = some_length(w, s);
+	u32 had = s->length, length = some_length(w, s);
 	struct tensormem_kv_truncate request = {
 		.sequence = s->id, .length = length,
 	};
@@ -1211,6 +1242,7 @@ static void op_truncate(struct worker *w, struct seq *s)
 	if (error)
 		return;
 	cut(s, length);
+	check_left(w, s, had);
 	if (length % shape.block_tokens)
 		for (u32 g = 0; g < shape.nr_groups; g++)
 			if (!is_state(g))
@@ -1370,7 +1402,7 @@ static void op_publish(struct worker *w, struct seq *s)
 	struct need n = { 0 };
 	int error, expected = 0;
 
-	if (!full)
+	if (!full || private)
 		return;
 	first = one_in(w, 3) ? below(w, full) : 0;
 	nr = one_in(w, 3) ? 1 + below(w, full - first) : full - first;
@@ -1580,12 +1612,12 @@ static int adopt_errno(const struct seq *s, u32 at, u32 i, u32 tokens)
 	u32 length = s->length + (append ? tokens : 0);
 
 	if ((!append && at >= full) || (partial && !append))
-		return EINVAL;
+		return -EINVAL;
 	if (length > shape.max_tokens)
-		return ERANGE;
+		return -ERANGE;
 	for (u32 g = 0; g < shape.nr_groups; g++)
 		if (is_state(g) && partial)
-			return EINVAL;
+			return -EINVAL;
 	for (u32 g = 0; g < shape.nr_groups; g++) {
 		u32 first, end;
 
@@ -1593,7 +1625,7 @@ static int adopt_errno(const struct seq *s, u32 at, u32 i, u32 tokens)
 		span(g, length, &first, &end);
 		if (is_state(g) ? at == (length - 1) / shape.block_tokens : at >= first)
 			if (!found_surely(s->tenant, i, g))
-				return ENODATA;
+				return -ENODATA;
 	}
 	return 0;
 }
@@ -1603,7 +1635,7 @@ static void adopted(struct worker *w, struct seq *s, u32 at, u32 i, u32 tokens)
 	bool append = at * shape.block_tokens == s->length;
 	bool whole = tokens == shape.block_tokens;
 	const struct name *name = &wish.name[i];
-	bool empty = !s->length;
+	u32 length = s->length;
 
 	if (append) {
 		leave(s, s->length + tokens);
@@ -1616,7 +1648,7 @@ static void adopted(struct worker *w, struct seq *s, u32 at, u32 i, u32 tokens)
 		if (is_state(g)) {
 			if (at != (s->length - 1) / shape.block_tokens)
 				continue;
-			if (empty)
+			if (!length)
 				own(s, g, 0);
 			state_set(s, g, name);
 		} else if (holds(s, g, at)) {
@@ -1631,6 +1663,7 @@ static void adopted(struct worker *w, struct seq *s, u32 at, u32 i, u32 tokens)
 	block_set(s, at, wish.pats + (size_t)i * shape.pats);
 	s->named[at] = whole;
 	s->name[at] = *name;
+	check_left(w, s, length);
 	w->counts[ADOPTED]++;
 }
 
@@ -1656,7 +1689,7 @@ static void op_adopt(struct worker *w, struct seq *s)
 	request.block = at;
 	request.tokens = tokens == shape.block_tokens && one_in(w, 2) ? 0 : tokens;
 	memcpy(&request.hash, &wish.name[i], sizeof(request.hash));
-	expected = adopt_errno(s, at, i, tokens);
+	expected = -adopt_errno(s, at, i, tokens);
 	for (u32 g = 0; g < shape.nr_groups; g++) {
 		n.keep += shape.group[g].pages;
 		if (is_state(g) || tokens < shape.block_tokens)
@@ -1757,27 +1790,23 @@ static void op_pack(struct worker *w, struct seq *s, u32 flags)
 static void op_poke(struct worker *w, struct seq *s)
 {
 	u32 g = below(w, shape.nr_groups), first, end, i;
-	const char *at;
-	int number;
+	const struct group *last = &shape.group[shape.nr_groups - 1];
+	u64 all = last->offset + last->stride * last->planes;
+	const char *at = maps[0] + s->offset + all;
 
 	span(g, s->length, &first, &end);
 	i = first && one_in(w, 2) ? below(w, first) : end;
-	at = address(w, s, g, below(w, shape.group[g].planes), i);
-	if (i >= (is_state(g) ? 1 : shape.max_blocks)) {
-		/* What is left of the place, if anything. */
-		const struct group *last = &shape.group[shape.nr_groups - 1];
-		u64 all = last->offset + last->stride * last->planes;
-
-		if (all == place_size)
-			return;
-		at = maps[0] + s->offset + all;
+	if (i < (is_state(g) ? 1 : shape.max_blocks)) {
+		done(w, OP_POKE, s, g, i, 0);
+		check_gone(w, s, g, i);
+		return;
 	}
-	number = read_byte(at);
+	if (all == place_size)
+		return;
 	done(w, OP_POKE, s, g, i, 0);
 	w->counts[SIGNALS]++;
-	if (number != SIGBUS)
-		fail(w, "sequence %#x has %u tokens and can be read at group %u block %u",
-		     s->id, s->length, g, i);
+	if (read_byte(at) != SIGBUS)
+		fail(w, "the rest of the place of sequence %#x can be read", s->id);
 }
 
 /* What is refused changes nothing. */
@@ -1909,12 +1938,20 @@ static void op_query(struct worker *w, struct seq *s)
 		     (unsigned long long)others * shape.page);
 }
 
+/* Return: whether there was one. */
+static bool close_one(struct worker *w)
+{
+	struct seq *s = pick(w);
+
+	if (s)
+		do_close(w, s);
+	return s;
+}
+
 static void close_all(struct worker *w)
 {
-	struct seq *s;
-
-	while ((s = pick(w)))
-		do_close(w, s);
+	while (close_one(w))
+		;
 }
 
 /* One worker: what counters say. */
@@ -1948,13 +1985,21 @@ static void check_counts(struct worker *w)
 		     (unsigned long long)least, (unsigned long long)most);
 }
 
+/* Much is free then, here and there: pages are moved together. */
+static void op_wane(struct worker *w)
+{
+	for (u32 i = 0; i < common->per_worker; i++)
+		if (w->seq[i].open && !one_in(w, 4))
+			do_close(w, &w->seq[i]);
+}
+
 static void op_reset(struct worker *w)
 {
 	struct tensormem_kv_reset request = { 0 };
 	bool empty = true;
 	int error;
 
-	if (exact && one_in(w, 32))
+	if (exact && one_in(w, 16))
 		close_all(w);
 	for (u32 i = 0; i < common->per_worker; i++)
 		empty &= !w->seq[i].open || !w->seq[i].length;
@@ -1989,7 +2034,7 @@ static void unpack(struct worker *w, struct seq *s)
 	op_pack(w, s, TENSORMEM_KV_UNPACK);
 }
 
-static void operate(struct worker *w, enum op op)
+static void operate(struct worker *w, enum operation op)
 {
 	static void (* const ops[OPS])(struct worker *w, struct seq *s) = {
 		[OP_EXTEND] = op_extend, [OP_TRUNCATE] = op_truncate,
@@ -2000,33 +2045,31 @@ static void operate(struct worker *w, enum op op)
 		[OP_QUERY] = op_query, [OP_FORK] = op_fork,
 	};
 	u64 refused = w->counts[REFUSED];
-	struct seq *s;
 
 	/* Mostly there is a place for one more. */
 	if ((op == OP_OPEN || op == OP_FORK || op == OP_LOOKUP) && !unused(w) &&
 	    one_in(w, 2))
-		do_close(w, pick(w));
+		close_one(w);
 
 	if (op == OP_OPEN)
 		do_open(w);
-	else if (op == OP_CLOSE && (s = pick(w)))
-		do_close(w, s);
+	else if (op == OP_CLOSE)
+		close_one(w);
 	else if (op == OP_BATCH)
 		op_batch(w);
 	else if (op == OP_LOOKUP)
 		op_lookup(w);
 	else if (op == OP_RESET)
 		op_reset(w);
+	else if (op == OP_WANE)
+		op_wane(w);
 	else if (op == OP_FORK && common->nr_workers > 1 && one_in(w, 2))
 		fork_foreign(w);
 	else if (ops[op])
 		with_one(w, ops[op]);
 	/* Room for the next ones. */
-	if (refused != w->counts[REFUSED] && one_in(w, 4)) {
-		s = pick(w);
-		if (s)
-			do_close(w, s);
-	}
+	if (refused != w->counts[REFUSED] && one_in(w, 4))
+		close_one(w);
 }
 
 /* One block of the worker's, the next one each time. */
@@ -2089,7 +2132,7 @@ static void meet(struct worker *w)
 	pthread_barrier_wait(&common->barrier);
 }
 
-static enum op some_op(struct worker *w)
+static enum operation some_op(struct worker *w)
 {
 	const unsigned char *weights = w->reader ? reader_weights : writer_weights;
 	u32 sum = 0, at;
@@ -2156,12 +2199,14 @@ static void shape_choose(const char *name)
 		add_group(TENSORMEM_KV_FULL, 1, 2 * eighth, 0, 2);
 		add_group(TENSORMEM_KV_STATE, 2, 72, 0, 8);
 		add_group(TENSORMEM_KV_WINDOW, 2, eighth, 33, 0);
+	} else if (!strcmp(name, "large")) {
+		add_group(TENSORMEM_KV_FULL, 4, 2 * eighth, 0, 4);
 	} else if (!strcmp(name, "odd")) {
-		/* No power of two anywhere: 3 pages a plane. */
-		shape.block_tokens = eighth;
+		/* No power of two but the tokens of a block: 3 pages a plane. */
+		shape.block_tokens = 512;
 		shape.ask_tokens = 0;
 		shape.max_blocks = 5;
-		add_group(TENSORMEM_KV_FULL, 1, 24, 0, 8);
+		add_group(TENSORMEM_KV_FULL, 1, shape.page / 512 * 3, 0, 8);
 	} else {
 		errx(2, "no such shape: %s", name);
 	}
@@ -2330,9 +2375,10 @@ static void report(void)
 	printf("{");
 	for (u32 n = 0; n < COUNTS; n++)
 		printf("\"%s\": %llu, ", count_names[n], (unsigned long long)sum[n]);
-	printf("\"copies\": %llu, \"evictions\": %llu, \"packs\": %llu, \"unpacks\": %llu}\n",
+	printf("\"copies\": %llu, \"evictions\": %llu, \"packs\": %llu, \"unpacks\": %llu, \"moved\": %llu}\n",
 	       (unsigned long long)i.copies, (unsigned long long)i.evictions,
-	       (unsigned long long)i.packs, (unsigned long long)i.unpacks);
+	       (unsigned long long)i.packs, (unsigned long long)i.unpacks,
+	       (unsigned long long)i.moved);
 }
 
 static u64 number(const char *text)
@@ -2355,6 +2401,7 @@ int main(int argc, char **argv)
 		{ "processes", required_argument, NULL, 'p' },
 		{ "maps", required_argument, NULL, 'm' },
 		{ "reader", no_argument, NULL, 'r' },
+		{ "private", no_argument, NULL, 'v' },
 		{ "tight", no_argument, NULL, 'l' },
 		{ "quota", no_argument, NULL, 'q' },
 		{ 0 },
@@ -2384,6 +2431,8 @@ int main(int argc, char **argv)
 			nr_maps = number(optarg);
 		else if (c == 'r')
 			reader = true;
+		else if (c == 'v')
+			private = true;
 		else if (c == 'l')
 			tight = true;
 		else if (c == 'q')
@@ -2412,8 +2461,8 @@ int main(int argc, char **argv)
 	pages = seq_pages();
 	chunk = shape.chunk / shape.page;
 	common->per_worker = 3 * chunk / pages / common->nr_workers;
-	if (common->per_worker > MAX_PLACES)
-		common->per_worker = MAX_PLACES;
+	if (common->per_worker > MAX_PLACES || !(tight || quota))
+		common->per_worker = MAX_PLACES / common->nr_workers;
 	if (common->per_worker < 6)
 		common->per_worker = 6;
 	shape.max_seqs = common->per_worker * common->nr_workers;
