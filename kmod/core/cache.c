@@ -250,7 +250,7 @@ static void tm_cache_drop(struct tm_cache *cache, u32 place, u32 group,
 static void tm_cache_discard(struct tm_cache *cache, u32 block)
 {
 	cache->cached_pages -= cache->pool.blocks[block].pages;
-	tm_prefix_forget(&cache->prefix, block);
+	(void)tm_prefix_forget(&cache->prefix, block);
 	tm_cache_free(cache, block);
 }
 
@@ -769,7 +769,7 @@ static bool tm_cache_nameable(const struct tm_cache *cache, u32 block,
 static void tm_cache_name(struct tm_cache *cache, u32 block, u32 index,
 			  const struct tm_prefix_key *key, struct tm_hash parent)
 {
-	tm_prefix_publish(&cache->prefix, block, key);
+	(void)tm_prefix_publish(&cache->prefix, block, key);
 	tm_cache_tell(cache, (struct tm_cache_event){
 		.type = TM_CACHE_STORED,
 		.group = key->group,

@@ -567,7 +567,7 @@ static bool each_table(const struct tm_cache *cache,
 		{ pool->marks, pool->nr_marks * sizeof(*pool->marks) },
 		{ cache->prefix.blocks, cache->prefix.nr_blocks *
 		  sizeof(*cache->prefix.blocks) },
-		{ cache->prefix.buckets, cache->prefix.nr_buckets *
+		{ cache->prefix.buckets, cache->prefix.nr_blocks *
 		  sizeof(*cache->prefix.buckets) },
 		{ cache->seqs, cache->max_seqs * sizeof(*cache->seqs) },
 		{ cache->tables, (size_t)cache->max_seqs * pool->geo.nr_groups *
