@@ -2,13 +2,12 @@
 /*
  * The kernel's own compression, by way of the crypto API: it loads the codec's module
  * when it is wanted, and a kernel without one still loads ours.
- *
- * One for the whole module: zstd's workspace is megabytes.
  */
 #include <crypto/acompress.h>
 #include <linux/crypto.h>
 #include <linux/err.h>
 #include <linux/kconfig.h>
+#include <linux/mutex.h>
 #include <linux/scatterlist.h>
 
 #include "codec.h"
@@ -16,41 +15,45 @@
 /* The first of them that the kernel has; docs/kv.md has what led to this order. */
 static const char * const tm_codec_names[] = { "zstd", "lz4" };
 
+/* Finding one may wait for modprobe: nobody but those who want the same waits too. */
+static DEFINE_MUTEX(tm_codec_mutex);
 static struct crypto_acomp *tm_codec;
-static struct acomp_req *tm_codec_request;
 
-/**
- * tm_codec_init - find a codec, once
- *
- * Context: may sleep; not twice at a time. Return: 0, -EOPNOTSUPP, -ENOMEM.
- */
-int tm_codec_init(void)
+static int tm_codec_find(void)
 {
 	struct crypto_acomp *codec = ERR_PTR(-ENOENT);
 
-	if (tm_codec)
-		return 0;
-	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2))
-		return -EOPNOTSUPP;
 	for (u32 i = 0; IS_ERR(codec) && i < ARRAY_SIZE(tm_codec_names); i++)
 		codec = crypto_alloc_acomp(tm_codec_names[i], 0, 0);
 	if (IS_ERR(codec))
 		return PTR_ERR(codec) == -ENOMEM ? -ENOMEM : -EOPNOTSUPP;
-	tm_codec_request = acomp_request_alloc(codec);
-	if (!tm_codec_request) {
-		crypto_free_acomp(codec);
-		return -ENOMEM;
-	}
 	WRITE_ONCE(tm_codec, codec);
 	return 0;
 }
 
+/**
+ * tm_codec_init - find a codec, once
+ *
+ * Context: may sleep. Return: 0, -EOPNOTSUPP, -ENOMEM.
+ */
+int tm_codec_init(void)
+{
+	int err = 0;
+
+	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2))
+		return -EOPNOTSUPP;
+	mutex_lock(&tm_codec_mutex);
+	if (!tm_codec)
+		err = tm_codec_find();
+	mutex_unlock(&tm_codec_mutex);
+	return err;
+}
+
+/* Every stream is closed. */
 void tm_codec_exit(void)
 {
-	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2) || !tm_codec)
-		return;
-	acomp_request_free(tm_codec_request);
-	crypto_free_acomp(tm_codec);
+	if (IS_REACHABLE(CONFIG_CRYPTO_ACOMP2) && tm_codec)
+		crypto_free_acomp(tm_codec);
 }
 
 /* What it is called, or NULL while there is none. Context: any. */
@@ -63,8 +66,31 @@ const char *tm_codec_name(void)
 	return crypto_tfm_alg_name(crypto_acomp_tfm(codec));
 }
 
+/**
+ * tm_codec_open - make a stream
+ * @stream: the stream; an open one stays as it is
+ *
+ * Context: may sleep; tm_codec_init() has succeeded. Return: 0, -ENOMEM.
+ */
+int tm_codec_open(struct tm_codec_stream *stream)
+{
+	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2))
+		return -ENOMEM;
+	if (!stream->request)
+		stream->request = acomp_request_alloc(tm_codec);
+	return stream->request ? 0 : -ENOMEM;
+}
+
+/* Also one that was never opened. */
+void tm_codec_close(struct tm_codec_stream *stream)
+{
+	if (IS_REACHABLE(CONFIG_CRYPTO_ACOMP2) && stream->request)
+		acomp_request_free(stream->request);
+}
+
 /* Return: bytes written to @to, or an errno. */
-static int tm_codec_run(int (*run)(struct acomp_req *req), void *from,
+static int tm_codec_run(struct acomp_req *request,
+			int (*run)(struct acomp_req *req), void *from,
 			u32 bytes, void *to, u32 room)
 {
 	struct scatterlist in, out;
@@ -73,45 +99,50 @@ static int tm_codec_run(int (*run)(struct acomp_req *req), void *from,
 
 	sg_init_one(&in, from, bytes);
 	sg_init_one(&out, to, room);
-	acomp_request_set_params(tm_codec_request, &in, &out, bytes, room);
-	acomp_request_set_callback(tm_codec_request, CRYPTO_TFM_REQ_MAY_BACKLOG,
+	acomp_request_set_params(request, &in, &out, bytes, room);
+	acomp_request_set_callback(request, CRYPTO_TFM_REQ_MAY_BACKLOG,
 				   crypto_req_done, &wait);
-	err = crypto_wait_req(run(tm_codec_request), &wait);
-	return err ?: tm_codec_request->dlen;
+	err = crypto_wait_req(run(request), &wait);
+	return err ?: request->dlen;
 }
 
 /**
  * tm_codec_compress - make bytes fewer
+ * @stream: open, and nobody else's
  * @from: the bytes, from kmalloc()
  * @bytes: how many; at most TM_CODEC_MAX
  * @to: where to, from kmalloc()
  * @room: bytes there
  *
- * Context: may sleep; not twice at a time; tm_codec_init() has succeeded.
- * Return: bytes at @to, or an errno when they do not fit.
+ * Context: may sleep. Return: bytes at @to, or an errno when they do not fit.
  */
-int tm_codec_compress(void *from, u32 bytes, void *to, u32 room)
+int tm_codec_compress(struct tm_codec_stream *stream, void *from, u32 bytes,
+		      void *to, u32 room)
 {
 	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2))
 		return -EOPNOTSUPP;
-	return tm_codec_run(crypto_acomp_compress, from, bytes, to, room);
+	return tm_codec_run(stream->request, crypto_acomp_compress, from, bytes,
+			    to, room);
 }
 
 /**
  * tm_codec_decompress - the inverse
+ * @stream: open, and nobody else's
  * @from: what it has made, from kmalloc()
  * @bytes: how many
  * @to: where to, from kmalloc()
  * @want: bytes there
  *
- * Context: as tm_codec_compress(). Return: 0, or -EIO for anything but @want bytes.
+ * Context: may sleep. Return: 0, or -EIO for anything but @want bytes.
  */
-int tm_codec_decompress(void *from, u32 bytes, void *to, u32 want)
+int tm_codec_decompress(struct tm_codec_stream *stream, void *from, u32 bytes,
+			void *to, u32 want)
 {
 	int got;
 
 	if (!IS_REACHABLE(CONFIG_CRYPTO_ACOMP2))
 		return -EIO;
-	got = tm_codec_run(crypto_acomp_decompress, from, bytes, to, want);
+	got = tm_codec_run(stream->request, crypto_acomp_decompress, from,
+			   bytes, to, want);
 	return got == want ? 0 : -EIO;
 }

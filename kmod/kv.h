@@ -110,35 +110,7 @@ u64 tm_kv_window_pages(const struct tm_kv *kv);
 void tm_kv_totals(struct tm_kv_totals *totals);
 void tm_kv_touch(struct tm_kv *kv, u32 place);
 
-/* A call on the cache that may take memory; see tm_kv_do(). */
-typedef int (*tm_kv_call)(struct tm_kv *kv, void *args, bool evict);
-
-int __must_check tm_kv_do(struct tm_kv *kv, tm_kv_call call, void *args);
-void tm_kv_trim(struct tm_kv *kv);
-void tm_kv_settle(struct tm_kv *kv);
-
 void *tm_kv_address(const struct tm_kv *kv, struct tm_page_id page);
 void tm_kv_mark_dirty(struct tm_kv *kv, struct tm_page_id page);
-void tm_kv_zap(struct tm_kv *kv, u32 place, u32 group, u32 first, u32 end);
-
-int __must_check tm_kv_open(struct tm_kv *kv, u64 tenant, struct tm_seq_id *id);
-int __must_check tm_kv_close(struct tm_kv *kv, struct tm_seq_id id);
-int __must_check tm_kv_extend(struct tm_kv *kv, struct tm_cache_extend *items,
-			      u32 nr, u32 *failed);
-int __must_check tm_kv_truncate(struct tm_kv *kv, struct tm_seq_id id,
-				u32 length);
-int __must_check tm_kv_fork(struct tm_kv *kv, struct tm_seq_id id, u32 at,
-			    struct tm_seq_id *child);
-int __must_check tm_kv_publish(struct tm_kv *kv, struct tm_seq_id id,
-			       u32 first, const struct tm_hash *hashes, u32 nr);
-int __must_check tm_kv_lookup(struct tm_kv *kv, struct tm_seq_id id,
-			      const struct tm_hash *hashes, u32 nr, bool peek,
-			      u32 *matched);
-int __must_check tm_kv_adopt(struct tm_kv *kv, struct tm_seq_id id, u32 index,
-			     const struct tm_hash *hash, u32 tokens,
-			     u32 *length);
-int __must_check tm_kv_reset(struct tm_kv *kv);
-int __must_check tm_kv_write(struct tm_kv *kv, u32 place, u32 group, u32 index,
-			     u64 offset);
 
 #endif

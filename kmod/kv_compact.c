@@ -12,6 +12,7 @@
 #include <linux/workqueue.h>
 
 #include "kv.h"
+#include "kv_memory.h"
 #include "kv_compact.h"
 
 /* Long enough for what is freed together, as conversations are. */

@@ -20,6 +20,7 @@
 #include "client.h"
 #include "kv.h"
 #include "kv_file.h"
+#include "kv_ops.h"
 #include "kv_pack.h"
 #include "kv_vm.h"
 #include "pages.h"
@@ -131,6 +132,14 @@ static int tm_kv_file_info(struct tm_kv *kv, void __user *arg, size_t size)
 	return err ?: tm_args_out(arg, size, &info, sizeof(info));
 }
 
+/* The caller could not be told of a sequence. */
+static void tm_kv_undo_open(struct tm_kv *kv, struct tm_seq_id id)
+{
+	/* Another thread may have guessed the name and closed it: fine as well. */
+	if (tm_kv_close(kv, id))
+		return;
+}
+
 static int tm_kv_file_open(struct tm_kv *kv, void __user *arg, size_t size)
 {
 	struct tensormem_kv_open open;
@@ -148,9 +157,8 @@ static int tm_kv_file_open(struct tm_kv *kv, void __user *arg, size_t size)
 	open.sequence = id.v;
 	open.offset = tm_kv_place_offset(kv, id);
 	err = tm_args_out(arg, size, &open, sizeof(open));
-	/* Another thread may have guessed the name and closed it: fine as well. */
-	if (err && tm_kv_close(kv, id))
-		return err;
+	if (err)
+		tm_kv_undo_open(kv, id);
 	return err;
 }
 
@@ -243,8 +251,8 @@ static int tm_kv_file_fork(struct tm_kv *kv, void __user *arg, size_t size)
 	fork.child = child.v;
 	fork.offset = tm_kv_place_offset(kv, child);
 	err = tm_args_out(arg, size, &fork, sizeof(fork));
-	if (err && tm_kv_close(kv, child))
-		return err;
+	if (err)
+		tm_kv_undo_open(kv, child);
 	return err;
 }
 
@@ -268,9 +276,11 @@ static int tm_kv_file_lookup(struct tm_kv *kv,
 {
 	if (request->flags & ~TENSORMEM_KV_PEEK || request->first)
 		return -EINVAL;
+	if (request->flags & TENSORMEM_KV_PEEK)
+		return tm_kv_peek(kv, (struct tm_seq_id){ request->sequence },
+				  hashes, request->count, &request->matched);
 	return tm_kv_lookup(kv, (struct tm_seq_id){ request->sequence }, hashes,
-			    request->count, request->flags & TENSORMEM_KV_PEEK,
-			    &request->matched);
+			    request->count, &request->matched);
 }
 
 static int tm_kv_file_hashes(struct tm_kv *kv, void __user *arg, size_t size,
@@ -337,6 +347,7 @@ static void tm_kv_describe(const struct tm_kv *kv, u32 place,
 			int err = tm_cache_page(&kv->cache, place, i, 0,
 						b * geo->plane_pages[i], &page);
 
+			cond_resched();
 			if (err == -ENOENT)
 				continue;
 			bytes = (u64)tm_kv_pages(&kv->cache.pool, page.block)
@@ -394,6 +405,10 @@ static int tm_kv_file_pack(struct tm_kv *kv, void __user *arg, size_t size)
 		return err;
 	if (pack.flags & ~TENSORMEM_KV_UNPACK || pack.pad)
 		return -EINVAL;
+	/* Writable, or there is no telling what has been done. */
+	err = tm_args_out(arg, size, &pack, sizeof(pack));
+	if (err)
+		return err;
 	id.v = pack.sequence;
 	if (pack.flags & TENSORMEM_KV_UNPACK)
 		err = tm_kv_unpack_all(kv, id, &packed);

@@ -14,7 +14,6 @@ struct tm_kv_packed {
 
 void tm_kv_pack_init(struct tm_kv *kv);
 void tm_kv_pack_exit(struct tm_kv *kv);
-void tm_kv_pack_unload(void);
 void tm_kv_pack_wake(struct tm_kv *kv, bool refused);
 
 int __must_check tm_kv_pack(struct tm_kv *kv, struct tm_seq_id id,
@@ -23,7 +22,5 @@ int __must_check tm_kv_unpack_all(struct tm_kv *kv, struct tm_seq_id id,
 				  struct tm_kv_packed *packed);
 int __must_check tm_kv_unpack(struct tm_kv *kv, u32 place, u32 group,
 			      u32 index, struct tm_kv_packed *packed);
-void tm_kv_unpack_to(struct tm_kv *kv, u32 group, struct tm_kv_block from,
-		     struct tm_kv_block to);
 
 #endif

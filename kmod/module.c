@@ -4,7 +4,7 @@
 
 #include "client.h"
 #include "device.h"
-#include "kv_pack.h"
+#include "packer.h"
 #include "pages.h"
 #include "park.h"
 #include "quarantine.h"
@@ -48,7 +48,7 @@ err_pages:
 static void __exit tm_exit(void)
 {
 	tm_device_exit();
-	tm_kv_pack_unload();
+	tm_packer_exit();
 	tm_park_exit();
 	/*
 	 * No client is open, but somebody may still read the pages of a dead one:

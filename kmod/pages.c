@@ -16,7 +16,7 @@
  *
  *   mmap_lock
  *   tm_kv::lock                 a KV cache (kv.c)
- *   tm_packer_mutex             the codec and its buffers (kv_pack.c)
+ *   tm_packer::mutex            a set of buffers to pack or unpack with (packer.c)
  *
  * The last is a spinlock held for a bounded number of steps; no page or slab
  * allocator is called under it. These stand alone, nothing is taken inside them:

@@ -64,7 +64,7 @@ def pytest(name: str, *where: str) -> Stage:
 PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "guest": ((), 1),
     "numa": (("numa",), 2),
-    "pages": (("abi", "compact", "huge", "kernel_api", "mapping", "reuse", "small", "sysfs"), 1),
+    "pages": (("abi", "compact", "huge", "kernel_api", "kv_random", "mapping", "reuse", "small", "sysfs"), 1),
 }
 
 

@@ -300,10 +300,9 @@ static bool tm_cache_fits(const struct tm_cache *cache,
 
 	if (!evict)
 		return !tm_kv_lack(&cache->pool, need->pages, need->blocks);
-	if (keep != TM_NONE && tm_cache_cached(cache, keep)) {
+	/* Whoever keeps one needs no numbers of others. */
+	if (keep != TM_NONE && tm_cache_cached(cache, keep))
 		pages -= cache->pool.blocks[keep].pages;
-		blocks--;
-	}
 	return !tm_kv_lack(&cache->pool,
 			   need->pages > pages ? need->pages - pages : 0,
 			   need->blocks > blocks ? need->blocks - blocks : 0);
@@ -1056,9 +1055,9 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 			tm_cache_need(cache, &need, g, 1);
 	}
 	err = tm_cache_make_room(cache, &need, evict, TM_NONE);
+	/* Memory is needed at the end only, where every group adopts. */
 	for (u32 g = nr_groups; err && g--;)
-		if (from[g] != TM_NONE)
-			tm_cache_unget(cache, from[g]);
+		tm_cache_unget(cache, from[g]);
 	if (err)
 		return err;
 

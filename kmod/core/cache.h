@@ -236,8 +236,9 @@ struct tm_cache_copy {
  * @nr: how many
  * @copy: at most one for each group
  *
- * The source stays where it is until the lock is let go. It may be packed: see
- * tm_cache_packed().
+ * The source stays where it is until the lock is let go, or blocks are evicted: it can be
+ * a cached one, and so can the copy of a state that is published. It may be packed, see
+ * tm_cache_packed(): best unpacked straight to the copy, which takes no room.
  */
 struct tm_cache_copies {
 	u32 nr;
@@ -269,6 +270,9 @@ struct tm_cache_extend {
  * Before: remove the mappings of what the new length drops (tm_cache_leaving()), and of
  * a last block that is not full and is shared (tm_cache_shared()). Afterwards: zero the
  * new blocks, from the one after the last that was there on; copy @copies.
+ *
+ * Room is asked for as if each sequence were the only one: of two that share their last
+ * block one is alone with it when the other has its copy, and gets none.
  *
  * Return: 0, -ENOENT, -EINVAL for no tokens or a sequence named twice, -ERANGE for more than
  * max_tokens, -ENOMEM.

@@ -1180,6 +1180,10 @@ int cache_do_extend_many(struct cache_model *m, struct tm_cache_extend *items,
 						   &index[i][g], true);
 		extend_unmap(m, &items[i]);
 	}
+	for (u32 i = 0; i < nr; i++)
+		items[i].copies.nr = TM_NONE;
+	for (u32 i = 0; i < nr; i++)
+		items[i].copies.nr = TM_NONE;
 	expect(m, &w);
 	err = tm_cache_extend(&m->cache, items, nr, evict, &failed);
 	if (refused(m, &w, err)) {
@@ -1284,7 +1288,7 @@ int cache_do_fork(struct cache_model *m, struct tm_seq_id id, u32 at,
 	struct cache_model_seq *s = cache_seq(m, id), *c;
 	u32 tokens = m->geo.block_tokens, full = at / tokens;
 	u32 need = 0, blocks = 0, nr = 0, first, end;
-	struct tm_cache_copies copies;
+	struct tm_cache_copies copies = { .nr = TM_NONE };
 	struct wants w = { 0 };
 	int err;
 

@@ -86,9 +86,12 @@
  *     ENODATA  The KV asked for is not there, or not any more: no block is published
  *              under this hash, a window has moved past it, or a state has moved on.
  *              Compute it.
+ *     EIO      A packed block does not match its checksum: memory has gone bad. Its
+ *              tokens are lost; a touch of them raises SIGBUS.
  *     EOPNOTSUPP  The kernel has no codec to pack KV with. Load the module zstd or lz4.
  *
- *   and EDQUOT, ENOSPC (the cache is at its limit, too), ENOMEM as above; ENOENT for
+ *   and EMFILE, ENFILE from KV_CREATE as from open(2); EDQUOT, ENOSPC (the cache is at
+ *   its limit, too), ENOMEM as above; ENOENT for
  *   no such sequence, ENOBUFS for max_sequences open already, EBUSY for a reset
  *   while sequences hold blocks.
  *
@@ -112,7 +115,9 @@
  *   sees another sequence's writes.
  *
  *   mmap(2) of the descriptor takes the whole window, or a part of one open sequence's
- *   place (else EINVAL, or ENOENT for a sequence that is not open). Touching what
+ *   place (else EINVAL, or ENOENT for a sequence that is not open). A mapping of a place
+ *   outlives the sequence and shows the next one there: to pass on one sequence is
+ *   to pass on all that come after it. Touching what
  *   a sequence does not hold raises SIGBUS: tokens past its length (to the end of
  *   their block), those that have left the window of a group, all of a closed one.
  *   So does a touch that needs memory (a copy, or unpacking) when there is none: within
@@ -385,7 +390,8 @@ struct tensormem_kv_group {
  *                group but those of KV_STATE
  * @flags: in: TENSORMEM_KV_EVENTS
  * @limit: in: bytes of memory it may hold, rounded up to chunks; 0 for what
- *         max_sequences of max_tokens take. It is taken as it is needed
+ *         max_sequences of max_tokens take. It is taken as it is needed, on the
+ *         client's quota; the cache's own tables count in its memory cgroup only
  * @fd: out: the descriptor, close-on-exec
  * @pad: in: must be 0
  *
@@ -640,7 +646,9 @@ struct tensormem_kv_query {
  * @after: out: bytes they take now
  *
  * Lossless, and undone by a touch. The cache does so by itself with sequences that
- * are idle, when it is nearly full. Blocks that would not get smaller stay as they are.
+ * are idle, when it is nearly full. Blocks that would not get smaller, or are larger
+ * than a chunk, stay as they are. A call that fails half-way leaves what it has packed
+ * or unpacked so.
  */
 struct tensormem_kv_pack {
 	__u32 sequence;

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Random operations on KV caches against a reference model, with a CRC of every page: see kv_random.c."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "kv_random"
+#: Of all runs together; a tenth of it where every access is checked (KASAN).
+TOTAL = 1_000_000
+KASAN = any(line.split()[2] == "kasan_report" for line in Path("/proc/kallsyms").open())
+LARGE_PAGES = os.sysconf("SC_PAGESIZE") > 4096
+
+#: One worker: the model is exact. Runs and their shares of the total; two of them at a time.
+ALONE = {
+    "--shape full --tight": 3,
+    "--shape window --tight": 2,
+    "--shape state --quota": 2,
+    "--shape groups --tight": 1,
+    "--shape odd --tight": 2,
+    "--shape full --maps 2": 2,
+    "--shape groups --maps 2": 1,
+    "--shape state": 1,
+    "--shape large --private": 1,
+}
+#: Several, with sequences of their own in one cache.
+TOGETHER = {
+    "--shape window --threads 3 --reader": 2,
+    "--shape full --tight --processes 2 --threads 2 --reader": 2,
+    "--shape groups --tight --processes 3 --maps 2": 1,
+    "--shape state --tight --threads 4 --reader": 1,
+    "--shape large --private --threads 2": 1,
+}
+RUNS = ALONE | TOGETHER
+
+
+def workers(options: str) -> int:
+    words = options.split()
+    value = {name: int(words[words.index(name) + 1]) for name in ("--threads", "--processes") if name in words}
+    return value.get("--threads", 1) * value.get("--processes", 1)
+
+
+def happens(options: str) -> list[str]:
+    """What a run is not worth much without."""
+    names = ["copies", "forked", "packs", "unpacks", "pages"]
+    names += ["moved"] if "--private" in options else ["matched", "hits", "adopted"]
+    if "--tight" in options or "--quota" in options:
+        names += ["refused", "evictions"]
+    return names + (["foreign"] if workers(options) > 1 else ["resets", "signals", "copied"])
+
+
+def steps(options: str) -> int:
+    """Of each worker of a run."""
+    total = TOTAL // (10 if KASAN else 5 if LARGE_PAGES else 1)
+    return total * RUNS[options] // sum(RUNS.values()) // workers(options) + 1
+
+
+def run(options: str) -> dict[str, int]:
+    each = steps(options)
+    command = [PROGRAM, *options.split(), "--steps", str(each)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert result.returncode == 0, f"{options}: ended with {result.returncode}\n{result.stdout}"
+    counts: dict[str, int] = json.loads(result.stdout)
+    print(options, counts)
+    assert counts["steps"] == each * workers(options)
+    missing = [name for name in happens(options) if not counts[name]]
+    assert not missing, f"{options}: never happened: {missing}"
+    return counts
+
+
+def test_alone() -> None:
+    """Contents, errnos, events and counters are just what the model says."""
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(run, ALONE))
+
+
+@pytest.mark.parametrize("options", TOGETHER)
+def test_together(options: str) -> None:
+    """Threads and processes that fork and find what the others have."""
+    run(options)
