@@ -246,25 +246,27 @@ static void tm_cache_drop(struct tm_cache *cache, u32 place, u32 group,
 	*entry = TM_NONE;
 }
 
-/* Forget a cached block, and free it. */
-static void tm_cache_discard(struct tm_cache *cache, u32 block)
+/* Forget a cached block, and free it. Return: whether there was no other of its key. */
+static bool tm_cache_discard(struct tm_cache *cache, u32 block)
 {
+	bool last = tm_prefix_forget(&cache->prefix, block);
+
 	cache->cached_pages -= cache->pool.blocks[block].pages;
-	tm_prefix_forget(&cache->prefix, block);
 	tm_cache_free(cache, block);
+	return last;
 }
 
 static void tm_cache_give_up(struct tm_cache *cache, u32 block)
 {
 	const struct tm_prefix_key *key = &cache->prefix.blocks[block].key;
 
-	tm_cache_tell(cache, (struct tm_cache_event){
-		.type = TM_CACHE_REMOVED,
-		.group = key->group,
-		.tenant = key->tenant,
-		.hash = key->hash,
-	});
-	tm_cache_discard(cache, block);
+	if (tm_cache_discard(cache, block))
+		tm_cache_tell(cache, (struct tm_cache_event){
+			.type = TM_CACHE_REMOVED,
+			.group = key->group,
+			.tenant = key->tenant,
+			.hash = key->hash,
+		});
 	cache->stats.evictions++;
 }
 
@@ -768,15 +770,15 @@ static bool tm_cache_nameable(const struct tm_cache *cache, u32 block,
 static void tm_cache_name(struct tm_cache *cache, u32 block, u32 index,
 			  const struct tm_prefix_key *key, struct tm_hash parent)
 {
-	tm_prefix_publish(&cache->prefix, block, key);
-	tm_cache_tell(cache, (struct tm_cache_event){
-		.type = TM_CACHE_STORED,
-		.group = key->group,
-		.block = index,
-		.tenant = key->tenant,
-		.hash = key->hash,
-		.parent = parent,
-	});
+	if (tm_prefix_publish(&cache->prefix, block, key))
+		tm_cache_tell(cache, (struct tm_cache_event){
+			.type = TM_CACHE_STORED,
+			.group = key->group,
+			.block = index,
+			.tenant = key->tenant,
+			.hash = key->hash,
+			.parent = parent,
+		});
 }
 
 /* What the block before @index is found by. */

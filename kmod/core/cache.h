@@ -84,12 +84,16 @@ struct tm_cache_seq {
 };
 
 enum tm_cache_event_type {
-	TM_CACHE_STORED = 1,
-	TM_CACHE_REMOVED,
-	TM_CACHE_CLEARED,
+	TM_CACHE_STORED = 1,	/* can be found now; could not before */
+	TM_CACHE_REMOVED,	/* cannot be found any more */
+	TM_CACHE_CLEARED,	/* nothing can */
 };
 
-/* A change of what can be found. @parent and @block: for TM_CACHE_STORED. */
+/*
+ * A change of what a tenant can find in a group. Of several blocks of one hash the first
+ * one published is told, and the last one evicted. @parent and @block: for
+ * TM_CACHE_STORED.
+ */
 struct tm_cache_event {
 	u32 type;
 	u32 group;

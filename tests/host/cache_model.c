@@ -379,14 +379,31 @@ static int room(struct cache_model *m, u32 need, u32 blocks, bool evict,
 	return -ENOMEM;
 }
 
+static bool key_is(const struct tm_prefix_key *a, const struct tm_prefix_key *b)
+{
+	return a->hash.v[0] == b->hash.v[0] && a->hash.v[1] == b->hash.v[1] &&
+	       a->tenant == b->tenant && a->group == b->group;
+}
+
+static u32 nr_of_key(const struct cache_model *m,
+		     const struct tm_prefix_key *key)
+{
+	u32 nr = 0;
+
+	for (u32 i = 0; i < m->cache.pool.nr_blocks; i++)
+		nr += m->block[i].published && key_is(&m->block[i].key, key);
+	return nr;
+}
+
 static void forget_victims(struct cache_model *m)
 {
 	for (u32 i = 0; i < m->nr_victims; i++) {
 		u32 block = m->victims[i];
 
 		lru_remove(m, block);
-		tell(m, TM_CACHE_REMOVED, &m->block[block].key, 0,
-		     (struct tm_hash){ { 0, 0 } });
+		if (nr_of_key(m, &m->block[block].key) == 1)
+			tell(m, TM_CACHE_REMOVED, &m->block[block].key, 0,
+			     (struct tm_hash){ { 0, 0 } });
 		free_block(m, block);
 		m->stats.evictions++;
 	}
@@ -567,7 +584,7 @@ static bool each_table(const struct tm_cache *cache,
 		{ pool->marks, pool->nr_marks * sizeof(*pool->marks) },
 		{ cache->prefix.blocks, cache->prefix.nr_blocks *
 		  sizeof(*cache->prefix.blocks) },
-		{ cache->prefix.buckets, cache->prefix.nr_buckets *
+		{ cache->prefix.buckets, cache->prefix.nr_blocks *
 		  sizeof(*cache->prefix.buckets) },
 		{ cache->seqs, cache->max_seqs * sizeof(*cache->seqs) },
 		{ cache->tables, (size_t)cache->max_seqs * pool->geo.nr_groups *
@@ -635,12 +652,6 @@ static void expect(struct cache_model *m, const struct wants *w)
 }
 
 /* Comparison */
-
-static bool key_is(const struct tm_prefix_key *a, const struct tm_prefix_key *b)
-{
-	return hash_is(&a->hash, &b->hash) && a->tenant == b->tenant &&
-	       a->group == b->group;
-}
 
 static void compare_blocks(struct cache_model *m)
 {
@@ -1414,10 +1425,11 @@ static void publish(struct cache_model *m, u32 block, u64 tenant, u32 group,
 {
 	struct cache_model_block *b = &m->block[block];
 
-	b->published = true;
 	b->key = (struct tm_prefix_key){ *hash, tenant, group };
 	memcpy(b->data, data, sizeof(b->data));
-	tell(m, TM_CACHE_STORED, &b->key, index, parent);
+	if (!nr_of_key(m, &b->key))
+		tell(m, TM_CACHE_STORED, &b->key, index, parent);
+	b->published = true;
 }
 
 int cache_do_publish(struct cache_model *m, struct tm_seq_id id, u32 first,
