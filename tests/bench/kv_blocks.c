@@ -390,7 +390,7 @@ int main(void)
 	       peer.extend + peer.write);
 	printf("fork-remap %llu %llu\n", ours.fork, peer.fork);
 	printf("fork-copy %llu %llu\n", ours.fork, copy);
-	printf("fork-read %llu %llu\n", ours.fork + ours.read,
-	       peer.fork + peer.read);
+	printf("# fork and first read of the child: ours %llu, peer %llu\n",
+	       ours.fork + ours.read, peer.fork + peer.read);
 	return 0;
 }

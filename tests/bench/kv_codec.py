@@ -9,13 +9,16 @@ has the kernel's codecs. Prints tables; nothing here has a bound.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from tensormem.demo.model import ArrayKV, Config, Decoder, HeapMemory, encode
 from tensormem.demo.run import text
 from tensormem.safetensors import load, read_header
@@ -36,6 +39,7 @@ def model(checkpoint: str) -> tuple[dict[str, npt.NDArray[np.float32]], Config]:
     return load(path), Config.from_json(read_header(path).metadata["config"])
 
 
+@cache
 def keys_and_values(checkpoint: str) -> npt.NDArray[np.float32]:
     """K and V of each layer: [planes, tokens, channels]."""
     weights, config = model(checkpoint)
@@ -162,17 +166,24 @@ def table(name: str, x: Bits, size: int) -> None:
     print(f"# {CHOSEN} takes {there:.1f} and {back:.1f} instructions per byte, which come on top", flush=True)
 
 
-def main() -> None:
+@contextmanager
+def codec_module() -> Iterator[None]:
+    """What :func:`codecs` and :func:`planes` ask is there."""
     subprocess.run(["modprobe", "-a", "lz4", "zstd"], check=True)
     subprocess.run(["insmod", MODULE], check=True)
     try:
+        yield
+    finally:
+        subprocess.run(["rmmod", "tm_bench_codec"], check=True)
+
+
+def main() -> None:
+    with codec_module():
         for checkpoint in "ab":
             x = keys_and_values(checkpoint)
             for name, cast in TYPES.items():
                 for size in UNITS:
                     table(f"checkpoint {checkpoint}, {name}", cast(x), size)
-    finally:
-        subprocess.run(["rmmod", "tm_bench_codec"], check=True)
 
 
 if __name__ == "__main__":
