@@ -15,8 +15,10 @@ import numpy as np
 from alloc import fill_reserve
 
 import tensormem
-from tensormem.demo.model import Config, Decoder, HeapMemory, encode
-from tensormem.demo.run import text
+from tensormem.demo import requests
+from tensormem.demo.model import Config, Decoder, HeapMemory, Model, encode
+from tensormem.demo.run import kv_cache, opened, text
+from tensormem.safetensors import load
 
 #: Zeroed chunks that are ready: a sequence of kv_blocks.c has 44.
 CHUNKS = 60
@@ -125,11 +127,30 @@ def restore(client: tensormem.Client) -> None:
     print(f"restore {ours} {peer}", flush=True)
 
 
+def fit(client: tensormem.Client) -> None:
+    """The row: bytes for each running request of the demo's trace, on average of all passes.
+
+    Equal output is for the tests to prove; the peak is the pass in which sequences hold most.
+    """
+    with opened("b") as (path, config, _):
+        model = Model(load(path), config, HeapMemory())
+    running, limit = requests.RUNNING, requests.LIMIT
+    with kv_cache(client, config, max_sequences=running, limit=limit) as kv:
+        report = requests.serve(model, kv, requests.trace(), running=running)
+    for name, moment in (("peak", report.peak), ("mean", report.mean)):
+        print(f"# fit, {name}: {moment.held:.0f} held and {moment.cached:.0f} cached of {limit} bytes by"
+              f" {moment.running:.1f} requests; contiguous {moment.contiguous:.0f},"
+              f" private {moment.private:.0f}", flush=True)  # fmt: skip
+    each = report.mean.per_sequence()
+    print(f"fit {each.held:.0f} {each.contiguous:.0f}", flush=True)
+
+
 def main() -> None:
     fill_reserve(CHUNKS)
     subprocess.run([Path(sys.argv[1]) / "kv_blocks"], check=True)
     with tensormem.open() as client:
         attention(client)
+        fit(client)
         compress(client)
         restore(client)
     kv_codec.main()

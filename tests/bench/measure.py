@@ -64,7 +64,8 @@ BENCHES = {
     ),
     "kv": Bench(
         programs=("kv_blocks",),
-        guest=("--memory", "1G", "--append", "init_on_alloc=0"),
+        # a trace of requests goes through a model: minutes, on a busy machine many
+        guest=("--memory", "1G", "--append", "init_on_alloc=0", "--timeout", "1800"),
         rows={
             "extend": Spec(MEMFD, 0.25),
             "fork-remap": Spec(MEMFD, 0.1),
