@@ -12,7 +12,7 @@ from pathlib import Path
 import kv_attention
 import kv_codec
 import numpy as np
-from alloc import fill_reserve
+from alloc import SYSFS, fill_reserve
 
 import tensormem
 from tensormem.demo import requests
@@ -145,9 +145,18 @@ def fit(client: tensormem.Client) -> None:
     print(f"fit {each.held:.0f} {each.contiguous:.0f}", flush=True)
 
 
-def main() -> None:
+def blocks(program: Path) -> None:
+    """The rows of kv_blocks.c, with its chunks ready and none zeroed in the background."""
     fill_reserve(CHUNKS)
-    subprocess.run([Path(sys.argv[1]) / "kv_blocks"], check=True)
+    capacity = SYSFS / "chunk/capacity"
+    before = capacity.read_text()
+    capacity.write_text(str(CHUNKS))
+    subprocess.run([program], check=True)
+    capacity.write_text(before)
+
+
+def main() -> None:
+    blocks(Path(sys.argv[1]) / "kv_blocks")
     with tensormem.open() as client:
         attention(client)
         fit(client)
