@@ -95,8 +95,8 @@ def compress(client: tensormem.Client) -> None:
 def restore(client: tensormem.Client) -> None:
     """The row: the demo's KV over and over; computing it takes at least as often as long.
 
-    At least, because attention over more tokens takes longer: all 4,096 of them take
-    three times what is counted here, and minutes of the emulator.
+    At least, because attention over more tokens takes longer: computing all 4,096 of
+    them takes about three times what is counted here, and minutes of the emulator.
     """
     weights, config = kv_codec.model("b")
     tokens = encode(text())[:LONG]
