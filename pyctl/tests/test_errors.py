@@ -28,6 +28,7 @@ MEANING: dict[int, tuple[type[errors.TensormemError], type[Exception]]] = {
     errno.ERANGE: (errors.TooManyTokens, ValueError),
     errno.ENODATA: (errors.NotHeld, LookupError),
     errno.EOPNOTSUPP: (errors.NoCodec, NotImplementedError),
+    errno.EIO: (errors.DamagedKV, OSError),
 }
 
 #: What a KV cache means by an errno, where it is not the same.

@@ -18,6 +18,7 @@ __all__ = [
     "CacheFull",
     "CacheInUse",
     "Closed",
+    "DamagedKV",
     "DeviceMissing",
     "IncompatibleModule",
     "Interrupted",
@@ -194,6 +195,14 @@ class NoCodec(TensormemError, NotImplementedError):
     default_errno = _errno.EOPNOTSUPP
 
 
+class DamagedKV(TensormemError, OSError):
+    """A packed block does not match its checksum: memory has gone bad (EIO)."""
+
+    default_cause = "packed KV does not match its checksum: memory has gone bad"
+    default_remedy = "close the sequence and compute its tokens again; test the board's memory"
+    default_errno = _errno.EIO
+
+
 class NoSuchSequence(TensormemError, LookupError):
     """No such sequence: closed, or of another KV cache (ENOENT)."""
 
@@ -276,6 +285,7 @@ _BY_ERRNO: dict[int, type[TensormemError]] = {
         TooManyTokens,
         NotHeld,
         NoCodec,
+        DamagedKV,
     )
     if cls.default_errno is not None
 }
