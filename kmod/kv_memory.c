@@ -80,8 +80,7 @@ static bool tm_kv_possible(const struct tm_kv *kv, u64 nr)
 static int tm_kv_grow(struct tm_kv *kv, u64 nr, u32 *added)
 {
 	*added = 0;
-	/* What can never be had is to cost nobody anything. */
-	if (!data_race(tm_kv_possible(kv, nr)))
+	if (nr == TM_KV_NEVER)
 		return -ENOSPC;
 	for (; *added < nr; ++*added) {
 		struct tm_memory_request request = {
@@ -177,7 +176,10 @@ void tm_kv_settle(struct tm_kv *kv)
 	tm_kv_compact_wake(kv);
 }
 
-/* Return: what @call does, or -EINTR on a fatal signal. */
+/*
+ * @wanting: after -ENOMEM: chunks to add, or TM_KV_NEVER. Return: what @call does, or
+ * -EINTR on a fatal signal.
+ */
 static int tm_kv_once(struct tm_kv *kv, tm_kv_call call, void *args, bool evict,
 		      u64 *wanting)
 {
@@ -193,6 +195,9 @@ static int tm_kv_once(struct tm_kv *kv, tm_kv_call call, void *args, bool evict,
 	if (evictions)
 		trace_tensormem_kv_evict(kv->client->id, kv->id, evictions);
 	*wanting = kv->cache.wanting;
+	/* What can never be had is to cost nobody anything. */
+	if (err == -ENOMEM && !tm_kv_possible(kv, *wanting))
+		*wanting = TM_KV_NEVER;
 	events = kv->cache.event_head - events;
 	up_write(&kv->lock);
 	if (events)

@@ -135,6 +135,19 @@ int tm_kv_open(struct tm_kv *kv, u64 tenant, struct tm_seq_id *id)
 	return err;
 }
 
+/* Tokens of a sequence, 0 when there is none. Context: may sleep. */
+u32 tm_kv_length(struct tm_kv *kv, struct tm_seq_id id)
+{
+	u32 place, length = 0;
+
+	down_read(&kv->lock);
+	place = tm_cache_find(&kv->cache, id);
+	if (place != TM_NONE)
+		length = tm_cache_seq(&kv->cache, place)->length;
+	up_read(&kv->lock);
+	return length;
+}
+
 /**
  * tm_kv_close - end a sequence
  * @kv: the cache
@@ -166,22 +179,25 @@ struct tm_kv_extend_args {
 	u32 *failed;
 };
 
-/* Remove the mappings of what windows leave behind when @tokens more come. */
-static void tm_kv_zap_left(struct tm_kv *kv, u32 place, u32 tokens)
+/* Remove the mappings of what a sequence drops when it has @length tokens. */
+static void tm_kv_zap_leaving(struct tm_kv *kv, u32 place, u32 length)
 {
-	const struct tm_cache_seq *seq = tm_cache_seq(&kv->cache, place);
-	u32 length;
-
-	if (check_add_overflow(seq->length, tokens, &length) ||
-	    length > kv->cache.max_tokens)
-		return;
 	for (u32 i = 0; i < kv->cache.pool.geo.nr_groups; i++) {
-		u32 first, end, new_first, new_end;
+		u32 first, end;
 
-		tm_cache_span(&kv->cache, i, seq->length, &first, &end);
-		tm_cache_span(&kv->cache, i, length, &new_first, &new_end);
-		tm_kv_zap(kv, place, i, first, min(new_first, end));
+		tm_cache_leaving(&kv->cache, place, i, length, &first, &end);
+		tm_kv_zap(kv, place, i, first, end);
 	}
+}
+
+/* The same when it grows. Where that is refused, nothing is to be done. */
+static void tm_kv_zap_growing(struct tm_kv *kv, u32 place, u32 tokens)
+{
+	u32 length = tm_cache_seq(&kv->cache, place)->length;
+
+	if (!check_add_overflow(length, tokens, &length) &&
+	    length <= kv->cache.max_tokens)
+		tm_kv_zap_leaving(kv, place, length);
 }
 
 /* What the core wants unmapped before it extends a sequence. */
@@ -195,7 +211,7 @@ static void tm_kv_before_extend(struct tm_kv *kv,
 	if (place == TM_NONE)
 		return;
 	tm_kv_touch(kv, place);
-	tm_kv_zap_left(kv, place, item->tokens);
+	tm_kv_zap_growing(kv, place, item->tokens);
 	length = tm_cache_seq(&kv->cache, place)->length;
 	last = length / geo->block_tokens;
 	for (u32 i = 0; length % geo->block_tokens && i < geo->nr_groups; i++) {
@@ -236,11 +252,24 @@ static void tm_kv_after_extend(struct tm_kv *kv,
 		tm_kv_seal(kv, place, item->id, full);
 }
 
+/* Whether the sequence does not have the length that the caller was told. */
+static bool tm_kv_stale(const struct tm_kv *kv, struct tm_seq_id id, u32 length)
+{
+	u32 place = tm_cache_find(&kv->cache, id);
+
+	return place != TM_NONE &&
+	       tm_cache_seq(&kv->cache, place)->length != length;
+}
+
 static int tm_kv_call_extend(struct tm_kv *kv, void *args, bool evict)
 {
 	struct tm_kv_extend_args *extend = args;
 	int err;
 
+	for (u32 i = 0; i < extend->nr; i++)
+		if (tm_kv_stale(kv, extend->items[i].id,
+				extend->items[i].length))
+			return -ESTALE;
 	for (u32 i = 0; i < extend->nr; i++)
 		tm_kv_before_extend(kv, &extend->items[i]);
 	err = tm_cache_extend(&kv->cache, extend->items, extend->nr, evict,
@@ -253,12 +282,12 @@ static int tm_kv_call_extend(struct tm_kv *kv, void *args, bool evict)
 /**
  * tm_kv_extend - make room for more tokens, in all of several sequences or none
  * @kv: the cache
- * @items: the sequences and how many tokens each; &tm_cache_extend.length is filled in
+ * @items: the sequences, how many tokens each, and what lengths they are known to have
  * @nr: how many
  * @failed: on failure the item concerned
  *
- * Context: may sleep. Return: 0, -ENOENT, -EINVAL, -ERANGE as tm_cache_extend(), or as
- * tm_kv_do().
+ * Context: may sleep. Return: 0, -ESTALE for another length, -ENOENT, -EINVAL, -ERANGE as
+ * tm_cache_extend(), or as tm_kv_do().
  */
 int tm_kv_extend(struct tm_kv *kv, struct tm_cache_extend *items, u32 nr,
 		 u32 *failed)
@@ -293,7 +322,6 @@ int tm_kv_extend(struct tm_kv *kv, struct tm_cache_extend *items, u32 nr,
  */
 int tm_kv_truncate(struct tm_kv *kv, struct tm_seq_id id, u32 length)
 {
-	const struct tm_kv_geometry *geo = &kv->cache.pool.geo;
 	u32 place;
 	int err;
 
@@ -301,19 +329,9 @@ int tm_kv_truncate(struct tm_kv *kv, struct tm_seq_id id, u32 length)
 		return -EINTR;
 	place = tm_cache_find(&kv->cache, id);
 	if (place != TM_NONE) {
-		u32 from = length / geo->block_tokens;
-		u32 first, end;
-
 		tm_kv_touch(kv, place);
-		for (u32 i = 0; i < geo->nr_groups; i++) {
-			tm_cache_span(&kv->cache, i,
-				      tm_cache_seq(&kv->cache, place)->length,
-				      &first, &end);
-			if (geo->group[i].rule == TM_KV_STATE)
-				tm_kv_zap(kv, place, i, 0, length ? 0 : end);
-			else
-				tm_kv_zap(kv, place, i, from, end);
-		}
+		if (length <= tm_cache_seq(&kv->cache, place)->length)
+			tm_kv_zap_leaving(kv, place, length);
 	}
 	err = tm_cache_truncate(&kv->cache, id, length);
 	up_write(&kv->lock);
@@ -491,7 +509,7 @@ struct tm_kv_adopt_args {
 	u32 index;
 	const struct tm_hash *hash;
 	u32 tokens;
-	u32 *length;
+	u32 length;
 };
 
 static int tm_kv_call_adopt(struct tm_kv *kv, void *args, bool evict)
@@ -502,13 +520,14 @@ static int tm_kv_call_adopt(struct tm_kv *kv, void *args, bool evict)
 	struct tm_cache_copies copies;
 	int err;
 
+	if (tm_kv_stale(kv, adopt->id, adopt->length))
+		return -ESTALE;
 	if (place != TM_NONE) {
-		u32 full = tm_cache_seq(&kv->cache, place)->length /
-			   geo->block_tokens;
+		u32 full = adopt->length / geo->block_tokens;
 
 		tm_kv_touch(kv, place);
 		if (adopt->index == full)
-			tm_kv_zap_left(kv, place, adopt->tokens);
+			tm_kv_zap_growing(kv, place, adopt->tokens);
 		for (u32 i = 0; i < geo->nr_groups; i++)
 			if (geo->group[i].rule == TM_KV_STATE)
 				tm_kv_zap(kv, place, i, 0, 1);
@@ -521,7 +540,6 @@ static int tm_kv_call_adopt(struct tm_kv *kv, void *args, bool evict)
 	if (err)
 		return err;
 	tm_kv_copy(kv, &copies);
-	*adopt->length = tm_cache_seq(&kv->cache, place)->length;
 	return 0;
 }
 
@@ -532,12 +550,13 @@ static int tm_kv_call_adopt(struct tm_kv *kv, void *args, bool evict)
  * @index: where
  * @hash: the block
  * @tokens: how many of its tokens; 0 means all
- * @length: tokens of the sequence now
+ * @length: tokens that the sequence is known to have
  *
- * Context: may sleep. Return: as tm_cache_adopt(), or as tm_kv_do().
+ * Context: may sleep. Return: -ESTALE for another length; as tm_cache_adopt(), or as
+ * tm_kv_do().
  */
 int tm_kv_adopt(struct tm_kv *kv, struct tm_seq_id id, u32 index,
-		const struct tm_hash *hash, u32 tokens, u32 *length)
+		const struct tm_hash *hash, u32 tokens, u32 length)
 {
 	struct tm_kv_adopt_args args = {
 		.id = id, .index = index, .hash = hash, .length = length,

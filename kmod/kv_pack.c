@@ -286,11 +286,17 @@ static void tm_kv_pack_work(struct work_struct *work)
 	}
 	up_write(&kv->lock);
 
-	if (place != TM_NONE && !tm_kv_pack(kv, id, &packed))
-		mod_delayed_work(system_unbound_wq, &kv->pack_work, 0);
-	else if (later && place == TM_NONE)
+	if (place != TM_NONE) {
+		int err = tm_kv_pack(kv, id, &packed);
+
+		/* Without a codec there is nothing to wait for. */
+		if (err != -EOPNOTSUPP)
+			mod_delayed_work(system_unbound_wq, &kv->pack_work,
+					 err ? TM_PACK_IDLE : 0);
+	} else if (later) {
 		mod_delayed_work(system_unbound_wq, &kv->pack_work,
 				 TM_PACK_IDLE);
+	}
 }
 
 /**

@@ -29,6 +29,9 @@
  */
 #define TM_KV_AROUND		64
 
+/* Pages of a group that an extension maps at most; the rest is for faults to map. */
+#define TM_KV_AHEAD		4096
+
 /* What lies at a page of the window. */
 struct tm_kv_spot {
 	u32 place;
@@ -83,9 +86,28 @@ static struct tm_kv_prots tm_kv_prots(const struct vm_area_struct *vma)
 	return (struct tm_kv_prots){ .read = read, .write = write };
 }
 
+/* Map the pages of @run from @address on; entries already there stay. */
+static vm_fault_t tm_kv_map_run(struct tm_kv *kv, struct vm_area_struct *vma,
+				unsigned long address, pgprot_t prot,
+				struct tm_cache_run *run)
+{
+	vm_fault_t result = VM_FAULT_NOPAGE;
+	struct tm_page_id page;
+
+	for (u32 i = 0; i < run->nr && result == VM_FAULT_NOPAGE; i++) {
+		if (WARN_ON_ONCE(!tm_kv_walk_next(&kv->cache.pool, &run->walk,
+						  &page)))
+			return VM_FAULT_SIGBUS;
+		result = vmf_insert_pfn_prot(vma, address,
+				PHYS_PFN(__pa(tm_kv_address(kv, page))), prot);
+		address += PAGE_SIZE;
+	}
+	return result;
+}
+
 /*
  * Map what the sequence has of pages [@first, @end) of a plane that begins at
- * @address; entries already there stay. Return: VM_FAULT_NOPAGE or an error.
+ * @address. Return: VM_FAULT_NOPAGE or an error.
  */
 static vm_fault_t tm_kv_map(struct tm_kv *kv, struct vm_area_struct *vma,
 			    unsigned long address,
@@ -93,18 +115,17 @@ static vm_fault_t tm_kv_map(struct tm_kv *kv, struct vm_area_struct *vma,
 {
 	struct tm_kv_prots prots = tm_kv_prots(vma);
 	vm_fault_t result = VM_FAULT_NOPAGE;
+	struct tm_cache_run run;
 
 	lockdep_assert_held(&kv->lock);
-	for (u32 i = first; i < end && result == VM_FAULT_NOPAGE; i++) {
-		struct tm_cache_page page;
-
-		if (tm_cache_page(&kv->cache, plane->place, plane->group,
-				  plane->plane, i, &page))
+	for (u32 i = first; i < end && result == VM_FAULT_NOPAGE; i += run.nr) {
+		if (tm_cache_pages(&kv->cache, plane->place, plane->group,
+				   plane->plane, i, end - i, &run))
 			continue;
-		result = vmf_insert_pfn_prot(vma,
-				address + ((unsigned long)i << PAGE_SHIFT),
-				PHYS_PFN(__pa(tm_kv_address(kv, page.page))),
-				page.writable ? prots.write : prots.read);
+		result = tm_kv_map_run(kv, vma, address +
+				       ((unsigned long)i << PAGE_SHIFT),
+				       run.writable ? prots.write : prots.read,
+				       &run);
 	}
 	return result;
 }
@@ -190,7 +211,35 @@ static const struct vm_operations_struct tm_kv_vm_ops = {
 	.mremap = tm_kv_vm_mremap,
 };
 
-/* Map blocks [@first, ...) of a sequence where the area at @vma has its place. */
+/* Map blocks [@first, @end) of a group where the area at @vma has its sequence's place. */
+static vm_fault_t tm_kv_map_group(struct tm_kv *kv, struct vm_area_struct *vma,
+				  u32 place, u32 group, u32 first, u32 end)
+{
+	const struct tm_kv_geometry *geo = &kv->cache.pool.geo;
+	const struct tm_kv_layout *layout = &kv->layout[group];
+	struct tm_kv_spot spot = { .place = place, .group = group };
+	u64 base = place * kv->place_pages + layout->offset;
+
+	first *= geo->plane_pages[group];
+	end *= geo->plane_pages[group];
+	for (; spot.plane < geo->group[group].planes; spot.plane++) {
+		vm_fault_t result;
+
+		/* Somebody has unmapped a part of the window. */
+		if (base + first < vma->vm_pgoff ||
+		    base + end > vma->vm_pgoff + vma_pages(vma))
+			return VM_FAULT_NOPAGE;
+		result = tm_kv_map(kv, vma, vma->vm_start +
+				   ((base - vma->vm_pgoff) << PAGE_SHIFT),
+				   &spot, first, end);
+		if (result != VM_FAULT_NOPAGE)
+			return result;
+		base += layout->stride;
+	}
+	return VM_FAULT_NOPAGE;
+}
+
+/* Map blocks of a sequence from @first on, but not more than a fault may wait for. */
 static void tm_kv_map_blocks(struct tm_kv *kv, struct vm_area_struct *vma,
 			     u32 place, u32 first)
 {
@@ -198,28 +247,18 @@ static void tm_kv_map_blocks(struct tm_kv *kv, struct vm_area_struct *vma,
 	const struct tm_cache_seq *seq = tm_cache_seq(&kv->cache, place);
 
 	for (u32 i = 0; i < geo->nr_groups; i++) {
-		const struct tm_kv_layout *layout = &kv->layout[i];
-		struct tm_kv_spot spot = { .place = place, .group = i };
-		u64 offset = place * kv->place_pages + layout->offset;
 		u32 start, end;
 
+		/* A state has its pages from the first token on. */
+		if (geo->group[i].rule == TM_KV_STATE && first)
+			continue;
 		tm_cache_span(&kv->cache, i, seq->length, &start, &end);
-		if (geo->group[i].rule != TM_KV_STATE)
-			start = max(start, first);
-		start *= geo->plane_pages[i];
-		end *= geo->plane_pages[i];
-		for (; spot.plane < geo->group[i].planes; spot.plane++) {
-			u64 base = offset + spot.plane * layout->stride;
-
-			/* Somebody has unmapped a part of the window. */
-			if (base + start < vma->vm_pgoff ||
-			    base + end > vma->vm_pgoff + vma_pages(vma))
-				continue;
-			if (tm_kv_map(kv, vma, vma->vm_start +
-				      ((base - vma->vm_pgoff) << PAGE_SHIFT),
-				      &spot, start, end) != VM_FAULT_NOPAGE)
-				return;
-		}
+		start = max(start, first);
+		end = min(end, start + TM_KV_AHEAD / geo->block_pages[i]);
+		if (start < end &&
+		    tm_kv_map_group(kv, vma, place, i, start, end) !=
+		    VM_FAULT_NOPAGE)
+			return;
 	}
 }
 

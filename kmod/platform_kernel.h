@@ -9,7 +9,10 @@
 #include <linux/errno.h>
 #include <linux/lockdep.h>
 #include <linux/mm.h>
+#include <linux/nospec.h>
+#include <linux/random.h>
 #include <linux/rwsem.h>
+#include <linux/sched.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
 #include <linux/string.h>
@@ -31,6 +34,21 @@ static inline unsigned int tm_ctz64(u64 v)
 static inline unsigned int tm_fls32(u32 v)
 {
 	return __fls(v);
+}
+
+static inline u64 tm_random64(void)
+{
+	return get_random_u64();
+}
+
+static inline u32 tm_index(u32 i, u32 size)
+{
+	return array_index_nospec(i, size);
+}
+
+static inline void tm_relax(void)
+{
+	cond_resched();
 }
 
 /* On the caller's cgroup, and no reason for an OOM kill: users choose some sizes. */

@@ -89,7 +89,10 @@ u32 tm_cache_find(const struct tm_cache *cache, struct tm_seq_id id)
 	u32 place = id.v & 0xffff;
 
 	tm_assert_sleep_locked(cache->lock);
-	if (place >= cache->max_seqs || !cache->seqs[place].open ||
+	if (place >= cache->max_seqs)
+		return TM_NONE;
+	place = tm_index(place, cache->max_seqs);
+	if (!cache->seqs[place].open ||
 	    cache->seqs[place].generation != id.v >> 16)
 		return TM_NONE;
 	return place;
@@ -104,6 +107,20 @@ void tm_cache_span(const struct tm_cache *cache, u32 group, u32 tokens,
 		*end = 0;
 }
 
+void tm_cache_leaving(const struct tm_cache *cache, u32 place, u32 group,
+		      u32 length, u32 *first, u32 *end)
+{
+	u32 had = tm_cache_seq(cache, place)->length;
+	u32 new_first, new_end;
+
+	tm_cache_span(cache, group, had, first, end);
+	tm_cache_span(cache, group, length, &new_first, &new_end);
+	if (length > had && *end > new_first)
+		*end = new_first;
+	else if (length <= had && *first < new_end)
+		*first = new_end;
+}
+
 static bool tm_cache_is_state(const struct tm_cache *cache, u32 group)
 {
 	return cache->pool.geo.group[group].rule == TM_KV_STATE;
@@ -112,9 +129,11 @@ static bool tm_cache_is_state(const struct tm_cache *cache, u32 group)
 static u32 *tm_cache_entry(const struct tm_cache *cache, u32 place, u32 group,
 			   u32 index)
 {
-	u32 table = place * cache->pool.geo.nr_groups + group;
+	u32 tables = cache->max_seqs * cache->pool.geo.nr_groups;
+	u32 table = tm_index(place * cache->pool.geo.nr_groups + group, tables);
 
-	return &cache->tables[table * cache->max_blocks + index];
+	return &cache->tables[table * cache->max_blocks +
+			      tm_index(index, cache->max_blocks)];
 }
 
 /* The block of a sequence at this place; TM_NONE where it has none. */
@@ -227,25 +246,27 @@ static void tm_cache_drop(struct tm_cache *cache, u32 place, u32 group,
 	*entry = TM_NONE;
 }
 
-/* Forget a cached block, and free it. */
-static void tm_cache_discard(struct tm_cache *cache, u32 block)
+/* Forget a cached block, and free it. Return: whether there was no other of its key. */
+static bool tm_cache_discard(struct tm_cache *cache, u32 block)
 {
+	bool last = tm_prefix_forget(&cache->prefix, block);
+
 	cache->cached_pages -= cache->pool.blocks[block].pages;
-	tm_prefix_forget(&cache->prefix, block);
 	tm_cache_free(cache, block);
+	return last;
 }
 
 static void tm_cache_give_up(struct tm_cache *cache, u32 block)
 {
 	const struct tm_prefix_key *key = &cache->prefix.blocks[block].key;
 
-	tm_cache_tell(cache, (struct tm_cache_event){
-		.type = TM_CACHE_REMOVED,
-		.group = key->group,
-		.tenant = key->tenant,
-		.hash = key->hash,
-	});
-	tm_cache_discard(cache, block);
+	if (tm_cache_discard(cache, block))
+		tm_cache_tell(cache, (struct tm_cache_event){
+			.type = TM_CACHE_REMOVED,
+			.group = key->group,
+			.tenant = key->tenant,
+			.hash = key->hash,
+		});
 	cache->stats.evictions++;
 }
 
@@ -279,10 +300,9 @@ static bool tm_cache_fits(const struct tm_cache *cache,
 
 	if (!evict)
 		return !tm_kv_lack(&cache->pool, need->pages, need->blocks);
-	if (keep != TM_NONE && tm_cache_cached(cache, keep)) {
+	/* Whoever keeps one needs no numbers of others. */
+	if (keep != TM_NONE && tm_cache_cached(cache, keep))
 		pages -= cache->pool.blocks[keep].pages;
-		blocks--;
-	}
 	return !tm_kv_lack(&cache->pool,
 			   need->pages > pages ? need->pages - pages : 0,
 			   need->blocks > blocks ? need->blocks - blocks : 0);
@@ -358,10 +378,13 @@ int tm_cache_open(struct tm_cache *cache, u64 tenant, struct tm_seq_id *id)
 	return 0;
 }
 
-/* Let go of blocks [from, to) of each group, of all of them the last one first. */
-static void tm_cache_let_go(struct tm_cache *cache, u32 place, const u32 *from,
-			    u32 *to)
+/* Drop what a new length does not have, of all groups the last block first. */
+static void tm_cache_leave(struct tm_cache *cache, u32 place, u32 length)
 {
+	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
+
+	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++)
+		tm_cache_leaving(cache, place, g, length, &from[g], &to[g]);
 	for (;;) {
 		u32 last = 0, group = TM_NONE;
 
@@ -372,6 +395,7 @@ static void tm_cache_let_go(struct tm_cache *cache, u32 place, const u32 *from,
 			}
 		if (group == TM_NONE)
 			return;
+		tm_relax();
 		to[group]--;
 		tm_cache_drop(cache, place, group, to[group]);
 	}
@@ -382,17 +406,8 @@ static void tm_cache_cut(struct tm_cache *cache, u32 place, u32 length)
 {
 	struct tm_cache_seq *seq = &cache->seqs[place];
 	u32 full = length / cache->pool.geo.block_tokens;
-	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
 
-	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
-		u32 first, end;
-
-		tm_cache_span(cache, g, length, &first, &end);
-		tm_cache_span(cache, g, seq->length, &from[g], &to[g]);
-		if (end > from[g])
-			from[g] = end;
-	}
-	tm_cache_let_go(cache, place, from, to);
+	tm_cache_leave(cache, place, length);
 	seq->length = length;
 	if (seq->sealed > full)
 		seq->sealed = full;
@@ -448,23 +463,6 @@ static u32 tm_cache_unfinished(const struct tm_cache *cache, u32 place,
 	block = *tm_cache_entry(cache, place, group, had / tokens);
 	return tm_cache_shared(cache, (struct tm_kv_block){ block }) ?
 	       block : TM_NONE;
-}
-
-/* Let go of what has left the windows when a sequence grows to @length. */
-static void tm_cache_leave(struct tm_cache *cache, u32 place, u32 length)
-{
-	u32 from[TM_KV_GROUPS], to[TM_KV_GROUPS];
-
-	for (u32 g = 0; g < cache->pool.geo.nr_groups; g++) {
-		u32 first, end;
-
-		tm_cache_span(cache, g, length, &first, &end);
-		tm_cache_span(cache, g, cache->seqs[place].length, &from[g],
-			      &to[g]);
-		if (to[g] > first)
-			to[g] = first;
-	}
-	tm_cache_let_go(cache, place, from, to);
 }
 
 static int tm_cache_extend_check(struct tm_cache *cache,
@@ -535,6 +533,7 @@ int tm_cache_extend(struct tm_cache *cache, struct tm_cache_extend *items,
 		if (short_of == nr &&
 		    !tm_cache_fits(cache, &need, evict, TM_NONE))
 			short_of = n;
+		tm_relax();
 	}
 	*failed = n;
 	while (n--)
@@ -553,8 +552,10 @@ int tm_cache_extend(struct tm_cache *cache, struct tm_cache_extend *items,
 	for (n = 0; n < nr; n++)
 		tm_cache_leave(cache, tm_cache_find(cache, items[n].id),
 			       items[n].length + items[n].tokens);
-	for (n = 0; n < nr; n++)
+	for (n = 0; n < nr; n++) {
 		tm_cache_extend_one(cache, &items[n]);
+		tm_relax();
+	}
 	return 0;
 }
 
@@ -656,42 +657,70 @@ int tm_cache_fork(struct tm_cache *cache, struct tm_seq_id id, u32 at,
 				*entry = block;
 				tm_cache_get(cache, block);
 			}
+			tm_relax();
 		}
 	}
 	return 0;
 }
 
+int tm_cache_pages(const struct tm_cache *cache, u32 place, u32 group,
+		   u32 plane, u32 index, u32 max, struct tm_cache_run *run)
+{
+	u32 pages, block;
+
+	tm_assert_sleep_locked(cache->lock);
+	group = tm_index(group, cache->pool.geo.nr_groups);
+	pages = cache->pool.geo.plane_pages[group];
+	block = tm_cache_at(cache, place, group, index / pages);
+	run->nr = pages - index % pages;
+	if (run->nr > max)
+		run->nr = max;
+	if (block == TM_NONE)
+		return -ENOENT;
+	run->block = (struct tm_kv_block){ block };
+	run->index = plane * pages + index % pages;
+	if (tm_cache_packed(cache, run->block))
+		return -EAGAIN;
+	/* A state is always written in place, and never shared. */
+	run->writable = tm_cache_is_state(cache, group) ||
+			(index / pages >= tm_cache_seq(cache, place)->sealed &&
+			 !tm_cache_shared(cache, run->block));
+	return tm_kv_walk_at(&cache->pool, run->block, run->index, &run->walk);
+}
+
 int tm_cache_page(const struct tm_cache *cache, u32 place, u32 group,
 		  u32 plane, u32 index, struct tm_cache_page *page)
 {
-	u32 pages = cache->pool.geo.plane_pages[group];
-	u32 block = tm_cache_at(cache, place, group, index / pages);
+	struct tm_cache_run run;
+	int err;
 
 	tm_assert_sleep_locked(cache->lock);
-	if (block == TM_NONE)
-		return -ENOENT;
-	page->block = (struct tm_kv_block){ block };
-	page->index = plane * pages + index % pages;
-	if (tm_cache_packed(cache, page->block))
-		return -EAGAIN;
-	/* A state is always written in place, and never shared. */
-	page->writable = tm_cache_is_state(cache, group) ||
-			 (index / pages >= cache->seqs[place].sealed &&
-			  !tm_cache_shared(cache, page->block));
-	return tm_kv_page(&cache->pool, page->block, page->index, &page->page);
+	err = tm_cache_pages(cache, place, group, plane, index, 1, &run);
+	if (err == -ENOENT)
+		return err;
+	page->block = run.block;
+	page->index = run.index;
+	if (err)
+		return err;
+	page->writable = run.writable;
+	tm_kv_walk_next(&cache->pool, &run.walk, &page->page);
+	return 0;
 }
 
 int tm_cache_write(struct tm_cache *cache, u32 place, u32 group, u32 index,
 		   bool evict, struct tm_cache_copies *copies)
 {
-	u32 block = tm_cache_at(cache, place, group, index);
 	struct tm_cache_need need = { 0 };
-	u32 to;
+	struct tm_cache_seq *seq;
+	u32 block, to;
 	int err;
 
 	tm_assert_sleep_locked(cache->lock);
+	group = tm_index(group, cache->pool.geo.nr_groups);
+	block = tm_cache_at(cache, place, group, index);
 	if (block == TM_NONE)
 		return -ENOENT;
+	seq = &cache->seqs[tm_index(place, cache->max_seqs)];
 	copies->nr = 0;
 	if (tm_cache_shared(cache, (struct tm_kv_block){ block })) {
 		tm_cache_need(cache, &need, group, 1);
@@ -703,9 +732,8 @@ int tm_cache_write(struct tm_cache *cache, u32 place, u32 group, u32 index,
 		*tm_cache_entry(cache, place, group, index) = to;
 		tm_cache_put(cache, block);
 	}
-	if (!tm_cache_is_state(cache, group) &&
-	    cache->seqs[place].sealed > index)
-		cache->seqs[place].sealed = index;
+	if (!tm_cache_is_state(cache, group) && seq->sealed > index)
+		seq->sealed = index;
 	return 0;
 }
 
@@ -742,15 +770,15 @@ static bool tm_cache_nameable(const struct tm_cache *cache, u32 block,
 static void tm_cache_name(struct tm_cache *cache, u32 block, u32 index,
 			  const struct tm_prefix_key *key, struct tm_hash parent)
 {
-	tm_prefix_publish(&cache->prefix, block, key);
-	tm_cache_tell(cache, (struct tm_cache_event){
-		.type = TM_CACHE_STORED,
-		.group = key->group,
-		.block = index,
-		.tenant = key->tenant,
-		.hash = key->hash,
-		.parent = parent,
-	});
+	if (tm_prefix_publish(&cache->prefix, block, key))
+		tm_cache_tell(cache, (struct tm_cache_event){
+			.type = TM_CACHE_STORED,
+			.group = key->group,
+			.block = index,
+			.tenant = key->tenant,
+			.hash = key->hash,
+			.parent = parent,
+		});
 }
 
 /* What the block before @index is found by. */
@@ -787,12 +815,14 @@ int tm_cache_publish(struct tm_cache *cache, struct tm_seq_id id, u32 first,
 		return -EINVAL;
 	for (u32 g = 0; g < nr_groups; g++) {
 		state[g] = tm_cache_is_state(cache, g);
-		for (u32 i = 0; i < nr && !state[g]; i++)
+		for (u32 i = 0; i < nr && !state[g]; i++) {
 			if (!tm_cache_nameable(cache,
 					       *tm_cache_entry(cache, place, g,
 							       first + i),
 					       &hashes[i]))
 				return -EINVAL;
+			tm_relax();
+		}
 		/* Again under the same hash is nothing for a state, too. */
 		state[g] = state[g] && (first + nr) * tokens == seq->length &&
 			   tm_cache_published(cache, seq->tenant, g,
@@ -831,6 +861,7 @@ int tm_cache_publish(struct tm_cache *cache, struct tm_seq_id id, u32 first,
 			}
 		}
 		parent = hashes[i];
+		tm_relax();
 	}
 	return 0;
 }
@@ -865,6 +896,7 @@ u32 tm_cache_match(const struct tm_cache *cache, u64 tenant,
 		}
 		if (match)
 			best = i + 1;
+		tm_relax();
 	}
 	return best;
 }
@@ -904,6 +936,7 @@ int tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
 			*tm_cache_entry(cache, place, g, i) = block;
 			if (state)
 				tm_cache_need(cache, &need, g, 1);
+			tm_relax();
 		}
 	}
 	err = tm_cache_make_room(cache, &need, evict, TM_NONE);
@@ -914,6 +947,7 @@ int tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
 
 			tm_cache_unget(cache, *entry);
 			*entry = TM_NONE;
+			tm_relax();
 		}
 	}
 	if (err)
@@ -1021,9 +1055,9 @@ int tm_cache_adopt(struct tm_cache *cache, struct tm_seq_id id, u32 index,
 			tm_cache_need(cache, &need, g, 1);
 	}
 	err = tm_cache_make_room(cache, &need, evict, TM_NONE);
+	/* Memory is needed at the end only, where every group adopts. */
 	for (u32 g = nr_groups; err && g--;)
-		if (from[g] != TM_NONE)
-			tm_cache_unget(cache, from[g]);
+		tm_cache_unget(cache, from[g]);
 	if (err)
 		return err;
 
@@ -1082,7 +1116,8 @@ int tm_cache_packable(const struct tm_cache *cache, u32 place, u32 group,
 		return -ENOENT;
 	/* The next token goes there. */
 	if (!tm_cache_is_state(cache, group) &&
-	    index == cache->seqs[place].length / cache->pool.geo.block_tokens)
+	    index == tm_cache_seq(cache, place)->length /
+		     cache->pool.geo.block_tokens)
 		return -ENOENT;
 	*block = b;
 	return 0;

@@ -29,8 +29,9 @@
  * had, calls again with @evict, which gives up cached blocks, if that suffices. A call
  * that fails, whatever for, changes no count, no table and no order of eviction.
  *
- * Context: all functions but init and destroy need the lock and never sleep for long:
- * steps are bounded by the blocks concerned.
+ * Context: all functions but init and destroy need the lock. Steps are bounded by the
+ * blocks concerned; what deals with many lets others run meanwhile (tm_relax()), with the
+ * lock held.
  */
 #ifndef TM_CORE_CACHE_H
 #define TM_CORE_CACHE_H
@@ -83,12 +84,16 @@ struct tm_cache_seq {
 };
 
 enum tm_cache_event_type {
-	TM_CACHE_STORED = 1,
-	TM_CACHE_REMOVED,
-	TM_CACHE_CLEARED,
+	TM_CACHE_STORED = 1,	/* can be found now; could not before */
+	TM_CACHE_REMOVED,	/* cannot be found any more */
+	TM_CACHE_CLEARED,	/* nothing can */
 };
 
-/* A change of what can be found. @parent and @block: for TM_CACHE_STORED. */
+/*
+ * A change of what a tenant can find in a group. Of several blocks of one hash the first
+ * one published is told, and the last one evicted. @parent and @block: for
+ * TM_CACHE_STORED.
+ */
 struct tm_cache_event {
 	u32 type;
 	u32 group;
@@ -172,7 +177,7 @@ u32 tm_cache_find(const struct tm_cache *cache, struct tm_seq_id id);
 static inline const struct tm_cache_seq *
 tm_cache_seq(const struct tm_cache *cache, u32 place)
 {
-	return &cache->seqs[place];
+	return &cache->seqs[tm_index(place, cache->max_seqs)];
 }
 
 /* The name of the open sequence at @place. */
@@ -189,6 +194,19 @@ void tm_cache_span(const struct tm_cache *cache, u32 group, u32 tokens,
 		   u32 *first, u32 *end);
 
 /**
+ * tm_cache_leaving - what a sequence drops when its length changes
+ * @cache: the cache
+ * @place: of an open sequence
+ * @group: less than nr_groups
+ * @length: tokens it is to have: what leaves a window, when there are more; the end, when
+ *          there are fewer
+ * @first: @end: blocks [first, end), out of those it has; none of them may be mapped
+ *               when a call sets this length
+ */
+void tm_cache_leaving(const struct tm_cache *cache, u32 place, u32 group,
+		      u32 length, u32 *first, u32 *end);
+
+/**
  * tm_cache_open - begin an empty sequence
  *
  * Places are taken in turn, and a name comes back only after its place was used 65535
@@ -200,7 +218,8 @@ int __must_check tm_cache_open(struct tm_cache *cache, u64 tenant,
 /**
  * tm_cache_close - end a sequence, and let go of its blocks, the last one first
  *
- * Before: remove all mappings of its place. Return: 0, -ENOENT.
+ * Before: remove the mappings of what tm_cache_leaving() says of no tokens: all.
+ * Return: 0, -ENOENT.
  */
 int __must_check tm_cache_close(struct tm_cache *cache, struct tm_seq_id id);
 
@@ -217,8 +236,9 @@ struct tm_cache_copy {
  * @nr: how many
  * @copy: at most one for each group
  *
- * The source stays where it is until the lock is let go. It may be packed: see
- * tm_cache_packed().
+ * The source stays where it is until the lock is let go, or blocks are evicted: it can be
+ * a cached one, and so can the copy of a state that is published. It may be packed, see
+ * tm_cache_packed(): best unpacked straight to the copy, which takes no room.
  */
 struct tm_cache_copies {
 	u32 nr;
@@ -247,10 +267,12 @@ struct tm_cache_extend {
  * @evict: give up cached blocks where there is no other room
  * @failed: on failure the item concerned
  *
- * Before: remove what window groups map of blocks that the new length leaves behind
- * (tm_cache_span() of both lengths), and what they have mapped of a last block that is not
- * full and is shared. Afterwards: zero the new blocks, from the one after the last that
- * was there on; copy @copies.
+ * Before: remove the mappings of what the new length drops (tm_cache_leaving()), and of
+ * a last block that is not full and is shared (tm_cache_shared()). Afterwards: zero the
+ * new blocks, from the one after the last that was there on; copy @copies.
+ *
+ * Room is asked for as if each sequence were the only one: of two that share their last
+ * block one is alone with it when the other has its copy, and gets none.
  *
  * Return: 0, -ENOENT, -EINVAL for no tokens or a sequence named twice, -ERANGE for more than
  * max_tokens, -ENOMEM.
@@ -262,9 +284,11 @@ int __must_check tm_cache_extend(struct tm_cache *cache,
 /**
  * tm_cache_truncate - drop tokens from the end
  *
- * Before: remove the mappings from the block that token @length is in. Blocks go the
- * last one first. Return: 0, -ENOENT, -EINVAL for more tokens than there are, -ENODATA when
- * a window has moved past what @length needs, or a state would have to go back.
+ * Before: remove the mappings of what the new length drops (tm_cache_leaving()). Blocks
+ * go the last one first. The one that is not full any more stays mapped as it is.
+ *
+ * Return: 0, -ENOENT, -EINVAL for more tokens than there are, -ENODATA when a window has
+ * moved past what @length needs, or a state would have to go back.
  */
 int __must_check tm_cache_truncate(struct tm_cache *cache, struct tm_seq_id id,
 				   u32 length);
@@ -326,6 +350,44 @@ struct tm_cache_page {
 int __must_check tm_cache_page(const struct tm_cache *cache, u32 place,
 			       u32 group, u32 plane, u32 index,
 			       struct tm_cache_page *page);
+
+/**
+ * struct tm_cache_run - pages of a plane that lie in one block
+ * @block: the block
+ * @index: which page of it the first one is
+ * @nr: how many they are
+ * @writable: as in struct tm_cache_page
+ * @walk: gives the pages, one after the other; after the last of the plane's it goes on
+ *        with the first of the next plane's in this block, and so on
+ */
+struct tm_cache_run {
+	struct tm_kv_block block;
+	u32 index;
+	u32 nr;
+	bool writable;
+	struct tm_kv_walk walk;
+};
+
+/**
+ * tm_cache_pages - what is to be mapped, for many pages at a time
+ * @cache: the cache
+ * @place: of an open sequence, or not
+ * @group: less than nr_groups
+ * @plane: less than the group's planes
+ * @index: first page, of the plane's array
+ * @max: most pages, at least 1
+ * @run: the answer
+ *
+ * Who wants the pages behind @run->nr asks again: they are of another block.
+ * Steps: as tm_kv_walk_at().
+ *
+ * Return: 0, -ENOENT where the sequence has nothing (only @run->nr is set: so many
+ * pages have nothing), -EAGAIN for a packed block (all but @run->walk and @writable is
+ * set).
+ */
+int __must_check tm_cache_pages(const struct tm_cache *cache, u32 place,
+				u32 group, u32 plane, u32 index, u32 max,
+				struct tm_cache_run *run);
 
 /**
  * tm_cache_write - make a block one that its sequence may write in place
@@ -406,8 +468,9 @@ int __must_check tm_cache_lookup(struct tm_cache *cache, struct tm_seq_id id,
  * @evict: give up other cached blocks where there is no room for the copy
  * @copies: the copy
  *
- * Before: remove the mappings of what is replaced, and of what leaves a window as for
- * tm_cache_extend(). In a window group that no longer has @index nothing is done. A
+ * Before: remove the mappings of what is replaced, and, where the sequence grows, of what
+ * its new length drops (tm_cache_leaving()). In a window group that no longer has
+ * @index nothing is done. A
  * state is needed where the sequence ends with the block afterwards: the one
  * published under @hash is copied to its own block, or to a new one in place of a
  * packed one. With a state @tokens must be all.

@@ -3,7 +3,8 @@
 
 /*
  * A link is the page it leads to plus 1, so that a zeroed table is all free pages;
- * the link of a block's last page says which block it is.
+ * the link of a block's last page says which block it is. The link to a page with a
+ * mark says which mark: it has a number after those of blocks.
  */
 #define TM_KV_END	(1u << 31)
 
@@ -181,22 +182,123 @@ static u32 tm_kv_best_run(const struct tm_kv_chunk *c, u32 pages, u32 nr)
 	return best;
 }
 
-/* Take @nr free pages of a chunk. @link leads to them. Return: the last link. */
-static u32 *tm_kv_take(struct tm_kv_pool *pool, u32 v, u32 nr, u32 *link)
+/* The mark that a link names, or the first number that is none. */
+static u32 tm_kv_mark_of(const struct tm_kv_pool *pool, u32 link)
+{
+	u32 v = link & ~TM_KV_END;
+
+	return link & TM_KV_END && v >= pool->nr_blocks ? v - pool->nr_blocks :
+							  pool->nr_marks;
+}
+
+/* Through a mark: to a page, or the end. */
+static u32 tm_kv_through(const struct tm_kv_pool *pool, u32 link)
+{
+	u32 m = tm_kv_mark_of(pool, link);
+
+	return m < pool->nr_marks ? pool->marks[m].link : link;
+}
+
+/* The same, and there is no mark any more. */
+static u32 tm_kv_unmark(struct tm_kv_pool *pool, u32 link)
+{
+	u32 m = tm_kv_mark_of(pool, link);
+
+	if (m == pool->nr_marks)
+		return link;
+	link = pool->marks[m].link;
+	pool->marks[m] = (struct tm_kv_mark){ .link = pool->free_mark };
+	pool->free_mark = m;
+	return link;
+}
+
+/* Mark what is to be the next page of a block. Return: a link to it. */
+static u32 tm_kv_mark(struct tm_kv_pool *pool, u32 b, u32 page)
+{
+	struct tm_kv_record *record = &pool->blocks[b];
+	u32 m = pool->free_mark;
+	struct tm_kv_mark *mark = &pool->marks[m];
+	u32 before = record->mark == TM_NONE ? m : record->mark;
+	u32 jump, far;
+
+	pool->free_mark = mark->link;
+	*mark = (struct tm_kv_mark){
+		.link = page + 1,
+		.block = b,
+		.nth = record->pages / TM_KV_MARK_PAGES,
+		.before = before,
+		.jump = before,
+	};
+	/* Two jumps of one length become one of twice that, and a step. */
+	jump = pool->marks[before].jump;
+	far = pool->marks[jump].jump;
+	if (pool->marks[before].nth - pool->marks[jump].nth ==
+	    pool->marks[jump].nth - pool->marks[far].nth)
+		mark->jump = far;
+	record->mark = m;
+	return TM_KV_END | (pool->nr_blocks + m);
+}
+
+/* The mark of a block with this number, which it has. */
+static u32 tm_kv_find_mark(const struct tm_kv_pool *pool, u32 b, u32 nth)
+{
+	u32 m = pool->blocks[b].mark;
+
+	while (pool->marks[m].nth != nth) {
+		u32 jump = pool->marks[m].jump;
+
+		m = pool->marks[jump].nth < nth ? pool->marks[m].before : jump;
+	}
+	return m;
+}
+
+/* A link to a page of a block, which it has: not through a mark. */
+static u32 tm_kv_link_at(const struct tm_kv_pool *pool, u32 b, u32 index)
+{
+	const struct tm_kv_record *record = &pool->blocks[b];
+	u32 nth = index / TM_KV_MARK_PAGES;
+	u32 link = record->link;
+
+	if (record->run)
+		return link + index;
+	if (nth)
+		link = pool->marks[tm_kv_find_mark(pool, b, nth)].link;
+	for (index %= TM_KV_MARK_PAGES; index; index--)
+		link = pool->links[link - 1];
+	return link;
+}
+
+/* A free page of a chunk, the first one from @i on. */
+static u32 tm_kv_take_page(struct tm_kv_pool *pool, u32 v, u32 i)
 {
 	struct tm_kv_chunk *c = &pool->chunks[v];
-	u32 pages = tm_chunk_pages(pool->geo.pages);
-	u32 i = tm_kv_best_run(c, pages, nr);
 
+	i = tm_kv_find(c->bits, i, tm_chunk_pages(pool->geo.pages), 0);
+	c->bits[i / 64] &= ~((u64)1 << (i % 64));
+	return (v << pool->geo.pages.chunk_order) | i;
+}
+
+/*
+ * Take @nr free pages of a chunk for a block. @link leads away from its last page.
+ * Return: the link that does so now.
+ */
+static u32 *tm_kv_take(struct tm_kv_pool *pool, u32 v, u32 nr, u32 b, u32 *link)
+{
+	struct tm_kv_chunk *c = &pool->chunks[v];
+	struct tm_kv_record *record = &pool->blocks[b];
+	u32 i = tm_kv_best_run(c, tm_chunk_pages(pool->geo.pages), nr);
+
+	tm_relax();
 	tm_kv_relist(pool, v, c->nr_free - nr);
 	for (; nr; nr--) {
-		u32 page;
+		u32 page = tm_kv_take_page(pool, v, i);
+		bool mark = record->pages &&
+			    !(record->pages % TM_KV_MARK_PAGES);
 
-		i = tm_kv_find(c->bits, i, pages, 0);
-		c->bits[i / 64] &= ~((u64)1 << (i % 64));
-		page = (v << pool->geo.pages.chunk_order) | i;
-		*link = page + 1;
+		i = tm_page_index(pool->geo.pages, (struct tm_page_id){ page });
+		*link = mark ? tm_kv_mark(pool, b, page) : page + 1;
 		link = &pool->links[page];
+		record->pages++;
 	}
 	return link;
 }
@@ -215,7 +317,7 @@ static void tm_kv_put_page(struct tm_kv_pool *pool, u32 page)
 int tm_kv_pool_init(struct tm_kv_pool *pool, const struct tm_kv_geometry *geo,
 		    u32 nr_slots, tm_sleep_lock_t *lock)
 {
-	u32 smallest = TM_KV_MAX_BLOCK_PAGES, nr_pages;
+	u32 smallest = TM_KV_MAX_BLOCK_PAGES, largest = 0, nr_pages;
 
 	/* Too large for a literal on a kernel stack. */
 	memset(pool, 0, sizeof(*pool));
@@ -224,15 +326,20 @@ int tm_kv_pool_init(struct tm_kv_pool *pool, const struct tm_kv_geometry *geo,
 	if (nr_slots >= TM_KV_END >> geo->pages.chunk_order)
 		return -EINVAL;
 	nr_pages = nr_slots << geo->pages.chunk_order;
-	for (u32 i = 0; i < geo->nr_groups; i++)
+	for (u32 i = 0; i < geo->nr_groups; i++) {
 		if (geo->block_pages[i] < smallest)
 			smallest = geo->block_pages[i];
-	if (nr_pages < smallest)
+		if (geo->block_pages[i] > largest)
+			largest = geo->block_pages[i];
+	}
+	/* Twice what fits: shrunk blocks leave room for others. */
+	pool->nr_blocks = smallest > 1 ? nr_pages / smallest * 2 : nr_pages;
+	if (largest > TM_KV_MARK_PAGES)
+		pool->nr_marks = nr_pages / TM_KV_MARK_PAGES;
+	if (nr_pages < smallest || pool->nr_marks > TM_KV_END - pool->nr_blocks)
 		return -EINVAL;
 
 	pool->nr_slots = nr_slots;
-	/* Twice what fits: shrunk blocks leave room for others. */
-	pool->nr_blocks = smallest > 1 ? nr_pages / smallest * 2 : nr_pages;
 	pool->chunks = tm_table_alloc(nr_slots, sizeof(*pool->chunks));
 	if (!pool->chunks)
 		return -ENOMEM;
@@ -242,6 +349,12 @@ int tm_kv_pool_init(struct tm_kv_pool *pool, const struct tm_kv_geometry *geo,
 	pool->blocks = tm_table_alloc(pool->nr_blocks, sizeof(*pool->blocks));
 	if (!pool->blocks)
 		goto err_links;
+	if (pool->nr_marks) {
+		pool->marks = tm_table_alloc(pool->nr_marks,
+					     sizeof(*pool->marks));
+		if (!pool->marks)
+			goto err_blocks;
+	}
 
 	for (u32 v = 0; v < nr_slots; v++)
 		pool->chunks[v].next = v + 1 < nr_slots ? v + 1 : TM_NONE;
@@ -249,10 +362,15 @@ int tm_kv_pool_init(struct tm_kv_pool *pool, const struct tm_kv_geometry *geo,
 		pool->blocks[v] = (struct tm_kv_record){
 			.link = v + 1, .group = TM_NONE,
 		};
+	for (u32 m = 0; m < pool->nr_marks; m++)
+		pool->marks[m].link = m + 1;
 	for (u32 n = 0; n < TM_KV_LISTS; n++)
 		pool->head[n] = TM_NONE;
 	return 0;
 
+err_blocks:
+	tm_table_free(pool->blocks);
+	pool->blocks = NULL;
 err_links:
 	tm_table_free(pool->links);
 	pool->links = NULL;
@@ -265,9 +383,11 @@ err_chunks:
 void tm_kv_pool_destroy(struct tm_kv_pool *pool)
 {
 	tm_warn_on(pool->nr_chunks);
+	tm_table_free(pool->marks);
 	tm_table_free(pool->blocks);
 	tm_table_free(pool->links);
 	tm_table_free(pool->chunks);
+	pool->marks = NULL;
 	pool->blocks = NULL;
 	pool->links = NULL;
 	pool->chunks = NULL;
@@ -341,10 +461,10 @@ u64 tm_kv_missing(const struct tm_kv_pool *pool, const u32 *count)
 }
 
 /*
- * Take @nr free pages, which the pool has, of one chunk if one has so many. @link
- * leads to them. Return: the last link.
+ * Give a block @nr free pages, which the pool has, of one chunk if one has so many.
+ * @link leads away from its last page. Return: the link that does so now.
  */
-static u32 *tm_kv_gather(struct tm_kv_pool *pool, u32 nr, u32 *link)
+static u32 *tm_kv_gather(struct tm_kv_pool *pool, u32 nr, u32 b, u32 *link)
 {
 	u32 v = tm_kv_fullest(pool, nr);
 
@@ -352,11 +472,11 @@ static u32 *tm_kv_gather(struct tm_kv_pool *pool, u32 nr, u32 *link)
 		u32 most = tm_kv_emptiest(pool);
 		u32 most_free = pool->chunks[most].nr_free;
 
-		link = tm_kv_take(pool, most, most_free, link);
+		link = tm_kv_take(pool, most, most_free, b, link);
 		nr -= most_free;
 		v = tm_kv_fullest(pool, nr);
 	}
-	return tm_kv_take(pool, v, nr, link);
+	return tm_kv_take(pool, v, nr, b, link);
 }
 
 /* The pool has the free pages, and a record. */
@@ -369,9 +489,8 @@ static struct tm_kv_block tm_kv_alloc_one(struct tm_kv_pool *pool, u32 group)
 	u32 *link;
 
 	pool->free_block = record->link;
-	record->group = group;
-	record->pages = pages;
-	link = tm_kv_gather(pool, pages, &record->link);
+	*record = (struct tm_kv_record){ .group = group, .mark = TM_NONE };
+	link = tm_kv_gather(pool, pages, b, &record->link);
 	*link = TM_KV_END | b;
 	/* Pages of one chunk come in ascending order: none is left out. */
 	record->run = whole &&
@@ -401,9 +520,10 @@ static bool tm_kv_is_block(const struct tm_kv_pool *pool,
 	       pool->blocks[block.v].group != TM_NONE;
 }
 
-/* Free the pages from @link to the end of their block. */
+/* Free the pages from @link to the end of their block, and their marks. */
 static void tm_kv_put_chain(struct tm_kv_pool *pool, u32 link)
 {
+	link = tm_kv_unmark(pool, link);
 	while (!(link & TM_KV_END)) {
 		u32 v = (link - 1) >> pool->geo.pages.chunk_order;
 		struct tm_kv_chunk *c = &pool->chunks[v];
@@ -413,7 +533,7 @@ static void tm_kv_put_chain(struct tm_kv_pool *pool, u32 link)
 		do {
 			u32 i = tm_page_index(pool->geo.pages,
 					      (struct tm_page_id){ link - 1 });
-			u32 next = pool->links[link - 1];
+			u32 next = tm_kv_unmark(pool, pool->links[link - 1]);
 
 			if (link - 1 == pool->moving.from)
 				pool->moving.block = TM_NONE;
@@ -425,6 +545,7 @@ static void tm_kv_put_chain(struct tm_kv_pool *pool, u32 link)
 			 (link - 1) >> pool->geo.pages.chunk_order == v);
 		c->stuck = false;
 		tm_kv_relist(pool, v, nr);
+		tm_relax();
 	}
 }
 
@@ -452,28 +573,28 @@ u32 tm_kv_pages(const struct tm_kv_pool *pool, struct tm_kv_block block)
 	return tm_kv_is_block(pool, block) ? pool->blocks[block.v].pages : 0;
 }
 
-/* The link that leads away from page @nr - 1 of a block. */
-static u32 *tm_kv_link_after(struct tm_kv_pool *pool, u32 b, u32 nr)
+/* The link that leads away from a page of a block, perhaps to a mark. */
+static u32 *tm_kv_link_from(struct tm_kv_pool *pool, u32 b, u32 index)
 {
-	u32 *link = &pool->blocks[b].link;
-
-	while (nr--)
-		link = &pool->links[*link - 1];
-	return link;
+	return &pool->links[tm_kv_link_at(pool, b, index) - 1];
 }
 
 int tm_kv_shrink(struct tm_kv_pool *pool, struct tm_kv_block block, u32 pages)
 {
-	u32 *end, rest;
+	struct tm_kv_record *record;
+	u32 *end, rest, nth;
 
 	tm_assert_sleep_locked(pool->lock);
 	if (!pages || pages >= tm_kv_pages(pool, block))
 		return -EINVAL;
-	end = tm_kv_link_after(pool, block.v, pages);
+	record = &pool->blocks[block.v];
+	end = tm_kv_link_from(pool, block.v, pages - 1);
 	rest = *end;
 	*end = TM_KV_END | block.v;
+	nth = (pages - 1) / TM_KV_MARK_PAGES;
+	record->mark = nth ? tm_kv_find_mark(pool, block.v, nth) : TM_NONE;
+	record->pages = pages;
 	tm_kv_put_chain(pool, rest);
-	pool->blocks[block.v].pages = pages;
 	return 0;
 }
 
@@ -491,9 +612,8 @@ int tm_kv_regrow(struct tm_kv_pool *pool, struct tm_kv_block block)
 		return -EINVAL;
 	if (more > pool->free_pages)
 		return -ENOMEM;
-	link = tm_kv_link_after(pool, block.v, record->pages);
-	*tm_kv_gather(pool, more, link) = TM_KV_END | block.v;
-	record->pages += more;
+	link = tm_kv_link_from(pool, block.v, record->pages - 1);
+	*tm_kv_gather(pool, more, block.v, link) = TM_KV_END | block.v;
 	record->run = false;
 	return 0;
 }
@@ -508,24 +628,27 @@ static struct tm_page_id tm_kv_page_id(const struct tm_kv_pool *pool, u32 page)
 			  tm_page_index(g, local));
 }
 
+int tm_kv_walk_at(const struct tm_kv_pool *pool, struct tm_kv_block block,
+		  u32 index, struct tm_kv_walk *walk)
+{
+	u32 pages = tm_kv_pages(pool, block);
+
+	tm_assert_sleep_locked(pool->lock);
+	if (index >= pages)
+		return -EINVAL;
+	walk->link = tm_kv_link_at(pool, block.v, tm_index(index, pages));
+	return 0;
+}
+
 int tm_kv_page(const struct tm_kv_pool *pool, struct tm_kv_block block,
 	       u32 index, struct tm_page_id *page)
 {
-	const struct tm_kv_record *record;
-	u32 link;
+	struct tm_kv_walk walk;
+	int err = tm_kv_walk_at(pool, block, index, &walk);
 
-	tm_assert_sleep_locked(pool->lock);
-	if (index >= tm_kv_pages(pool, block))
-		return -EINVAL;
-	record = &pool->blocks[block.v];
-	link = record->link;
-	if (record->run)
-		link += index;
-	else
-		while (index--)
-			link = pool->links[link - 1];
-	*page = tm_kv_page_id(pool, link - 1);
-	return 0;
+	if (!err)
+		tm_kv_walk_next(pool, &walk, page);
+	return err;
 }
 
 int tm_kv_walk_start(const struct tm_kv_pool *pool, struct tm_kv_block block,
@@ -545,7 +668,7 @@ bool tm_kv_walk_next(const struct tm_kv_pool *pool, struct tm_kv_walk *walk,
 	if (walk->link & TM_KV_END)
 		return false;
 	*page = tm_kv_page_id(pool, walk->link - 1);
-	walk->link = pool->links[walk->link - 1];
+	walk->link = tm_kv_through(pool, pool->links[walk->link - 1]);
 	return true;
 }
 
@@ -576,7 +699,7 @@ int tm_kv_move_begin(struct tm_kv_pool *pool, struct tm_kv_move *move)
 {
 	u32 pages = tm_chunk_pages(pool->geo.pages);
 	struct tm_kv_moving *moving = &pool->moving;
-	u32 victim, link, index = 0, prev = 0;
+	u32 victim, target, link, m, before = 1;
 
 	tm_assert_sleep_locked(pool->lock);
 	if (moving->active)
@@ -589,28 +712,42 @@ int tm_kv_move_begin(struct tm_kv_pool *pool, struct tm_kv_move *move)
 
 	moving->from = (victim << pool->geo.pages.chunk_order) |
 		       tm_kv_find(pool->chunks[victim].bits, 0, pages, ~(u64)0);
-	/* On to the end for the block, then from its start for what is before. */
+	/* The next mark, or the end, knows the block and how far into it that is. */
 	link = pool->links[moving->from];
-	while (!(link & TM_KV_END))
+	for (; !(link & TM_KV_END); before++)
 		link = pool->links[link - 1];
-	moving->block = link & ~TM_KV_END;
-	link = pool->blocks[moving->block].link;
-	while (link - 1 != moving->from) {
-		prev = link;
-		link = pool->links[link - 1];
-		index++;
+	m = tm_kv_mark_of(pool, link);
+	if (m < pool->nr_marks) {
+		moving->block = pool->marks[m].block;
+		moving->index = pool->marks[m].nth * TM_KV_MARK_PAGES - before;
+	} else {
+		moving->block = link & ~TM_KV_END;
+		moving->index = pool->blocks[moving->block].pages - before;
 	}
-	moving->prev = prev;
-	*tm_kv_take(pool, tm_kv_target(pool, victim), 1, &link) = TM_KV_END;
-	moving->to = link - 1;
+	target = tm_kv_target(pool, victim);
+	moving->to = tm_kv_take_page(pool, target, tm_kv_best_run(
+			&pool->chunks[target], pages, 1));
+	tm_kv_relist(pool, target, pool->chunks[target].nr_free - 1);
 	moving->active = true;
 	*move = (struct tm_kv_move){
 		.block = { moving->block },
-		.index = index,
+		.index = moving->index,
 		.from = tm_kv_page_id(pool, moving->from),
 		.to = tm_kv_page_id(pool, moving->to),
 	};
 	return 0;
+}
+
+/* What leads to a page of a block: its record, a mark, or a link. */
+static u32 *tm_kv_link_to(struct tm_kv_pool *pool, u32 b, u32 index)
+{
+	u32 nth = index / TM_KV_MARK_PAGES;
+
+	if (!index)
+		return &pool->blocks[b].link;
+	if (index % TM_KV_MARK_PAGES)
+		return tm_kv_link_from(pool, b, index - 1);
+	return &pool->marks[tm_kv_find_mark(pool, b, nth)].link;
 }
 
 int tm_kv_move_end(struct tm_kv_pool *pool, bool copied)
@@ -632,10 +769,7 @@ int tm_kv_move_end(struct tm_kv_pool *pool, bool copied)
 		return 0;
 	}
 	pool->links[moving.to] = pool->links[moving.from];
-	if (moving.prev)
-		pool->links[moving.prev - 1] = moving.to + 1;
-	else
-		pool->blocks[moving.block].link = moving.to + 1;
+	*tm_kv_link_to(pool, moving.block, moving.index) = moving.to + 1;
 	pool->blocks[moving.block].run &= pool->blocks[moving.block].pages == 1;
 	tm_kv_put_page(pool, moving.from);
 	pool->moved++;

@@ -24,11 +24,16 @@
  * A block's pages are a chain of links, 4 bytes for each page of a chunk; a block
  * has a dense number, by which its user keeps what else there is to know of it. Most
  * blocks are one run, and are known to be: any page of such a one is found at once.
+ * Of the others every 64th page has a *mark*, which the chain leads through and from
+ * which an earlier mark is found in a logarithm of steps (Myers, An applicative
+ * random-access stack, 1983). So the way to a page, and the way from a page to its
+ * block, is about a hundred steps for the largest block there is.
  *
  * A block may be made to hold fewer pages for a while (tm_kv_shrink()) and keeps its
  * number: that is what compressed contents lie in.
  *
- * Context: all functions but init and destroy need pool->lock and never sleep.
+ * Context: all functions but init and destroy need pool->lock. Those that allocate or
+ * free pages let others run meanwhile (tm_relax()), with the lock held.
  */
 #ifndef TM_CORE_KV_H
 #define TM_CORE_KV_H
@@ -47,6 +52,9 @@
 #define TM_KV_WORDS		((1u << TM_MAX_CHUNK_ORDER) / 64)
 /* One list for each number of free pages a chunk can have. */
 #define TM_KV_LISTS		((1u << TM_MAX_CHUNK_ORDER) + 1)
+
+/* Pages from one mark of a block to the next. */
+#define TM_KV_MARK_PAGES	64
 
 /* Which tokens a group keeps. */
 enum tm_kv_rule {
@@ -159,26 +167,44 @@ struct tm_kv_chunk {
  * @link: to the first page; of a record not in use, the next such record
  * @group: its group, or TM_NONE when not in use
  * @pages: pages it has: fewer than its group's blocks while it is shrunk
+ * @mark: the last one; TM_NONE for none
  * @run: they are known to follow each other, in order
  */
 struct tm_kv_record {
 	u32 link;
 	u32 group;
 	u32 pages;
+	u32 mark;
 	bool run;
+};
+
+/**
+ * struct tm_kv_mark - a page of a block that is found without a walk, or room for one
+ * @link: to the page; of a mark not in use, the next such mark
+ * @block: its block
+ * @nth: it is page @nth * TM_KV_MARK_PAGES of the block; from 1
+ * @before: the mark before this one; the first one, itself
+ * @jump: an earlier mark, as far back as makes the way to any of them short
+ */
+struct tm_kv_mark {
+	u32 link;
+	u32 block;
+	u32 nth;
+	u32 before;
+	u32 jump;
 };
 
 /**
  * struct tm_kv_moving - the page that is being moved
  * @active: there is one
  * @block: the block it is of; TM_NONE when the page was freed meanwhile
- * @prev: the page before it in its block, plus 1; 0 for none
+ * @index: which page of the block
  * @from: @to: pages of slots
  */
 struct tm_kv_moving {
 	bool active;
 	u32 block;
-	u32 prev;
+	u32 index;
 	u32 from;
 	u32 to;
 };
@@ -190,11 +216,14 @@ struct tm_kv_moving {
  *          large as its cache may get, not as the machine
  * @links: by page of a slot: the next page of its block, 0 for a free page
  * @blocks: by block
+ * @marks: NULL when no block is so large that it has one
  * @nr_slots: length of @chunks
  * @nr_blocks: length of @blocks: twice as many as all slots can hold, but no more
  *             than they have pages
+ * @nr_marks: length of @marks: what all slots' pages can have
  * @free_slot: list of slots without a chunk
  * @free_block: list of records not in use
+ * @free_mark: list of marks not in use
  * @lists: bit n is set when @head[n] is not TM_NONE
  * @head: chunks with n free pages
  * @nr_chunks: chunks in the pool
@@ -211,10 +240,13 @@ struct tm_kv_pool {
 	struct tm_kv_chunk *chunks;
 	u32 *links;
 	struct tm_kv_record *blocks;
+	struct tm_kv_mark *marks;
 	u32 nr_slots;
 	u32 nr_blocks;
+	u32 nr_marks;
 	u32 free_slot;
 	u32 free_block;
+	u32 free_mark;
 	u64 lists[TM_KV_LISTS / 64 + 1];
 	u32 head[TM_KV_LISTS];
 	u32 nr_chunks;
@@ -340,7 +372,7 @@ int __must_check tm_kv_regrow(struct tm_kv_pool *pool,
  * @index: which, from 0, in the order of tm_kv_walk_next()
  * @page: the page
  *
- * One step for a block in one run, else one for each page before it.
+ * Steps: as tm_kv_walk_at(), which is for who wants more than one.
  * Return: 0, or -EINVAL when there is no such block or page.
  */
 int __must_check tm_kv_page(const struct tm_kv_pool *pool,
@@ -366,6 +398,20 @@ struct tm_kv_walk {
 int __must_check tm_kv_walk_start(const struct tm_kv_pool *pool,
 				  struct tm_kv_block block,
 				  struct tm_kv_walk *walk);
+
+/**
+ * tm_kv_walk_at - go to any page of a block
+ * @pool: the pool
+ * @block: the block
+ * @index: which, from 0, in the order of tm_kv_walk_next()
+ * @walk: for tm_kv_walk_next()
+ *
+ * One step for a block in one run, else about a hundred at most.
+ * Return: 0, or -EINVAL when there is no such block or page.
+ */
+int __must_check tm_kv_walk_at(const struct tm_kv_pool *pool,
+			       struct tm_kv_block block, u32 index,
+			       struct tm_kv_walk *walk);
 
 /**
  * tm_kv_walk_next - the next page of a block
@@ -404,7 +450,8 @@ struct tm_kv_move {
  * tm_kv_move_end(). Meanwhile blocks may come and go, this one too. Nothing marks
  * a chunk as being emptied: the fewer pages it has, the less is allocated from it.
  *
- * Steps: some for each page of the block, and for each chunk that is stuck.
+ * Steps: as many as take it to a page, whatever the size of the block; some for each
+ * chunk that is stuck.
  *
  * Return: 0; -EBUSY while a move is under way; -ENOENT when no chunk would fall
  * empty: the free pages do not make up a chunk, or every chunk to empty is stuck,

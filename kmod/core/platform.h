@@ -8,9 +8,14 @@
  *   types       u8 u16 u32 u64 bool size_t
  *   results     __must_check, the errno constants
  *   bits        tm_ctz64(), tm_fls32() (index of the highest set bit)
+ *   chance      tm_random64(): a number that nobody outside can guess
+ *   indexes     tm_index(i, size): @i, which was found to be below @size, in a form that
+ *               is below it for speculation too; for what users choose
  *   memory      tm_table_alloc(), tm_table_free(): zeroed tables, may sleep
  *   locks       tm_lock_t, tm_assert_locked(); tm_sleep_lock_t, tm_assert_sleep_locked()
  *               for what may be held for long
+ *   time        tm_relax(): let others run, in loops under a tm_sleep_lock_t that are not
+ *               bounded by a few hundred steps; may sleep
  *   assertions  tm_warn_on(), tm_static_assert()
  */
 #ifndef TM_CORE_PLATFORM_H

@@ -4,10 +4,12 @@
  * that nobody uses is to go first.
  *
  * A block is a number below nr_blocks; what is known of it lies in arrays, so that
- * nothing is allocated and every operation takes a constant number of steps (finding:
- * on average; a bucket holds one block).
+ * nothing is allocated and every operation takes a constant number of steps: on average
+ * over the random numbers of the index, whatever keys are chosen. There are as many
+ * buckets as blocks.
  *
- * Several blocks may have one key: each is found, evicted and forgotten by itself.
+ * Several blocks may have one key: each is evicted and forgotten by itself. They are a
+ * ring, those in use before those that are cached, and stand as one in their bucket.
  *
  * Context: all functions but init and destroy need the lock and never sleep.
  */
@@ -33,7 +35,9 @@ struct tm_prefix_key {
  * @key: when @published
  * @refs: users
  * @published: it can be found by @key
- * @chain: the next block in its bucket; TM_NONE for none
+ * @chain: of the first block of a key: that of the next key in the bucket; TM_NONE
+ *         for none
+ * @prev: @next: neighbours in the ring of its key; itself when there is no other
  * @older: @newer: neighbours in the order of eviction, when published without users;
  *                  afterwards those it had
  */
@@ -42,14 +46,20 @@ struct tm_prefix_block {
 	u32 refs;
 	bool published;
 	u32 chain;
+	u32 prev;
+	u32 next;
 	u32 older;
 	u32 newer;
 };
 
+/* Random numbers of an index: one for each 32 bits of a key, and one more. */
+#define TM_PREFIX_SEEDS		8
+
 /**
  * struct tm_prefix - the index
  * @blocks: by block, @nr_blocks long
- * @buckets: first block of a chain, TM_NONE for none; @nr_buckets, a power of two
+ * @buckets: the first key's first block, TM_NONE for none; @nr_blocks long
+ * @seed: what decides which bucket a key is in
  * @oldest: @newest: ends of the order of eviction, TM_NONE when it is empty
  * @cached: blocks in it: published and without users
  * @published: blocks that can be found
@@ -58,8 +68,8 @@ struct tm_prefix_block {
 struct tm_prefix {
 	struct tm_prefix_block *blocks;
 	u32 *buckets;
+	u64 seed[TM_PREFIX_SEEDS];
 	u32 nr_blocks;
-	u32 nr_buckets;
 	u32 oldest;
 	u32 newest;
 	u32 cached;
@@ -77,7 +87,10 @@ static inline u32 tm_prefix_refs(const struct tm_prefix *prefix, u32 block)
 	return prefix->blocks[block].refs;
 }
 
-/* One user more. A cached block leaves the order of eviction. */
+/*
+ * One user more. A cached block leaves the order of eviction; it has to be one that
+ * tm_prefix_find() gives.
+ */
 void tm_prefix_get(struct tm_prefix *prefix, u32 block);
 
 /*
@@ -92,16 +105,22 @@ void tm_prefix_unget(struct tm_prefix *prefix, u32 block);
  */
 bool __must_check tm_prefix_put(struct tm_prefix *prefix, u32 block);
 
-/* The block, which has users and is not published, can be found by @key. */
-void tm_prefix_publish(struct tm_prefix *prefix, u32 block,
+/*
+ * The block, which has users and is not published, can be found by @key.
+ * Return: whether none could be found by it before.
+ */
+bool tm_prefix_publish(struct tm_prefix *prefix, u32 block,
 		       const struct tm_prefix_key *key);
 
-/* The block, which is published, cannot be found any more. It may be cached. */
-void tm_prefix_forget(struct tm_prefix *prefix, u32 block);
+/*
+ * The block, which is published, cannot be found any more. It may be cached.
+ * Return: whether none can be found by its key any more.
+ */
+bool tm_prefix_forget(struct tm_prefix *prefix, u32 block);
 
 /*
- * Return: a block with this key, one in use before one that is cached, and of these the
- * one published last; TM_NONE.
+ * Return: a block with this key, one in use if there is one; else, if they are forgotten
+ * in the order of eviction, the one that is last in it; TM_NONE.
  */
 u32 tm_prefix_find(const struct tm_prefix *prefix,
 		   const struct tm_prefix_key *key);

@@ -17,7 +17,24 @@ from pathlib import Path
 
 import pytest
 
-from device import CHUNK, DEVICE, PAGE, SYSFS, Raw, read, write
+from device import (
+    CHUNK,
+    DEVICE,
+    KV,
+    PAGE,
+    SYSFS,
+    Raw,
+    Seq,
+    View,
+    chain,
+    full,
+    pattern,
+    read,
+    state,
+    tokens,
+    window,
+    write,
+)
 from tensormem import abi
 
 NOZERO, HUGE, PAGED = abi.AllocFlag.NOZERO, abi.AllocFlag.HUGE, abi.AllocFlag.PAGED
@@ -372,3 +389,320 @@ def test_sysfs_writes(settings: None) -> None:
     assert write("chunk/capacity", 9) == 0
     sweep(call, check)
     os.close(file)
+
+
+SHAPE = [full(2, CHUNK // 512), window(24, 1, CHUNK // 256), state(2, PAGE + 1)]
+
+
+@pytest.fixture
+def kv(raw: Raw) -> Iterator[KV]:
+    with raw.kv(SHAPE, block_tokens=8, max_tokens=400, flags=abi.KV_EVENTS) as cache:
+        yield cache
+
+
+@pytest.fixture
+def view(kv: KV) -> Iterator[View]:
+    mapped = kv.view()
+    yield mapped
+    mapped.close()
+
+
+def test_kv_create(raw: Raw, settings: None) -> None:
+    groups = (abi.KVGroup * len(SHAPE))(*SHAPE)
+    request = abi.KVCreate(
+        groups=ctypes.addressof(groups), nr_groups=len(SHAPE), group_size=ctypes.sizeof(abi.KVGroup),
+        max_tokens=400, max_sequences=8, flags=abi.KV_EVENTS, fd=-1,
+    )  # fmt: skip
+    descriptors = len(os.listdir("/proc/self/fd"))
+
+    def check(result: int) -> None:
+        if result == 0:
+            assert read("kv/caches") == 1
+            os.close(request.fd)
+        assert read("kv/caches") == 0
+        assert len(os.listdir("/proc/self/fd")) == descriptors + 1  # fail-nth's own
+        request.fd = -1
+
+    results = sweep(lambda: raw.ioctl(abi.IOC_KV_CREATE, request), check)
+    assert {errno.ENOMEM, errno.EFAULT} <= results
+
+
+def test_kv_open_and_fork(kv: KV, view: View) -> None:
+    parent = kv.open(tokens=20)
+    view.write(parent, tokens("p", 0, 20))
+    before = kv.counts()
+    for request, item, name, copies in (
+        (abi.IOC_KV_OPEN, abi.KVOpen(), "sequence", 0),
+        (abi.IOC_KV_FORK, abi.KVFork(sequence=parent.name, at=20), "child", 3),
+    ):
+
+        def check(result: int, item: object = item, name: str = name, copies: int = copies) -> None:
+            after = kv.counts()
+            if result == 0:
+                assert after["sequences"] == before["sequences"] + 1
+                assert kv.ioctl(abi.IOC_KV_CLOSE, abi.KVClose(sequence=getattr(item, name))) == 0
+                after = kv.counts()
+            assert (after["copies"] - before["copies"]) in (0, copies)
+            before["copies"] = after["copies"]
+            assert after == before
+            view.check(parent, tokens("p", 0, 20))
+
+        results = sweep(lambda r=request, i=item: kv.ioctl(r, i), check)
+        assert errno.EFAULT in results
+
+
+def test_kv_extend(raw: Raw, kv: KV, view: View, settings: None) -> None:
+    """Out of an empty pool, by several chunks: all or nothing, and nothing kept."""
+    seq = kv.open()
+    item = abi.KVExtend(sequence=seq.name, tokens=200)
+
+    def check(result: int) -> None:
+        query, info = kv.query(seq), kv.info()
+        # the very last copy tells the new length: nothing is taken back for that
+        if result == 0 or (result == errno.EFAULT and query.length):
+            assert query.length == 200
+            assert item.length == 200 or result
+            view.check(seq, dict.fromkeys(range(0, 200, 9)))
+            view.write(seq, tokens("dirty", 0, 200))
+            assert kv.truncate(seq, 0) == 0
+        else:
+            assert (query.length, query.held) == (0, 0)
+            assert (info.used, info.held, raw.info().used) == (0, 0, 0)
+        empty_pool()
+
+    empty_pool()
+    results = sweep(lambda: kv.ioctl(abi.IOC_KV_EXTEND, item), check)
+    assert {errno.ENOMEM, errno.EFAULT} <= results
+
+
+def test_kv_extend_batch(kv: KV, view: View, settings: None) -> None:
+    seqs = [kv.open(tokens=n) for n in (3, 8, 30)]
+    shared = kv.fork(seqs[0], 3)
+    lengths = [3, 8, 30, 3]
+    everybody = [*seqs, shared]
+    for seq, length in zip(everybody, lengths, strict=True):
+        view.write(seq, tokens(seq.name, 0, length))
+    items = (abi.KVExtend * 4)(*(abi.KVExtend(sequence=s.name, tokens=9) for s in everybody))
+    batch = abi.Batch(items=ctypes.addressof(items), count=4, item_size=ctypes.sizeof(abi.KVExtend))
+
+    def check(result: int) -> None:
+        more = kv.query(seqs[0]).length - lengths[0]
+        # the very last copy tells the new lengths: nothing is taken back for that
+        assert more == 9 if result == 0 else more in ((0,) if result == errno.ENOMEM else (0, 9))
+        assert [kv.query(seq).length for seq in everybody] == [n + more for n in lengths]
+        for i, (seq, length) in enumerate(zip(everybody, lengths, strict=True)):
+            view.check(seq, tokens(seq.name, 0, length))
+            if more:
+                lengths[i] += more
+                view.write(seq, tokens(seq.name, length, length + more))
+        assert more or kv.info().used == used[0]
+        used[0] = kv.info().used
+
+    used = [kv.info().used]
+    results = sweep(lambda: kv.ioctl(abi.IOC_KV_EXTEND_BATCH, batch), check)
+    assert {errno.ENOMEM, errno.EFAULT} <= results
+
+
+def test_kv_publish_and_lookup(kv: KV, view: View) -> None:
+    names = chain("n", 5)
+    seq = kv.open(tokens=40)
+    view.write(seq, tokens("p", 0, 40))
+    kv.events()
+    array = (abi.KVHash * 5).from_buffer_copy(b"".join(names))
+    item = abi.KVHashes(sequence=seq.name, count=5, hashes=ctypes.addressof(array))
+    probe = kv.open()
+
+    def published(result: int) -> None:
+        there = kv.peek(probe, names)[1]
+        # the last that can fail tells what was done before
+        assert there == 5 if result == 0 else there in (0, 5)
+        assert len(kv.events()) in (0, 5 + 3 + 1)
+        view.check(seq, tokens("p", 0, 40))
+
+    results = sweep(lambda: kv.ioctl(abi.IOC_KV_PUBLISH, item), published)
+    assert {errno.ENOMEM, errno.EFAULT} <= results
+    late = kv.open()
+    item = abi.KVHashes(sequence=late.name, count=5, hashes=ctypes.addressof(array))
+    used = kv.info().used
+
+    def found(result: int) -> None:
+        length = kv.query(late).length
+        assert length == 40 if result == 0 else length in (0, 40)
+        if length:
+            view.check(late, tokens("p", 0, 40))
+            assert kv.truncate(late, 0) == 0
+        assert kv.info().used == used
+        item.matched = 0
+
+    results = sweep(lambda: kv.ioctl(abi.IOC_KV_LOOKUP, item), found)
+    assert {errno.ENOMEM, errno.EFAULT} <= results
+
+
+def test_kv_adopt(raw: Raw, settings: None) -> None:
+    """A partial hit takes a copy, for which a chunk has to come."""
+    with raw.kv([full(1, CHUNK // 8)], block_tokens=8, max_tokens=64) as kv:
+        view, names = kv.view(), chain("n", 1)
+        seq = kv.open(tokens=8)
+        view.write(seq, tokens("p", 0, 8))
+        assert kv.publish(seq, names) == 0
+        late = kv.open()
+        item = abi.KVAdopt(sequence=late.name, tokens=5, hash=abi.KVHash.from_buffer_copy(names[0]))
+
+        def check(result: int) -> None:
+            length = kv.query(late).length
+            assert length == 5 if result == 0 else length in (0, 5)
+            if length:
+                view.check(late, tokens("p", 0, 5))
+                assert kv.truncate(late, 0) == 0
+            info = kv.info()
+            assert info.used == CHUNK
+            assert info.held == CHUNK or length  # one more may stay for the next block
+            empty_pool_but(info.held // CHUNK)
+
+        empty_pool_but(1)
+        results = sweep(lambda: kv.ioctl(abi.IOC_KV_ADOPT, item), check)
+        assert {errno.ENOMEM, errno.EFAULT} <= results
+        view.close()
+
+
+def empty_pool_but(used: int) -> None:
+    """As empty_pool(), with so many chunks in use."""
+    for name, value in (("chunk/reserve", 0), ("chunk/capacity", used), ("chunk/capacity", 64)):
+        assert write(name, value) == 0
+    assert read("chunk/total") == used
+
+
+def test_kv_calls_that_need_no_memory(kv: KV, view: View) -> None:
+    seq = kv.open(tokens=20)
+    view.write(seq, tokens("p", 0, 20))
+    for request, item in (
+        (abi.IOC_KV_INFO, abi.KVInfo()),
+        (abi.IOC_KV_QUERY, abi.KVQuery(sequence=seq.name)),
+    ):
+        assert sweep(lambda r=request, i=item: kv.ioctl(r, i)) == {errno.EFAULT}
+    assert errno.EFAULT in sweep(
+        lambda: kv.ioctl(abi.IOC_KV_TRUNCATE, abi.KVTruncate(sequence=seq.name, length=20))
+    )
+    view.check(seq, tokens("p", 0, 20))
+
+    def closed(result: int) -> None:
+        there = kv.try_query(Seq(close.sequence, 0))[0]
+        assert there == (errno.ENOENT if result == 0 else 0)
+        if result == 0:
+            close.sequence = kv.open(tokens=20).name
+
+    close = abi.KVClose(sequence=seq.name)
+    assert errno.EFAULT in sweep(lambda: kv.ioctl(abi.IOC_KV_CLOSE, close), closed)
+    assert kv.end(Seq(close.sequence, 0)) == 0
+    assert errno.EFAULT in sweep(lambda: kv.ioctl(abi.IOC_KV_RESET, abi.KVReset()))
+
+
+def test_kv_pack_and_unpack(kv: KV, view: View) -> None:
+    """A block is packed or is not, and has its contents either way."""
+    seq = kv.open(tokens=32)
+    view.write(seq, tokens("p", 0, 32))
+    view.write(seq, tokens("w", 8, 32), 1)
+    item = abi.KVPack(sequence=seq.name)
+
+    def check(_: int) -> None:
+        view.check(seq, tokens("p", 0, 32))
+        view.check(seq, tokens("w", 8, 32), 1)
+
+    def unpacked(_: int) -> None:
+        check(0)
+        assert kv.pack(seq)[0] == 0
+
+    assert errno.EFAULT in sweep(lambda: kv.ioctl(abi.IOC_KV_PACK, item), check)
+    item = abi.KVPack(sequence=seq.name, flags=abi.KV_UNPACK)
+    assert kv.pack(seq)[0] == 0
+    assert errno.EFAULT in sweep(lambda: kv.ioctl(abi.IOC_KV_PACK, item), unpacked)
+
+
+def test_kv_events(kv: KV) -> None:
+    """A read that fails loses no event."""
+    seq, names = kv.open(tokens=16), chain("e", 2)
+    assert kv.publish(seq, names) == 0
+    os.set_blocking(kv.fd, False)
+    got: list[bytes] = []
+
+    def call() -> int:
+        try:
+            got.append(os.read(kv.fd, 2 * ctypes.sizeof(abi.KVEvent)))
+        except OSError as error:
+            return error.errno or -1
+        return 0
+
+    assert errno.EFAULT in sweep(call)
+    events = b"".join(got)
+    told = [abi.KVEvent.from_buffer_copy(events, at)
+            for at in range(0, len(events), ctypes.sizeof(abi.KVEvent))] + kv.events()  # fmt: skip
+    assert [bytes(e.hash.bytes) for e in told if e.group == 0] == names
+
+
+def test_kv_mmap(kv: KV, view: View) -> None:
+    seq = kv.open(tokens=20)
+    view.write(seq, tokens("p", 0, 20))
+    maps: list[mmap.mmap] = []
+    size = kv.info().sequence_size
+
+    def call() -> int:
+        try:
+            maps.append(kv.map(size, seq.offset))
+        except OSError as error:
+            return error.errno or -1
+        return 0
+
+    assert errno.ENOMEM in sweep(call)
+    for mapping in maps:
+        assert mapping[:8] == view.memory[seq.offset : seq.offset + 8]
+        mapping.close()
+
+
+@pytest.mark.parametrize("how", ["first", "copy", "unpack"])
+def test_kv_faults(raw: Raw, how: str, settings: None) -> None:
+    """A touch that fails has changed nothing and works the next time."""
+    # a block is a chunk
+    with raw.kv([full(1, CHUNK // 8)], block_tokens=8, max_tokens=64) as kv:
+        view, seq = kv.view(), kv.open(tokens=8)
+        view.write(seq, tokens("p", 0, 8))
+        zero = os.open("/dev/zero", os.O_RDONLY)
+
+        def arrange() -> tuple[Seq, View, memoryview]:
+            target = kv.fork(seq, 8) if how == "copy" else seq
+            if how == "unpack":
+                assert kv.pack(seq)[0] == 0
+                assert kv.query(seq).packed
+            look = kv.view()
+            at = view.place(target, 8) - 16
+            empty_pool_but(kv.info().held // CHUNK)
+            return target, look, memoryview(look.memory)[at : at + 16]
+
+        def call() -> int:
+            try:
+                # the kernel writes the end of the last token: its fault is our error
+                return 0 if os.readv(zero, [touched[2]]) == 16 else errno.EFAULT
+            except OSError as error:
+                return error.errno or -1
+
+        def check(result: int) -> None:
+            nonlocal touched
+            target, look, part = touched
+            last = pattern(("p", 7), 0, CHUNK // 8)
+            zeroed = last[:-16] + bytes(16)
+            now = view.memory[view.span(target, 7)]
+            assert now == zeroed if result == 0 else now in (last, zeroed)
+            view.check(target, tokens("p", 0, 7))
+            if target != seq:
+                view.check(seq, tokens("p", 0, 8))
+                assert kv.end(target) == 0
+            view.write(seq, {7: ("p", 7)})
+            part.release()
+            look.close()
+            touched = arrange()
+
+        touched = arrange()
+        assert errno.EFAULT in sweep(call, check)
+        touched[2].release()
+        touched[1].close()
+        os.close(zero)
+        view.close()

@@ -191,11 +191,32 @@ static void unmap(struct cache_model_seq *s, u32 group, u32 index)
 	       sizeof(s->map[group][index]));
 }
 
-static void unmap_range(struct cache_model_seq *s, u32 group, u32 first,
-			u32 end)
+/* What another length drops is what is there now and would not be then. */
+static void check_leaving(struct cache_model *m, struct cache_model_seq *s,
+			  u32 group, u32 length, u32 *first, u32 *end)
 {
-	for (u32 i = first; i < end; i++)
-		unmap(s, group, i);
+	u32 then_first, then_end;
+
+	tm_cache_leaving(&m->cache, cache_place(m, s), group, length, first,
+			 end);
+	span(m, group, length, &then_first, &then_end);
+	CHECK(*first <= *end && *end <= m->max_blocks);
+	for (u32 i = 0; i < m->max_blocks; i++)
+		CHECK_EQ(s->block[group][i] != TM_NONE &&
+			 (i < then_first || i >= then_end),
+			 i >= *first && i < *end);
+}
+
+static void unmap_leaving(struct cache_model *m, struct cache_model_seq *s,
+			  u32 length)
+{
+	for (u32 g = 0; g < m->geo.nr_groups; g++) {
+		u32 first, end;
+
+		check_leaving(m, s, g, length, &first, &end);
+		for (; first < end; first++)
+			unmap(s, g, first);
+	}
 }
 
 static void map(struct cache_model_seq *s, const struct tm_cache_page *page,
@@ -358,14 +379,31 @@ static int room(struct cache_model *m, u32 need, u32 blocks, bool evict,
 	return -ENOMEM;
 }
 
+static bool key_is(const struct tm_prefix_key *a, const struct tm_prefix_key *b)
+{
+	return a->hash.v[0] == b->hash.v[0] && a->hash.v[1] == b->hash.v[1] &&
+	       a->tenant == b->tenant && a->group == b->group;
+}
+
+static u32 nr_of_key(const struct cache_model *m,
+		     const struct tm_prefix_key *key)
+{
+	u32 nr = 0;
+
+	for (u32 i = 0; i < m->cache.pool.nr_blocks; i++)
+		nr += m->block[i].published && key_is(&m->block[i].key, key);
+	return nr;
+}
+
 static void forget_victims(struct cache_model *m)
 {
 	for (u32 i = 0; i < m->nr_victims; i++) {
 		u32 block = m->victims[i];
 
 		lru_remove(m, block);
-		tell(m, TM_CACHE_REMOVED, &m->block[block].key, 0,
-		     (struct tm_hash){ { 0, 0 } });
+		if (nr_of_key(m, &m->block[block].key) == 1)
+			tell(m, TM_CACHE_REMOVED, &m->block[block].key, 0,
+			     (struct tm_hash){ { 0, 0 } });
 		free_block(m, block);
 		m->stats.evictions++;
 	}
@@ -543,9 +581,10 @@ static bool each_table(const struct tm_cache *cache,
 				pool->geo.pages.chunk_order) *
 				sizeof(*pool->links) },
 		{ pool->blocks, pool->nr_blocks * sizeof(*pool->blocks) },
+		{ pool->marks, pool->nr_marks * sizeof(*pool->marks) },
 		{ cache->prefix.blocks, cache->prefix.nr_blocks *
 		  sizeof(*cache->prefix.blocks) },
-		{ cache->prefix.buckets, cache->prefix.nr_buckets *
+		{ cache->prefix.buckets, cache->prefix.nr_blocks *
 		  sizeof(*cache->prefix.buckets) },
 		{ cache->seqs, cache->max_seqs * sizeof(*cache->seqs) },
 		{ cache->tables, (size_t)cache->max_seqs * pool->geo.nr_groups *
@@ -614,12 +653,6 @@ static void expect(struct cache_model *m, const struct wants *w)
 
 /* Comparison */
 
-static bool key_is(const struct tm_prefix_key *a, const struct tm_prefix_key *b)
-{
-	return hash_is(&a->hash, &b->hash) && a->tenant == b->tenant &&
-	       a->group == b->group;
-}
-
 static void compare_blocks(struct cache_model *m)
 {
 	const struct tm_cache *cache = &m->cache;
@@ -680,6 +713,44 @@ static void compare_stats(const struct cache_model *m)
 	CHECK_EQ(s->events_lost, m->stats.events_lost);
 }
 
+/*
+ * What is said of many pages at a time is what is said of each. From page @at of a plane
+ * on, in turn another one.
+ */
+static void compare_run(struct cache_model *m, struct cache_model_seq *s,
+			u32 group, u32 index, u32 plane, u32 at)
+{
+	u32 pages = m->geo.plane_pages[group], place = cache_place(m, s);
+	u32 max = 1 + m->compared % (pages + 1), left = pages - at;
+	struct tm_cache_run run = { .index = TM_NONE };
+	struct tm_cache_page page;
+	struct tm_page_id id;
+	int err;
+
+	err = tm_cache_pages(&m->cache, place, group, plane,
+			     index * pages + at, max, &run);
+	CHECK_EQ(run.nr, left < max ? left : max);
+	CHECK_EQ(tm_cache_page(&m->cache, place, group, plane,
+			       index * pages + at, &page), err);
+	if (err == -ENOENT) {
+		CHECK_EQ(run.index, TM_NONE);
+		return;
+	}
+	CHECK_EQ(run.block.v, page.block.v);
+	CHECK_EQ(run.index, page.index);
+	if (err)
+		return;
+	CHECK_EQ(run.writable, page.writable);
+	/* On to the end of the block, through the planes after this one. */
+	for (u32 n = run.index; n < m->geo.block_pages[group]; n++) {
+		CHECK(tm_kv_walk_next(&m->cache.pool, &run.walk, &id));
+		CHECK_EQ(tm_cache_page(&m->cache, place, group, n / pages,
+				       index * pages + n % pages, &page), 0);
+		CHECK_EQ(id.v, page.page.v);
+	}
+	CHECK(!tm_kv_walk_next(&m->cache.pool, &run.walk, &id));
+}
+
 /* Every page of a block, as the sequence sees it; and its mappings. */
 static void compare_contents(struct cache_model *m, struct cache_model_seq *s,
 			     u32 group, u32 index)
@@ -719,6 +790,8 @@ static void compare_contents(struct cache_model *m, struct cache_model_seq *s,
 			CHECK_EQ(s->at[group][index][n].v, page.page.v);
 			CHECK(how == CACHE_READ || writable);
 		}
+	n = m->compared % n;
+	compare_run(m, s, group, index, n / plane_pages, n % plane_pages);
 	CHECK_EQ(s->mapped[group][index], mapped);
 }
 
@@ -743,6 +816,9 @@ static void compare_seq(struct cache_model *m, u32 place, u32 *refs)
 
 		CHECK(!memcmp(table, s->block[g],
 			      m->max_blocks * sizeof(*table)));
+		if (s->open)
+			check_leaving(m, s, g, m->compared %
+				      (m->max_tokens + 1), &first, &end);
 		span(m, g, s->open ? s->length : 0, &first, &end);
 		for (u32 i = 0; i < m->max_blocks; i++) {
 			bool held = i >= first && i < end;
@@ -750,6 +826,8 @@ static void compare_seq(struct cache_model *m, u32 place, u32 *refs)
 			CHECK_EQ(s->block[g][i] != TM_NONE, held);
 			if (!held) {
 				CHECK(!s->mapped[g][i]);
+				compare_run(m, s, g, i, 0,
+					    m->compared % m->geo.plane_pages[g]);
 				continue;
 			}
 			refs[table[i]]++;
@@ -937,8 +1015,8 @@ int cache_do_close(struct cache_model *m, struct tm_seq_id id)
 	if (!s)
 		want(&w, -ENOENT);
 	expect(m, &w);
-	for (u32 g = 0; s && g < m->geo.nr_groups; g++)
-		unmap_range(s, g, 0, m->max_blocks);
+	if (s)
+		unmap_leaving(m, s, 0);
 	err = tm_cache_close(&m->cache, id);
 	if (refused(m, &w, err))
 		return err;
@@ -1011,17 +1089,14 @@ static void extend_unmap(struct cache_model *m,
 			 const struct tm_cache_extend *item)
 {
 	struct cache_model_seq *s = cache_seq(m, item->id);
-	u32 first, end, old_first, old_end;
+	u32 last = s->length / m->geo.block_tokens;
 
-	for (u32 g = 0; g < m->geo.nr_groups; g++) {
-		span(m, g, s->length, &old_first, &old_end);
-		span(m, g, s->length + item->tokens, &first, &end);
-		unmap_range(s, g, old_first, first < old_end ? first : old_end);
+	unmap_leaving(m, s, s->length + item->tokens);
+	for (u32 g = 0; g < m->geo.nr_groups; g++)
 		if (!is_state(m, g) && s->length % m->geo.block_tokens &&
 		    tm_cache_shared(&m->cache, (struct tm_kv_block){
-				    s->block[g][old_end - 1] }))
-			unmap(s, g, old_end - 1);
-	}
+				    s->block[g][last] }))
+			unmap(s, g, last);
 }
 
 /* Let go of what is in no window any more, the last one first. */
@@ -1105,6 +1180,10 @@ int cache_do_extend_many(struct cache_model *m, struct tm_cache_extend *items,
 						   &index[i][g], true);
 		extend_unmap(m, &items[i]);
 	}
+	for (u32 i = 0; i < nr; i++)
+		items[i].copies.nr = TM_NONE;
+	for (u32 i = 0; i < nr; i++)
+		items[i].copies.nr = TM_NONE;
 	expect(m, &w);
 	err = tm_cache_extend(&m->cache, items, nr, evict, &failed);
 	if (refused(m, &w, err)) {
@@ -1164,9 +1243,8 @@ int cache_do_truncate(struct cache_model *m, struct tm_seq_id id, u32 length)
 	else if (no_data(m, s, length))
 		want(&w, -ENODATA);
 	expect(m, &w);
-	for (u32 g = 0; !w.nr && g < m->geo.nr_groups; g++)
-		if (!is_state(m, g) || !length)
-			unmap_range(s, g, length / tokens, m->max_blocks);
+	if (!w.nr)
+		unmap_leaving(m, s, length);
 	err = tm_cache_truncate(&m->cache, id, length);
 	if (refused(m, &w, err))
 		return err;
@@ -1210,7 +1288,7 @@ int cache_do_fork(struct cache_model *m, struct tm_seq_id id, u32 at,
 	struct cache_model_seq *s = cache_seq(m, id), *c;
 	u32 tokens = m->geo.block_tokens, full = at / tokens;
 	u32 need = 0, blocks = 0, nr = 0, first, end;
-	struct tm_cache_copies copies;
+	struct tm_cache_copies copies = { .nr = TM_NONE };
 	struct wants w = { 0 };
 	int err;
 
@@ -1347,10 +1425,11 @@ static void publish(struct cache_model *m, u32 block, u64 tenant, u32 group,
 {
 	struct cache_model_block *b = &m->block[block];
 
-	b->published = true;
 	b->key = (struct tm_prefix_key){ *hash, tenant, group };
 	memcpy(b->data, data, sizeof(b->data));
-	tell(m, TM_CACHE_STORED, &b->key, index, parent);
+	if (!nr_of_key(m, &b->key))
+		tell(m, TM_CACHE_STORED, &b->key, index, parent);
+	b->published = true;
 }
 
 int cache_do_publish(struct cache_model *m, struct tm_seq_id id, u32 first,
@@ -1609,12 +1688,11 @@ int cache_do_adopt(struct cache_model *m, struct tm_seq_id id, u32 index,
 			want(&w, -ENOMEM);
 	}
 	expect(m, &w);
-	for (u32 g = 0; s && !w.nr && g < m->geo.nr_groups; g++) {
-		span(m, g, length, &first, &end);
+	if (!w.nr && append)
+		unmap_leaving(m, s, length);
+	for (u32 g = 0; !w.nr && g < m->geo.nr_groups; g++)
 		if (hits[g] != TM_NONE)
 			unmap(s, g, is_state(m, g) ? 0 : index);
-		unmap_range(s, g, 0, first);
-	}
 	err = tm_cache_adopt(&m->cache, id, index, hash, tokens, evict,
 			     &copies);
 	if (refused(m, &w, err))

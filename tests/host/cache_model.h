@@ -20,7 +20,7 @@
 #include "harness.h"
 
 #define CACHE_SEQS	8
-#define CACHE_GROUPS	5
+#define CACHE_GROUPS	TM_KV_GROUPS
 /* Of a sequence in a group. */
 #define CACHE_BLOCKS	16
 /* Of a block. */

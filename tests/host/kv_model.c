@@ -40,7 +40,7 @@ static const char *check_chunk(const struct tm_kv_pool *pool, u32 v)
 
 static const char *check_lists(const struct tm_kv_pool *pool)
 {
-	u32 chunks = 0, slots = 0, records = 0, used = 0;
+	u32 chunks = 0, slots = 0, records = 0, used = 0, marks = 0;
 
 	for (u32 n = 0; n < TM_KV_LISTS; n++) {
 		u32 prev = TM_NONE;
@@ -81,18 +81,84 @@ static const char *check_lists(const struct tm_kv_pool *pool)
 	}
 	if (used + records != pool->nr_blocks)
 		return "a record is lost";
+	for (u32 b = 0; b < pool->nr_blocks; b++)
+		if (pool->blocks[b].group != TM_NONE)
+			marks += (pool->blocks[b].pages - 1) / TM_KV_MARK_PAGES;
+	for (u32 m = pool->free_mark; m < pool->nr_marks;
+	     m = pool->marks[m].link) {
+		if (pool->marks[m].nth)
+			return "a mark of a block is on the list of those of none";
+		if (++marks > pool->nr_marks)
+			return "the list of marks is a ring, or too long";
+	}
+	if (marks != pool->nr_marks)
+		return "a mark is lost";
+	return NULL;
+}
+
+/*
+ * Where a mark jumps to: its number from 0, written as a sum of as large 2^n - 1 as
+ * possible, without the last of these.
+ */
+static u32 jump_from(u32 nth)
+{
+	u32 left = nth - 1, weight = 1;
+
+	while (left) {
+		for (weight = 1; 2 * weight + 1 <= left;)
+			weight = 2 * weight + 1;
+		left -= weight;
+	}
+	return nth > 1 ? nth - weight : 1;
+}
+
+static const char *check_mark(const struct tm_kv_pool *pool, u32 b, u32 m,
+			      u32 nth, u32 before)
+{
+	const struct tm_kv_mark *mark = &pool->marks[m];
+
+	if (mark->block != b || mark->nth != nth)
+		return "a mark is of another page";
+	if (nth == 1)
+		before = m;
+	if (mark->before != before)
+		return "a mark does not know the one before it";
+	/* The marks before this one are known to be right. */
+	while (pool->marks[before].nth > jump_from(nth))
+		before = pool->marks[before].before;
+	if (mark->jump != before)
+		return "a mark jumps elsewhere";
 	return NULL;
 }
 
 /* Count the pages of block @b in @seen. */
 static const char *check_block(const struct tm_kv_pool *pool, u32 b, u8 *seen)
 {
-	u32 pages = tm_chunk_pages(pool->geo.pages), nr = 0;
+	u32 pages = tm_chunk_pages(pool->geo.pages), nr = 0, mark = TM_NONE;
 	const struct tm_kv_record *record = &pool->blocks[b];
 	u32 link = record->link, start = link;
+	const char *error;
 
-	for (; !(link >> 31); link = pool->links[link - 1]) {
-		u32 v = (link - 1) / pages;
+	for (;; link = pool->links[link - 1]) {
+		u32 v, m = (link & ~(1u << 31)) - pool->nr_blocks;
+
+		if (link >> 31 && (link & ~(1u << 31)) < pool->nr_blocks)
+			break;
+		if (link >> 31) {
+			if (m >= pool->nr_marks)
+				return "a link leads to a mark that is not there";
+			if (!nr || nr % TM_KV_MARK_PAGES)
+				return "a mark is where there should be none";
+			error = check_mark(pool, b, m, nr / TM_KV_MARK_PAGES,
+					   mark);
+			if (error)
+				return error;
+			mark = m;
+			link = pool->marks[m].link;
+		} else if (nr && nr % TM_KV_MARK_PAGES == 0) {
+			return "a page has no mark";
+		}
+		v = (link - 1) / pages;
 
 		if (!link || v >= pool->nr_slots || !pool->chunks[v].in_pool)
 			return "a block has a page that is not in the pool";
@@ -110,6 +176,8 @@ static const char *check_block(const struct tm_kv_pool *pool, u32 b, u8 *seen)
 		return "a block has not as many pages as it says";
 	if (!nr || nr > pool->geo.block_pages[record->group])
 		return "a block has more pages than its group says, or none";
+	if (record->mark != mark)
+		return "a block does not know its last mark";
 	return NULL;
 }
 
@@ -221,9 +289,9 @@ static void compare_block(const struct kv_model *model,
 			  const struct tm_kv_pool *pool, u32 nth)
 {
 	struct tm_kv_block block = model->blocks[nth];
-	struct tm_page_id page, again;
-	struct tm_kv_walk walk;
 	u32 pages = model->pages[nth], place = 0;
+	struct tm_kv_walk walk, part = { 0 };
+	struct tm_page_id page, again;
 
 	CHECK_EQ(tm_kv_walk_start(pool, block, &walk), 0);
 	while (tm_kv_walk_next(pool, &walk, &page)) {
@@ -236,15 +304,21 @@ static void compare_block(const struct kv_model *model,
 		if (place % (pages / 8 + 1) == 0 || place == pages - 1) {
 			CHECK_EQ(tm_kv_page(pool, block, place, &again), 0);
 			CHECK_EQ(again.v, page.v);
+			CHECK_EQ(tm_kv_walk_at(pool, block, place, &part), 0);
 		}
+		/* Who has gone to the middle goes on from there as all others. */
+		CHECK(tm_kv_walk_next(pool, &part, &again));
+		CHECK_EQ(again.v, page.v);
 		place++;
 	}
 	CHECK_EQ(place, pages);
 	CHECK_EQ(tm_kv_pages(pool, block), pages);
 	CHECK_EQ(tm_kv_page(pool, block, pages, &again), -EINVAL);
+	CHECK_EQ(tm_kv_walk_at(pool, block, pages, &part), -EINVAL);
 	CHECK_EQ(pool->blocks[block.v].run, model->run[nth]);
 	/* The end stays the end. */
 	CHECK(!tm_kv_walk_next(pool, &walk, &page));
+	CHECK(!tm_kv_walk_next(pool, &part, &page));
 }
 
 void kv_model_compare(const struct kv_model *model,
@@ -277,6 +351,9 @@ void kv_snapshot_take(struct kv_snapshot *snapshot,
 	       sizeof(*pool->links));
 	memcpy(snapshot->blocks, pool->blocks,
 	       pool->nr_blocks * sizeof(*pool->blocks));
+	if (pool->marks)
+		memcpy(snapshot->marks, pool->marks,
+		       pool->nr_marks * sizeof(*pool->marks));
 }
 
 bool kv_snapshot_same(const struct kv_snapshot *snapshot,
@@ -289,7 +366,10 @@ bool kv_snapshot_same(const struct kv_snapshot *snapshot,
 		       (pool->nr_slots << pool->geo.pages.chunk_order) *
 		       sizeof(*pool->links)) &&
 	       !memcmp(snapshot->blocks, pool->blocks,
-		       pool->nr_blocks * sizeof(*pool->blocks));
+		       pool->nr_blocks * sizeof(*pool->blocks)) &&
+	       (!pool->marks ||
+		!memcmp(snapshot->marks, pool->marks,
+			pool->nr_marks * sizeof(*pool->marks)));
 }
 
 void kv_snapshot_restore(const struct kv_snapshot *snapshot,
@@ -303,6 +383,9 @@ void kv_snapshot_restore(const struct kv_snapshot *snapshot,
 	       sizeof(*pool->links));
 	memcpy(pool->blocks, snapshot->blocks,
 	       pool->nr_blocks * sizeof(*pool->blocks));
+	if (pool->marks)
+		memcpy(pool->marks, snapshot->marks,
+		       pool->nr_marks * sizeof(*pool->marks));
 }
 
 static struct kv_snapshot before;
@@ -588,6 +671,7 @@ void kv_do_bad_free(const struct kv_model *model, struct tm_kv_pool *pool,
 	CHECK_EQ(tm_kv_walk_start(pool, block, &walk), -EINVAL);
 	CHECK_EQ(tm_kv_pages(pool, block), 0);
 	CHECK_EQ(tm_kv_page(pool, block, 0, &page), -EINVAL);
+	CHECK_EQ(tm_kv_walk_at(pool, block, 0, &walk), -EINVAL);
 	CHECK_EQ(tm_kv_shrink(pool, block, 1), -EINVAL);
 	CHECK_EQ(tm_kv_regrow(pool, block), -EINVAL);
 	CHECK(kv_snapshot_same(&before, pool));

@@ -13,6 +13,7 @@
 #define KV_MODEL_CHUNKS	8
 #define KV_MODEL_PAGES	(1u << TM_MAX_CHUNK_ORDER)
 #define KV_MODEL_BLOCKS	(KV_MODEL_CHUNKS * KV_MODEL_PAGES)
+#define KV_MODEL_MARKS	(KV_MODEL_BLOCKS / TM_KV_MARK_PAGES)
 
 /* The page is set aside for a move. */
 #define KV_MODEL_MOVING	(TM_NONE - 1)
@@ -51,6 +52,7 @@ struct kv_snapshot {
 	struct tm_kv_chunk chunks[KV_MODEL_CHUNKS];
 	u32 links[KV_MODEL_CHUNKS * KV_MODEL_PAGES];
 	struct tm_kv_record blocks[KV_MODEL_BLOCKS];
+	struct tm_kv_mark marks[KV_MODEL_MARKS];
 };
 
 /*

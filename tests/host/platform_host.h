@@ -3,10 +3,10 @@
  * What core/platform.h promises, made of the C library, for the host library and
  * its tests.
  *
- * Stricter than the kernel where that finds bugs: a bit search of 0 aborts, a
- * lock that is not held aborts, a warning nobody expects aborts, and any table
- * allocation can be made to fail. With NDEBUG (the library for benchmarks) the
- * first two cost nothing, as in a kernel without lockdep.
+ * Stricter than the kernel where that finds bugs: a bit search of 0 aborts, an index
+ * out of range aborts, a lock that is not held aborts, a warning nobody expects aborts,
+ * and any table allocation can be made to fail. With NDEBUG (the library for benchmarks)
+ * the first three cost nothing, as in a kernel without lockdep.
  */
 #ifndef TM_PLATFORM_HOST_H
 #define TM_PLATFORM_HOST_H
@@ -78,6 +78,28 @@ static inline unsigned int tm_fls32(u32 v)
 {
 	tm_host_require(v);
 	return 31u - (unsigned int)__builtin_clz(v);
+}
+
+/* The same numbers in each run. */
+static inline u64 tm_random64(void)
+{
+	static u64 state;
+	u64 v = state += 0x9e3779b97f4a7c15;
+
+	v = (v ^ (v >> 30)) * 0xbf58476d1ce4e5b9;
+	v = (v ^ (v >> 27)) * 0x94d049bb133111eb;
+	return v ^ (v >> 31);
+}
+
+static inline u32 tm_index(u32 i, u32 size)
+{
+	tm_host_require(i < size);
+	(void)size;
+	return i;
+}
+
+static inline void tm_relax(void)
+{
 }
 
 void *tm_table_alloc(size_t n, size_t size);

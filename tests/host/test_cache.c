@@ -1130,17 +1130,19 @@ TEST(cache_duplicates_go_one_by_one)
 	CHECK_EQ(block_of(b, 0, 0), block[2]);
 	CHECK_EQ(cache_do_close(&m, b), 0);
 	CHECK_EQ(cache_do_close(&m, a[2]), 0);
-	for (u32 i = 0; i < 3; i++)
-		CHECK(cache_do_next_event(&m, &event));
+	/* Told is what can be found, and that is one name. */
+	CHECK(cache_do_next_event(&m, &event));
+	CHECK_EQ(event.type, TM_CACHE_STORED);
 	for (u32 i = 0; i < 3; i++) {
 		u32 want[3] = { block[1], block[0], block[2] };
 
+		CHECK(!cache_do_next_event(&m, &event));
 		CHECK_EQ(match(1, 1, 1), 1);
 		expect_evicted(&want[i], 1);
-		CHECK(cache_do_next_event(&m, &event));
-		CHECK_EQ(event.type, TM_CACHE_REMOVED);
-		CHECK(!cache_do_next_event(&m, &event));
 	}
+	CHECK(cache_do_next_event(&m, &event));
+	CHECK_EQ(event.type, TM_CACHE_REMOVED);
+	CHECK(!cache_do_next_event(&m, &event));
 	CHECK_EQ(match(1, 1, 1), 0);
 	cache_teardown(&m);
 }
@@ -1798,6 +1800,44 @@ TEST(cache_states)
 	cache_teardown(&m);
 }
 
+/* As many groups as there can be, of all rules: each goes its own way. */
+TEST(cache_of_the_most_groups)
+{
+	struct tm_kv_group groups[TM_KV_GROUPS];
+	struct tm_geometry g = tm_geometry(16);
+	struct tm_seq_id a, b, child;
+
+	for (u32 i = 0; i < TM_KV_GROUPS; i++)
+		groups[i] = i % 3 == 0 ? cache_full(g, TOKENS, 1, 1) :
+			    i % 3 == 1 ? cache_window(g, TOKENS, 1, 1, i) :
+					 cache_state(g, 1, 1);
+	setup(16, groups, TM_KV_GROUPS, TOKENS, 4 * TOKENS, 3, 6);
+	add_chunks(6);
+	a = write_seq(1, 2);
+	publish_all(a, 1);
+	b = open_seq(1);
+	CHECK_EQ(lookup(b, 1, 2, false), 2);
+	CHECK_EQ(cache_do_adopt(&m, b, 2, names(1, 1, 1), TOKENS, false), 0);
+	CHECK_EQ(cache_do_extend(&m, b, 2, false), 0);
+	CHECK_EQ(cache_do_seal(&m, b, 3), 0);
+	CHECK_EQ(cache_do_fork(&m, b, 3 * TOKENS + 2, false, &child), 0);
+	CHECK_EQ(cache_do_truncate(&m, b, 0), 0);
+	CHECK_EQ(cache_do_truncate(&m, a, TOKENS), -ENODATA);
+	CHECK_EQ(cache_do_close(&m, a), 0);
+	CHECK(!cache_do_evict(&m));
+	cache_teardown(&m);
+
+	/* Without states one can be cut anywhere. */
+	for (u32 i = 2; i < TM_KV_GROUPS; i += 3)
+		groups[i] = groups[0];
+	setup(16, groups, TM_KV_GROUPS, TOKENS, 4 * TOKENS, 3, 6);
+	add_chunks(6);
+	a = write_seq(1, 1);
+	CHECK_EQ(cache_do_truncate(&m, a, 2), 0);
+	CHECK_EQ(cache_do_fork(&m, a, 1, false, &child), 0);
+	cache_teardown(&m);
+}
+
 /* A state that was packed has not the pages for another one. */
 TEST(cache_adopts_over_a_packed_state)
 {
@@ -2167,7 +2207,13 @@ TEST(cache_init_refuses)
 	tm_sleep_lock_t lock = { false };
 	struct tm_cache_config config;
 
-#define REFUSED(change)								do {										config = good;								change;									CHECK_EQ(tm_cache_init(&cache, &config, &lock),					 -EINVAL);							CHECK_EQ(tm_host_tables(), 0);					} while (0)
+#define REFUSED(change)							\
+	do {								\
+		config = good;						\
+		change;							\
+		CHECK_EQ(tm_cache_init(&cache, &config, &lock), -EINVAL);	\
+		CHECK_EQ(tm_host_tables(), 0);				\
+	} while (0)
 
 	REFUSED(config.max_tokens = 0);
 	REFUSED(config.max_seqs = 0);
@@ -2176,6 +2222,9 @@ TEST(cache_init_refuses)
 	REFUSED(config.max_tokens = ~0u);
 	REFUSED((config.max_seqs = TM_CACHE_MAX_SEQS,
 		 config.max_tokens = 1025 * TOKENS));
+	/* 2^32 entries, which in 32 bits are none. */
+	REFUSED((config.max_seqs = 1u << 15,
+		 config.max_tokens = (1u << 17) * TOKENS));
 	REFUSED((config.max_seqs = 1,
 		 config.max_tokens = TM_CACHE_MAX_ENTRIES * TOKENS + 1));
 	REFUSED(config.nr_events = 3);
@@ -2264,6 +2313,7 @@ static void unlocked(void *which)
 	struct tm_cache_copies copies;
 	struct tm_cache_event event;
 	struct tm_cache_page page;
+	struct tm_cache_run run;
 	struct tm_hash name = hash(1);
 	struct tm_kv_block block = { 0 };
 	struct tm_seq_id id = m.seq[0].id;
@@ -2344,6 +2394,12 @@ static void unlocked(void *which)
 	case 22:
 		tm_cache_span(&m.cache, 0, 1, &failed, &failed);
 		break;
+	case 23:
+		(void)!tm_cache_pages(&m.cache, 0, 0, 0, 0, 1, &run);
+		break;
+	case 24:
+		tm_cache_leaving(&m.cache, 0, 0, 1, &failed, &failed);
+		break;
 	}
 }
 
@@ -2353,13 +2409,14 @@ TEST(cache_calls_need_the_lock)
 		"find", "open", "close", "extend", "truncate", "seal", "fork",
 		"page", "write", "shared", "publish", "match", "lookup",
 		"adopt", "reset", "evict", "evictable", "packed", "packable",
-		"pack", "unpack", "next_event", "span",
+		"pack", "unpack", "next_event", "span", "pages",
+		"leaving",
 	};
 
 	setup_full(2, 4, 2, 1);
 	add_chunks(1);
 	write_seq(1, 1);
-	for (int i = 0; i < 23; i++)
+	for (int i = 0; i < 25; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	cache_teardown(&m);
 }

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* Level 2, the kv pool: what a block is, and where its pages lie. */
+#include <sanitizer/asan_interface.h>
+#include <stdlib.h>
+
 #include "kv_model.h"
 
 #define SLOTS	4
@@ -62,7 +65,7 @@ static void teardown(void)
 	CHECK_EQ(pool.nr_chunks, 0);
 	tm_host_unlock(&lock);
 	tm_kv_pool_destroy(&pool);
-	CHECK(!pool.chunks && !pool.links && !pool.blocks);
+	CHECK(!pool.chunks && !pool.links && !pool.blocks && !pool.marks);
 	CHECK_EQ(tm_host_tables(), 0);
 }
 
@@ -332,27 +335,43 @@ TEST(kv_init_refuses)
 	CHECK_EQ(alloc_one(1), -ENOMEM);
 	CHECK_EQ(alloc_one(0), 0);
 	teardown();
+	/* Nor are there numbers for the marks of so many. */
+	geo = sized(12, (u32[]){ 1, 65 }, 2);
+	CHECK_EQ(tm_kv_pool_init(&pool, &geo, (64ull << 22) / 65 + 1, &lock),
+		 -EINVAL);
 	/* The most there can be: refused for want of memory only. */
+	tm_host_fail_table(1);
+	CHECK_EQ(tm_kv_pool_init(&pool, &geo, (64ull << 22) / 65, &lock),
+		 -ENOMEM);
+	geo = sized(12, (u32[]){ 513, 1025 }, 2);
 	tm_host_fail_table(1);
 	CHECK_EQ(tm_kv_pool_init(&pool, &geo, (1u << 22) - 1, &lock), -ENOMEM);
 }
 
 TEST(kv_init_without_memory)
 {
-	struct tm_kv_geometry geo = sized(14, (u32[]){ 3 }, 1);
+	/* Marks are for blocks of more than 64 pages. */
+	static const u32 sizes[] = { 3, 64, 65 };
 
-	for (u32 nth = 1; nth <= 3; nth++) {
-		memset(&pool, 0xa5, sizeof(pool));
-		tm_host_fail_table(nth);
-		CHECK_EQ(tm_kv_pool_init(&pool, &geo, 4, &lock), -ENOMEM);
-		CHECK_EQ(tm_host_tables(), 0);
-		/* A failed init leaves something that destroy accepts. */
-		tm_kv_pool_destroy(&pool);
+	for (u32 i = 0; i < 3; i++) {
+		struct tm_kv_geometry geo = sized(14, &sizes[i], 1);
+		u32 tables = sizes[i] > 64 ? 4 : 3;
+
+		for (u32 nth = 1; nth <= tables; nth++) {
+			memset(&pool, 0xa5, sizeof(pool));
+			tm_host_fail_table(nth);
+			CHECK_EQ(tm_kv_pool_init(&pool, &geo, 4, &lock),
+				 -ENOMEM);
+			CHECK_EQ(tm_host_tables(), 0);
+			/* A failed init leaves something that destroy accepts. */
+			tm_kv_pool_destroy(&pool);
+		}
+		setup(&geo, 4, 0);
+		CHECK_EQ(tm_host_tables(), tables);
+		CHECK_EQ(pool.nr_blocks, 4 * 128 / sizes[i] * 2);
+		CHECK_EQ(pool.nr_marks, tables == 4 ? 4 * 128 / 64 : 0);
+		teardown();
 	}
-	setup(&geo, 4, 0);
-	CHECK_EQ(tm_host_tables(), 3);
-	CHECK_EQ(pool.nr_blocks, 4 * 128 / 3 * 2);
-	teardown();
 }
 
 TEST(kv_destroy_warns_of_chunks)
@@ -662,6 +681,151 @@ TEST(kv_numbers_run_out)
 	CHECK_EQ(kv_do_alloc(&model, &pool, (u32[]){ 0, 4096 }), -ENOMEM);
 	CHECK_EQ(tm_kv_missing(&pool, (u32[]){ 0, 4096 }), (1u << 23) - 1);
 	teardown();
+}
+
+/*
+ * Steps are counted by hiding all but what may be looked at: the sanitizer ends the test
+ * where something else is.
+ */
+static void hide(void *table, size_t size)
+{
+	ASAN_POISON_MEMORY_REGION(table, size);
+	(void)table;
+	(void)size;
+}
+
+static void show(void *entry, size_t size)
+{
+	ASAN_UNPOISON_MEMORY_REGION(entry, size);
+	(void)entry;
+	(void)size;
+}
+
+static void hide_chains(void)
+{
+	hide(pool.links, (size_t)pool.nr_slots * kv_model_pages(&model) *
+			 sizeof(*pool.links));
+	hide(pool.marks, pool.nr_marks * sizeof(*pool.marks));
+}
+
+static void show_chains(void)
+{
+	show(pool.links, (size_t)pool.nr_slots * kv_model_pages(&model) *
+			 sizeof(*pool.links));
+	show(pool.marks, pool.nr_marks * sizeof(*pool.marks));
+}
+
+/* The marks on the way to the @nth of block @b, and those passed over. */
+static u32 way_to(u32 b, u32 nth, u32 *way)
+{
+	u32 m = pool.blocks[b].mark, nr = 0;
+
+	if (!nth)
+		return 0;
+	way[nr++] = m;
+	while (pool.marks[m].nth > nth) {
+		u32 jump = pool.marks[m].jump;
+
+		way[nr++] = jump;
+		m = pool.marks[jump].nth < nth ? pool.marks[m].before : jump;
+		way[nr++] = m;
+	}
+	return nr;
+}
+
+/*
+ * Show the way to a page, whose 64 begin at @start, and what is behind it up to the next
+ * mark. @pages has the block's.
+ */
+static void show_way(u32 b, u32 index, const u32 *pages)
+{
+	u32 start = index & ~63u, way[96], nr;
+
+	show_chains();
+	nr = way_to(b, index / 64, way);
+	/* For twice as many marks it is some more: 16384 have 2^14. */
+	CHECK(nr <= 2 * 2 * 14);
+	if (start + 64 < pool.blocks[b].pages)
+		way[nr++] = (pool.links[pages[start + 63]] & ~(1u << 31)) -
+			    pool.nr_blocks;
+	hide_chains();
+	while (nr)
+		show(&pool.marks[way[--nr]], sizeof(*pool.marks));
+	for (u32 i = start; i < start + 64 && i < pool.blocks[b].pages; i++)
+		show(&pool.links[pages[i]], sizeof(*pool.links));
+}
+
+/* Wherever in the largest block: it is not walked to, nor back from. */
+TEST(kv_steps_in_the_largest_block)
+{
+	u32 size[2] = { 1u << 20, 3 }, chunk = TM_CHUNK_SIZE >> 12;
+	struct tm_kv_geometry geo = sized(12, size, 2);
+	u32 *pages = calloc(size[0], sizeof(*pages)), nr = 0, slots = 2049;
+	struct tm_kv_block block, small[80];
+	struct tm_rng rng = { 1 };
+	struct tm_page_id page;
+	struct tm_chunk_id id;
+	struct tm_kv_walk walk;
+	struct tm_kv_move move;
+
+	CHECK(pages);
+	lock.held = false;
+	CHECK_EQ(tm_kv_pool_init(&pool, &geo, slots, &lock), 0);
+	kv_model_init(&model, &geo, 1);
+	tm_host_lock(&lock);
+	for (u32 i = 0; i < slots; i++)
+		CHECK_EQ(tm_kv_add_chunk(&pool, (struct tm_chunk_id){ i }), 0);
+	CHECK_EQ(tm_kv_alloc(&pool, (u32[]){ 1, 0 }, &block), 0);
+	CHECK_EQ(tm_kv_alloc(&pool, (u32[]){ 0, 80 }, small), 0);
+	CHECK_OK(kv_check(&pool));
+	for (u32 link = pool.blocks[block.v].link; nr < size[0];) {
+		pages[nr++] = link - 1;
+		link = pool.links[link - 1];
+		if (link - (1u << 31) >= pool.nr_blocks && link >> 31)
+			link = pool.marks[link - (1u << 31) -
+					  pool.nr_blocks].link;
+	}
+	for (u32 i = 0; i < 4000; i++) {
+		u32 index = tm_rand_below(&rng, size[0]);
+
+		if (i < 200)
+			index = i < 100 ? i : size[0] - 1 - (i - 100);
+		tm_op("page %u", index);
+		show_way(block.v, index, pages);
+		CHECK_EQ(tm_kv_walk_at(&pool, block, index, &walk), 0);
+		show_chains();
+		CHECK_EQ(walk.link, pages[index] + 1);
+	}
+	/* Its last chunk is the one to empty. */
+	CHECK_EQ(tm_kv_shrink(&pool, block, size[0] - 300), 0);
+	for (u32 i = size[0] - chunk; i < size[0] - 300; i++) {
+		tm_op("move page %u", i);
+		show_way(block.v, i, pages);
+		/* Where it goes; what leads to it, at its end. */
+		show(&pool.links[pages[i - 1]], sizeof(*pool.links));
+		for (u32 p = 0; p < chunk; p++)
+			show(&pool.links[pages[size[0] - 1] / chunk * chunk + p],
+			     sizeof(*pool.links));
+		CHECK_EQ(tm_kv_move_begin(&pool, &move), 0);
+		CHECK_EQ(move.block.v, block.v);
+		CHECK_EQ(move.index, i);
+		show(&pool.links[pool.moving.to], sizeof(*pool.links));
+		CHECK_EQ(tm_kv_move_end(&pool, true), 0);
+		show_chains();
+		pages[i] = move.to.v;
+		CHECK_EQ(tm_kv_page(&pool, block, i, &page), 0);
+		CHECK_EQ(page.v, move.to.v);
+	}
+	CHECK_OK(kv_check(&pool));
+	CHECK_EQ(tm_kv_free(&pool, block), 0);
+	for (u32 i = 0; i < 80; i++)
+		CHECK_EQ(tm_kv_free(&pool, small[i]), 0);
+	CHECK_OK(kv_check(&pool));
+	while (!tm_kv_remove_chunk(&pool, &id))
+		;
+	tm_host_unlock(&lock);
+	tm_kv_pool_destroy(&pool);
+	free(pages);
 }
 
 /* A page on its way when its block is shrunk: it stays, or it is gone. */
@@ -1014,6 +1178,9 @@ static void unlocked(void *which)
 	case 13:
 		(void)!tm_kv_page(&pool, block, 0, &page);
 		break;
+	case 14:
+		(void)!tm_kv_walk_at(&pool, block, 0, &walk);
+		break;
 	}
 }
 
@@ -1022,12 +1189,12 @@ TEST(kv_calls_need_the_lock)
 	static const char *const calls[] = {
 		"add_chunk", "remove_chunk", "missing", "alloc", "free",
 		"walk_start", "walk_next", "move_begin", "move_end", "lack",
-		"pages", "shrink", "regrow", "page",
+		"pages", "shrink", "regrow", "page", "walk_at",
 	};
 	struct tm_kv_geometry geo = sized(12, (u32[]){ 3 }, 1);
 
 	setup(&geo, 2, 1);
-	for (int i = 0; i < 14; i++)
+	for (int i = 0; i < 15; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	teardown();
 }
@@ -1094,7 +1261,7 @@ TEST_PAGE_SIZES(kv_check_finds_damage)
 	EXPECT("a block ends as another one", links[pages - 5] ^= 1);
 	EXPECT("a run is not one", links[0]++);
 	EXPECT("a block has not as many pages as it says",
-	       (pool.blocks[0].run = false, pool.blocks[0].link++));
+	       (pool.blocks[1].run = false, pool.blocks[1].link++));
 	EXPECT("a block has not as many pages as it says",
 	       pool.blocks[0].pages++);
 	EXPECT("a block has more pages than its group says, or none",
@@ -1106,6 +1273,31 @@ TEST_PAGE_SIZES(kv_check_finds_damage)
 	       (c->bits[(pages - 1) / 64] ^= 1ull << ((pages - 1) % 64),
 		c->nr_free--, pool.free_pages--));
 	EXPECT("a group's count is not its blocks", pool.used[1]++);
+	if (size[1] > 2 * TM_KV_MARK_PAGES) {
+		struct tm_kv_mark *last = &pool.marks[pool.blocks[0].mark];
+		u32 *to = &links[TM_KV_MARK_PAGES - 1];
+
+		EXPECT("a link leads to a mark that is not there",
+		       *to = (1u << 31) + pool.nr_blocks + pool.nr_marks);
+		EXPECT("a mark is where there should be none", links[0] = *to);
+		EXPECT("a page has no mark",
+		       *to = pool.marks[*to - (1u << 31) - pool.nr_blocks].link);
+		EXPECT("a mark is of another page", last->block = 1);
+		EXPECT("a mark is of another page", last->nth--);
+		EXPECT("a mark does not know the one before it",
+		       last->before = pool.blocks[0].mark);
+		EXPECT("a mark jumps elsewhere",
+		       last->jump = pool.blocks[0].mark);
+		EXPECT("a block does not know its last mark",
+		       pool.blocks[0].mark = last->before);
+	}
+	if (pool.nr_marks) {
+		EXPECT("a mark of a block is on the list of those of none",
+		       pool.marks[pool.free_mark].nth = 1);
+		EXPECT("the list of marks is a ring, or too long",
+		       pool.marks[pool.free_mark].link = pool.free_mark);
+		EXPECT("a mark is lost", pool.free_mark = pool.nr_marks);
+	}
 	EXPECT("the mask of lists is wrong", pool.lists[0] ^= 1u << 31);
 	EXPECT("the mask of lists is wrong", pool.head[pages] = TM_NONE);
 	EXPECT("a chunk is on the list of another count",
