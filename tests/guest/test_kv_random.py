@@ -19,22 +19,22 @@ LARGE_PAGES = os.sysconf("SC_PAGESIZE") > 4096
 
 #: One worker: the model is exact. Runs and their shares of the total; two of them at a time.
 ALONE = {
-    "--shape full --tight": 3,
-    "--shape window --tight": 2,
-    "--shape state --quota": 2,
-    "--shape groups --tight": 1,
-    "--shape odd --tight": 2,
-    "--shape full --maps 2": 2,
+    "--shape full --tight": 6,
+    "--shape window --tight": 4,
+    "--shape state --quota": 4,
+    "--shape groups --tight": 2,
+    "--shape odd --tight": 4,
+    "--shape full --maps 2": 4,
     "--shape groups --maps 2": 1,
-    "--shape state": 1,
+    "--shape state": 2,
     "--shape large --private": 1,
 }
 #: Several, with sequences of their own in one cache.
 TOGETHER = {
-    "--shape window --threads 3 --reader": 2,
-    "--shape full --tight --processes 2 --threads 2 --reader": 2,
-    "--shape groups --tight --processes 3 --maps 2": 1,
-    "--shape state --tight --threads 4 --reader": 1,
+    "--shape window --threads 3 --reader": 4,
+    "--shape full --tight --processes 2 --threads 2 --reader": 3,
+    "--shape groups --tight --processes 3 --maps 2": 2,
+    "--shape state --tight --threads 4 --reader": 2,
     "--shape large --private --threads 2": 1,
 }
 RUNS = ALONE | TOGETHER
