@@ -9,6 +9,7 @@
 #include <linux/kconfig.h>
 #include <linux/mutex.h>
 #include <linux/scatterlist.h>
+#include <linux/sched/signal.h>
 
 #include "codec.h"
 
@@ -23,10 +24,14 @@ static int tm_codec_find(void)
 {
 	struct crypto_acomp *codec = ERR_PTR(-ENOENT);
 
-	for (u32 i = 0; IS_ERR(codec) && i < ARRAY_SIZE(tm_codec_names); i++)
+	/* The next one only where there is none: not where memory is short just now. */
+	for (u32 i = 0; codec == ERR_PTR(-ENOENT) &&
+			i < ARRAY_SIZE(tm_codec_names); i++)
 		codec = crypto_alloc_acomp(tm_codec_names[i], 0, 0);
+	if (codec == ERR_PTR(-ENOENT))
+		return -EOPNOTSUPP;
 	if (IS_ERR(codec))
-		return PTR_ERR(codec) == -ENOMEM ? -ENOMEM : -EOPNOTSUPP;
+		return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
 	WRITE_ONCE(tm_codec, codec);
 	return 0;
 }
@@ -34,7 +39,7 @@ static int tm_codec_find(void)
 /**
  * tm_codec_init - find a codec, once
  *
- * Context: may sleep. Return: 0, -EOPNOTSUPP, -ENOMEM.
+ * Context: may sleep. Return: 0, -EOPNOTSUPP, -ENOMEM, -EINTR.
  */
 int tm_codec_init(void)
 {

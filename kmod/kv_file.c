@@ -175,6 +175,30 @@ static int tm_kv_file_close(struct tm_kv *kv, void __user *arg, size_t size)
 	return tm_kv_close(kv, (struct tm_seq_id){ close.sequence });
 }
 
+/*
+ * Tell the caller the lengths before the sequences have them, so that nothing is left to
+ * write once the call has succeeded. It goes through only if they are right still.
+ */
+static int tm_kv_file_foretell(struct tm_kv *kv, const struct tm_items *items,
+			       struct tm_cache_extend *extend, u32 *failed)
+{
+	int err = 0;
+
+	for (u32 i = 0; !err && i < items->count; i++) {
+		struct tensormem_kv_extend result = {
+			.sequence = extend[i].id.v,
+			.tokens = extend[i].tokens,
+		};
+
+		*failed = i;
+		extend[i].length = tm_kv_length(kv, extend[i].id);
+		result.length = extend[i].length + result.tokens;
+		err = tm_args_out(tm_item(items, i), items->size, &result,
+				  sizeof(result));
+	}
+	return err;
+}
+
 static int tm_kv_file_extend(void *object, const struct tm_items *items,
 			     u32 *failed)
 {
@@ -193,26 +217,16 @@ static int tm_kv_file_extend(void *object, const struct tm_items *items,
 				 tm_item(items, i), items->size);
 		if (!err && request.flags)
 			err = -EINVAL;
-		/* Writable, or there is no telling what it has become. */
-		if (!err)
-			err = tm_args_out(tm_item(items, i), items->size,
-					  &request, sizeof(request));
 		if (err)
 			goto out;
 		extend[i].id = (struct tm_seq_id){ request.sequence };
 		extend[i].tokens = request.tokens;
 	}
-	err = tm_kv_extend(kv, extend, items->count, failed);
-	for (u32 i = 0; !err && i < items->count; i++) {
-		request = (struct tensormem_kv_extend){
-			.sequence = extend[i].id.v,
-			.tokens = extend[i].tokens,
-			.length = extend[i].length + extend[i].tokens,
-		};
-		*failed = i;
-		err = tm_args_out(tm_item(items, i), items->size, &request,
-				  sizeof(request));
-	}
+	do {
+		err = tm_kv_file_foretell(kv, items, extend, failed);
+		if (!err)
+			err = tm_kv_extend(kv, extend, items->count, failed);
+	} while (err == -ESTALE);
 out:
 	kvfree(extend);
 	return err;
@@ -309,13 +323,21 @@ static int tm_kv_file_hashes(struct tm_kv *kv, void __user *arg, size_t size,
 	else
 		err = call(kv, &request, hashes);
 	kvfree(hashes);
-	return err ?: tm_args_out(arg, size, &request, sizeof(request));
+	if (err)
+		return err;
+	err = tm_args_out(arg, size, &request, sizeof(request));
+	if (err && request.matched && !(request.flags & TENSORMEM_KV_PEEK))
+		return tm_kv_truncate(kv, (struct tm_seq_id){ request.sequence },
+				      0) ?: err;
+	return err;
 }
 
 static int tm_kv_file_adopt(struct tm_kv *kv, void __user *arg, size_t size)
 {
+	u32 bt = kv->cache.pool.geo.block_tokens;
 	struct tensormem_kv_adopt adopt;
 	struct tm_hash hash;
+	struct tm_seq_id id;
 	int err;
 
 	err = tm_args_in(&adopt, sizeof(adopt), TM_MIN_ADOPT, arg, size);
@@ -323,13 +345,21 @@ static int tm_kv_file_adopt(struct tm_kv *kv, void __user *arg, size_t size)
 		return err;
 	if (adopt.flags || adopt.pad)
 		return -EINVAL;
-	err = tm_args_out(arg, size, &adopt, sizeof(adopt));
-	if (err)
-		return err;
 	memcpy(&hash, &adopt.hash, sizeof(hash));
-	err = tm_kv_adopt(kv, (struct tm_seq_id){ adopt.sequence }, adopt.block,
-			  &hash, adopt.tokens, &adopt.length);
-	return err ?: tm_args_out(arg, size, &adopt, sizeof(adopt));
+	id.v = adopt.sequence;
+	do {
+		/* Foretold, as an extension's. */
+		u32 length = tm_kv_length(kv, id);
+		u64 before = (u64)adopt.block * bt;
+
+		adopt.length = length == before ?
+			       length + (adopt.tokens ?: bt) : length;
+		err = tm_args_out(arg, size, &adopt, sizeof(adopt));
+		if (!err)
+			err = tm_kv_adopt(kv, id, adopt.block, &hash,
+					  adopt.tokens, length);
+	} while (err == -ESTALE);
+	return err;
 }
 
 static void tm_kv_describe(const struct tm_kv *kv, u32 place,

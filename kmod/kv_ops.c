@@ -135,6 +135,19 @@ int tm_kv_open(struct tm_kv *kv, u64 tenant, struct tm_seq_id *id)
 	return err;
 }
 
+/* Tokens of a sequence, 0 when there is none. Context: may sleep. */
+u32 tm_kv_length(struct tm_kv *kv, struct tm_seq_id id)
+{
+	u32 place, length = 0;
+
+	down_read(&kv->lock);
+	place = tm_cache_find(&kv->cache, id);
+	if (place != TM_NONE)
+		length = tm_cache_seq(&kv->cache, place)->length;
+	up_read(&kv->lock);
+	return length;
+}
+
 /**
  * tm_kv_close - end a sequence
  * @kv: the cache
@@ -239,11 +252,24 @@ static void tm_kv_after_extend(struct tm_kv *kv,
 		tm_kv_seal(kv, place, item->id, full);
 }
 
+/* Whether the sequence does not have the length that the caller was told. */
+static bool tm_kv_stale(const struct tm_kv *kv, struct tm_seq_id id, u32 length)
+{
+	u32 place = tm_cache_find(&kv->cache, id);
+
+	return place != TM_NONE &&
+	       tm_cache_seq(&kv->cache, place)->length != length;
+}
+
 static int tm_kv_call_extend(struct tm_kv *kv, void *args, bool evict)
 {
 	struct tm_kv_extend_args *extend = args;
 	int err;
 
+	for (u32 i = 0; i < extend->nr; i++)
+		if (tm_kv_stale(kv, extend->items[i].id,
+				extend->items[i].length))
+			return -ESTALE;
 	for (u32 i = 0; i < extend->nr; i++)
 		tm_kv_before_extend(kv, &extend->items[i]);
 	err = tm_cache_extend(&kv->cache, extend->items, extend->nr, evict,
@@ -256,12 +282,12 @@ static int tm_kv_call_extend(struct tm_kv *kv, void *args, bool evict)
 /**
  * tm_kv_extend - make room for more tokens, in all of several sequences or none
  * @kv: the cache
- * @items: the sequences and how many tokens each; &tm_cache_extend.length is filled in
+ * @items: the sequences, how many tokens each, and what lengths they are known to have
  * @nr: how many
  * @failed: on failure the item concerned
  *
- * Context: may sleep. Return: 0, -ENOENT, -EINVAL, -ERANGE as tm_cache_extend(), or as
- * tm_kv_do().
+ * Context: may sleep. Return: 0, -ESTALE for another length, -ENOENT, -EINVAL, -ERANGE as
+ * tm_cache_extend(), or as tm_kv_do().
  */
 int tm_kv_extend(struct tm_kv *kv, struct tm_cache_extend *items, u32 nr,
 		 u32 *failed)
@@ -483,7 +509,7 @@ struct tm_kv_adopt_args {
 	u32 index;
 	const struct tm_hash *hash;
 	u32 tokens;
-	u32 *length;
+	u32 length;
 };
 
 static int tm_kv_call_adopt(struct tm_kv *kv, void *args, bool evict)
@@ -494,9 +520,10 @@ static int tm_kv_call_adopt(struct tm_kv *kv, void *args, bool evict)
 	struct tm_cache_copies copies;
 	int err;
 
+	if (tm_kv_stale(kv, adopt->id, adopt->length))
+		return -ESTALE;
 	if (place != TM_NONE) {
-		u32 full = tm_cache_seq(&kv->cache, place)->length /
-			   geo->block_tokens;
+		u32 full = adopt->length / geo->block_tokens;
 
 		tm_kv_touch(kv, place);
 		if (adopt->index == full)
@@ -513,7 +540,6 @@ static int tm_kv_call_adopt(struct tm_kv *kv, void *args, bool evict)
 	if (err)
 		return err;
 	tm_kv_copy(kv, &copies);
-	*adopt->length = tm_cache_seq(&kv->cache, place)->length;
 	return 0;
 }
 
@@ -524,12 +550,13 @@ static int tm_kv_call_adopt(struct tm_kv *kv, void *args, bool evict)
  * @index: where
  * @hash: the block
  * @tokens: how many of its tokens; 0 means all
- * @length: tokens of the sequence now
+ * @length: tokens that the sequence is known to have
  *
- * Context: may sleep. Return: as tm_cache_adopt(), or as tm_kv_do().
+ * Context: may sleep. Return: -ESTALE for another length; as tm_cache_adopt(), or as
+ * tm_kv_do().
  */
 int tm_kv_adopt(struct tm_kv *kv, struct tm_seq_id id, u32 index,
-		const struct tm_hash *hash, u32 tokens, u32 *length)
+		const struct tm_hash *hash, u32 tokens, u32 length)
 {
 	struct tm_kv_adopt_args args = {
 		.id = id, .index = index, .hash = hash, .length = length,

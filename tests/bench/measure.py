@@ -44,6 +44,7 @@ class Bench:
 
 PAGES = "alloc_pages + __free_pages"
 MMAP = "mmap + touch + munmap"
+MEMFD = "blocks of a memfd, mapped"
 
 BENCHES = {
     "alloc": Bench(
@@ -59,6 +60,20 @@ BENCHES = {
             "user-1m-churn": Spec(MMAP, 0.5),
             "user-1m-reuse": Spec(MMAP, 0.1),
             "map-64m-faults": Spec("4 KiB pages", 1 / 512, "faults"),
+        },
+    ),
+    "kv": Bench(
+        programs=("kv_blocks",),
+        # a trace of requests goes through a model: minutes, on a busy machine many
+        guest=("--memory", "1G", "--append", "init_on_alloc=0", "--timeout", "1800"),
+        rows={
+            "extend": Spec(MEMFD, 0.25),
+            "fork-remap": Spec(MEMFD, 0.1),
+            "fork-copy": Spec("memcpy into fresh memory", 0.1),
+            "attention": Spec("blocks gathered first", 0.83),
+            "fit": Spec("contiguous preallocation", 0.5, "bytes"),
+            "compress": Spec("LZ4 of the same blocks", 0.9, "bytes"),
+            "restore": Spec("computing it again", 0.05),
         },
     ),
 }

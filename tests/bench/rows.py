@@ -44,11 +44,11 @@ def write(name: str, rows: Iterable[Row]) -> None:
 
 
 def table(rows: Iterable[Row]) -> None:
-    print(f"{'row':<28}{'ours':>10}{'peer':>10}{'ratio':>8}{'bound':>9}      peer")
+    print(f"{'row':<28}{'ours':>12}{'peer':>12}{'ratio':>8}{'bound':>9}      peer")
     for row in rows:
         digits = 4 if row.unit == "fraction" else 0
         verdict = "ok  " if row.good else "OVER"
-        print(f"{row.name:<28}{row.ours:>10.{digits}f}{row.peer:>10.{digits}f}{row.ratio:>8.4f}"
+        print(f"{row.name:<28}{row.ours:>12.{digits}f}{row.peer:>12.{digits}f}{row.ratio:>8.4f}"
               f"{row.bound:>9.4f} {verdict} {row.peer_name}")  # fmt: skip
 
 

@@ -193,8 +193,8 @@ static void fail(struct worker *w, const char *format, ...)
 	va_list list;
 
 	/* The first one tells; what others find now may be its consequence. */
-	if (atomic_exchange(&common->failed, true))
-		_exit(1);
+	while (atomic_exchange(&common->failed, true))
+		pause();
 	printf("kv_random: shape %s seed %llu worker %u step %llu: ", shape.name,
 	       (unsigned long long)seed, w->number, (unsigned long long)w->step);
 	va_start(list, format);
@@ -1171,7 +1171,7 @@ static void do_extend(struct worker *w, enum operation op, struct seq **seq, u32
 			for (; first < end; first++)
 				check_block(w, s, g, first);
 		}
-		if (!one_in(w, 8))
+		if (!one_in(w, 4))
 			compute(w, s, had[i], s->length);
 		else
 			s->on_prompt = false;

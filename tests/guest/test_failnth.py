@@ -458,8 +458,10 @@ def test_kv_extend(raw: Raw, kv: KV, view: View, settings: None) -> None:
 
     def check(result: int) -> None:
         query, info = kv.query(seq), kv.info()
-        if result == 0:
-            assert (query.length, item.length) == (200, 200)
+        # the very last copy tells the new length: nothing is taken back for that
+        if result == 0 or (result == errno.EFAULT and query.length):
+            assert query.length == 200
+            assert item.length == 200 or result
             view.check(seq, dict.fromkeys(range(0, 200, 9)))
             view.write(seq, tokens("dirty", 0, 200))
             assert kv.truncate(seq, 0) == 0
@@ -584,10 +586,14 @@ def test_kv_calls_that_need_no_memory(kv: KV, view: View) -> None:
     view.check(seq, tokens("p", 0, 20))
 
     def closed(result: int) -> None:
-        assert kv.try_query(seq)[0] == (errno.ENOENT if result == 0 else 0)
+        there = kv.try_query(Seq(close.sequence, 0))[0]
+        assert there == (errno.ENOENT if result == 0 else 0)
+        if result == 0:
+            close.sequence = kv.open(tokens=20).name
 
     close = abi.KVClose(sequence=seq.name)
     assert errno.EFAULT in sweep(lambda: kv.ioctl(abi.IOC_KV_CLOSE, close), closed)
+    assert kv.end(Seq(close.sequence, 0)) == 0
     assert errno.EFAULT in sweep(lambda: kv.ioctl(abi.IOC_KV_RESET, abi.KVReset()))
 
 

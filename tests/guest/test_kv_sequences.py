@@ -351,7 +351,7 @@ def test_memory_comes_and_goes(raw: Raw) -> None:
 
 
 def test_extend_batch(raw: Raw) -> None:
-    with raw.kv(MIXED, block_tokens=8, max_tokens=100, limit=CHUNK) as kv:
+    with raw.kv(MIXED, block_tokens=8, max_tokens=100, limit=4 * CHUNK) as kv:
         view = kv.view()
         seqs = [kv.open(tokens=n) for n in (0, 1, 7, 8, 30)]
         result, batch, items = kv.extend_batch([(seq, 10) for seq in seqs])
