@@ -755,6 +755,24 @@ static void show_way(u32 b, u32 index, const u32 *pages)
 		show(&pool.links[pages[i]], sizeof(*pool.links));
 }
 
+/* A page of a run is where it has to be: nothing is looked at. */
+TEST_PAGE_SIZES(kv_steps_in_a_run)
+{
+	u32 size = TM_CHUNK_SIZE >> page_shift;
+	struct tm_kv_geometry geo = sized(page_shift, &size, 1);
+	struct tm_kv_walk walk;
+
+	setup(&geo, 1, 1);
+	CHECK_EQ(alloc_one(0), 0);
+	hide_chains();
+	for (u32 i = 0; i < size; i++) {
+		CHECK_EQ(tm_kv_walk_at(&pool, model.blocks[0], i, &walk), 0);
+		CHECK_EQ(walk.link, pool.blocks[model.blocks[0].v].link + i);
+	}
+	show_chains();
+	teardown();
+}
+
 /* Wherever in the largest block: it is not walked to, nor back from. */
 TEST(kv_steps_in_the_largest_block)
 {
