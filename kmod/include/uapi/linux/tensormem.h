@@ -90,6 +90,19 @@
  *              tokens are lost; a touch of them raises SIGBUS.
  *     EOPNOTSUPP  The kernel has no codec to pack KV with. Load the module zstd or lz4.
  *
+ *   and these from model slots only:
+ *
+ *     EACCES   The slot's mode does not let the caller, or the descriptor was not opened
+ *              for it; or TENSORMEM_MODEL_CACHED and the file is another user's. As for files.
+ *     EEXIST   A slot of this name exists, and TENSORMEM_MODEL_EXCL was given.
+ *     EAGAIN   The generation is being loaded still. poll(2) says when it is not.
+ *     ESTALE   The generation cannot be used: tensormem_model_info::error says why.
+ *     EBADMSG  The file is not what was promised: it is shorter, or has another SHA-256.
+ *              Get a whole copy of it.
+ *     ETXTBSY  The file is open for writing, or was opened for it later, and a cached generation
+ *              cannot have that. Close it there; replace models by rename(2).
+ *     ECANCELED  The load was given up: the one who staged it closed its descriptor.
+ *
  *   and EMFILE, ENFILE from KV_CREATE as from open(2); EDQUOT, ENOSPC (the cache is at
  *   its limit, too), ENOMEM as above; ENOENT for
  *   no such sequence, ENOBUFS for max_sequences open already, EBUSY for a reset
@@ -125,6 +138,47 @@
  *   seen. These mappings cannot be pinned (O_DIRECT from or to them fails with EFAULT;
  *   read(2) and write(2) copy and work), because who may write to a page is known
  *   page by page.
+ *
+ * A model slot
+ *
+ *   A slot is a name for a model that programs use while it is replaced. It
+ *   has generations, numbered from 1: at most one that is staged, one that is
+ *   active, and the one that was active before it.
+ *
+ *   TENSORMEM_IOC_MODEL_OPEN opens a slot, or makes it, and returns a descriptor of
+ *   it. A slot outlives who made it and goes by TENSORMEM_IOC_MODEL_REMOVE; until
+ *   then the module cannot be unloaded. It has an owner, a group and a mode like a
+ *   file; fstat(2), fchmod(2) and fchown(2) of the descriptor are how to see and change them. To
+ *   acquire a generation takes permission to read, all else to write.
+ *
+ *   TENSORMEM_IOC_MODEL_STAGE loads a file as a new generation beside the active one;
+ *   TENSORMEM_IOC_MODEL_COMMIT makes it active, in constant time; whoever acquires after that
+ *   gets the new one. TENSORMEM_IOC_MODEL_ROLLBACK makes the previous one active again
+ *   as long as it is kept: until another is committed, or until memory
+ *   is short while one is being staged.
+ *
+ *   TENSORMEM_IOC_MODEL_ACQUIRE returns a descriptor of a generation: a read-only
+ *   file of the model's bytes, for mmap(2), read(2), pread(2), lseek(2) and fstat(2), that can be
+ *   sent over a Unix socket. What it shows never changes, whatever becomes of the slot;
+ *   the memory is freed when the last descriptor and mapping are closed and the
+ *   slot does not have it any more.
+ *
+ *   poll(2) of a generation: POLLIN when it is not being loaded any more, POLLERR when
+ *   it cannot be used, POLLPRI when it is not (any more) the active one. Of a slot: POLLIN
+ *   when another generation is active than the one this descriptor acquired or
+ *   described last, POLLHUP when it was removed.
+ *
+ *   A resident generation is in chunks, on the bill of the client that staged it; chunks that are
+ *   equal to the active generation's are shared with it. Whole chunks are mapped as
+ *   blocks where the kernel can. A cached one (TENSORMEM_MODEL_CACHED) stays in its file and
+ *   is mapped from the page cache, which the system may evict and read again: for
+ *   boards where two copies do not fit. It is as good as its file: while it exists, who opens the file for writing
+ *   or truncates it ends it first. Its mappings are emptied, touching them
+ *   raises SIGBUS, read() gives ESTALE; changed contents are never seen. (Writes that bypass the
+ *   file, to the disk below it or on another machine, cannot be noticed.)
+ *
+ *   mmap(2) of a generation fails with EACCES for PROT_WRITE, EPERM for PROT_EXEC, EINVAL for what
+ *   lies behind the file's last page.
  */
 #ifndef _UAPI_LINUX_TENSORMEM_H
 #define _UAPI_LINUX_TENSORMEM_H
@@ -702,6 +756,188 @@ struct tensormem_kv_event {
 	struct tensormem_kv_hash parent;
 };
 
+/* Bytes for a slot's name with its final 0. Letters, digits, '.', '_', '-'; no '.' first. */
+#define TENSORMEM_MODEL_NAME	64
+
+/* Bytes of a SHA-256. */
+#define TENSORMEM_SHA256	32
+
+/*
+ * Flags of MODEL_OPEN.
+ *
+ * CREATE: make the slot unless it exists. EXCL: fail if it does. WRITE: the descriptor
+ * is for staging, committing and so on, not for acquiring only; CREATE needs it.
+ */
+#define TENSORMEM_MODEL_CREATE	(1u << 0)
+#define TENSORMEM_MODEL_EXCL	(1u << 1)
+#define TENSORMEM_MODEL_WRITE	(1u << 2)
+
+/**
+ * struct tensormem_model_open - open a model slot
+ * @name: in: its name, ended and filled up with zeros
+ * @flags: in: TENSORMEM_MODEL_CREATE and the others
+ * @mode: in: with CREATE its permissions, as for open(2), less the umask: 0666 at most
+ * @fd: out: the descriptor, close-on-exec
+ * @pad: in: must be 0
+ *
+ * ENOENT for no such slot. What the descriptor stages is on the client's bill.
+ */
+struct tensormem_model_open {
+	__u8 name[TENSORMEM_MODEL_NAME];
+	__u32 flags;
+	__u32 mode;
+	__s32 fd;
+	__u32 pad;
+};
+
+/**
+ * struct tensormem_model_slot - what a slot has
+ * @active: out: number of the active generation, or 0
+ * @previous: out: of the one that a rollback would make active, or 0
+ * @staged: out: of the one that is being loaded or waits for a commit, or 0
+ * @last: out: the number that was given out last
+ * @generations: out: in the slot or still held by a reader
+ * @pad: 0
+ */
+struct tensormem_model_slot {
+	__u64 active;
+	__u64 previous;
+	__u64 staged;
+	__u64 last;
+	__u32 generations;
+	__u32 pad;
+};
+
+/*
+ * Flags of MODEL_STAGE.
+ *
+ * CACHED: leave the model in its file, see "A model slot". VERIFY: @sha256 says what the
+ * file's is. KEEP: closing the descriptor does not abort what is loaded and not committed: the
+ * slot keeps it for somebody else to commit or abort.
+ */
+#define TENSORMEM_MODEL_CACHED	(1u << 0)
+#define TENSORMEM_MODEL_VERIFY	(1u << 1)
+#define TENSORMEM_MODEL_KEEP	(1u << 2)
+
+/**
+ * struct tensormem_model_stage - load a file as a new generation
+ * @file: in: a descriptor of it, open for reading: a regular file or a block device.
+ *        It may be closed at once
+ * @flags: in: TENSORMEM_MODEL_CACHED and the others
+ * @offset: in: where the model begins in the file; a multiple of page_size with CACHED
+ * @size: in: its bytes; 0: all that follows. EINVAL when there is nothing
+ * @sha256: in: with VERIFY; else zeros
+ * @generation: out: its number
+ * @fd: out: a descriptor of it, close-on-exec
+ * @pad: in: must be 0
+ *
+ * Returns at once; a thread of the kernel loads. It reads ahead, takes memory a
+ * chunk at a time, and stops when the last such descriptor is closed: that aborts. The
+ * descriptor is that of a reader besides: until all is loaded read(2) gives EAGAIN and a touch
+ * SIGBUS. A load that fails shows in
+ * tensormem_model_info::error and harms nothing else.
+ *
+ * EBUSY while another generation is staged: commit or abort it. EBADF for a bad @file,
+ * EACCES when it is not open for reading, EINVAL when it is neither a regular file nor a
+ * block device. With CACHED also ETXTBSY, and EOPNOTSUPP for a file system that cannot
+ * say when a file changes, or a block device: load it whole instead.
+ */
+struct tensormem_model_stage {
+	__s32 file;
+	__u32 flags;
+	__u64 offset;
+	__u64 size;
+	__u8 sha256[TENSORMEM_SHA256];
+	__u64 generation;
+	__s32 fd;
+	__u32 pad;
+};
+
+/**
+ * struct tensormem_model_which - a generation of a slot
+ * @generation: in: its number. MODEL_ROLLBACK: that of the previous one, or 0 for whichever
+ *              it is; out: the one that is active now
+ * @flags: in: must be 0
+ * @pad: in: must be 0
+ *
+ * MODEL_COMMIT: of the staged one. The one that was active is kept as the previous one, and what
+ * was that is let go. MODEL_ABORT: of the staged one; whoever loads it is told to stop.
+ * MODEL_ROLLBACK: the active and the previous one change places.
+ *
+ * ENOENT when the slot does not have it so: it was committed, aborted or let go.
+ * MODEL_COMMIT: EAGAIN while it is being loaded, ESTALE when that failed; abort it.
+ */
+struct tensormem_model_which {
+	__u64 generation;
+	__u32 flags;
+	__u32 pad;
+};
+
+/**
+ * struct tensormem_model_acquire - become a reader of a generation
+ * @generation: in: its number: active, previous or staged (EACCES without WRITE); or 0
+ *              for whichever is active; out: which it is
+ * @flags: in: must be 0
+ * @fd: out: a descriptor of it, close-on-exec
+ *
+ * ENOENT when the slot does not have it, or has nothing active yet.
+ */
+struct tensormem_model_acquire {
+	__u64 generation;
+	__u32 flags;
+	__s32 fd;
+};
+
+enum tensormem_model_state {
+	TENSORMEM_MODEL_LOADING	 = 1,
+	TENSORMEM_MODEL_STAGED	 = 2,	/* loaded, to be committed or aborted */
+	TENSORMEM_MODEL_ACTIVE	 = 3,
+	TENSORMEM_MODEL_PREVIOUS = 4,	/* a rollback makes it active again */
+	TENSORMEM_MODEL_RETIRED	 = 5,	/* not in the slot any more; its readers have it */
+	TENSORMEM_MODEL_FAILED	 = 6,	/* see @error */
+};
+
+/**
+ * struct tensormem_model_info - describe a generation
+ * @generation: out: its number
+ * @state: out: enum tensormem_model_state
+ * @flags: out: those it was staged with
+ * @size: out: bytes of the model
+ * @loaded: out: bytes of it that are loaded; with VERIFY and CACHED, verified
+ * @private_bytes: out: memory that only this generation holds
+ * @shared_bytes: out: memory that it shares with others of the slot
+ * @readers: out: descriptors of it, this one too
+ * @error: out: in MODEL_FAILED why: an errno as above or of the file system; else 0
+ * @mapping: out: enum tensormem_mapping of its whole chunks
+ * @pad: 0
+ */
+struct tensormem_model_info {
+	__u64 generation;
+	__u32 state;
+	__u32 flags;
+	__u64 size;
+	__u64 loaded;
+	__u64 private_bytes;
+	__u64 shared_bytes;
+	__u32 readers;
+	__u32 error;
+	__u32 mapping;
+	__u32 pad;
+};
+
+/**
+ * struct tensormem_model_remove - take a slot away
+ * @flags: in: must be 0
+ * @pad: in: must be 0
+ *
+ * Its name is free at once. Readers keep what they have; a staged generation is aborted.
+ * Calls on other descriptors of the slot fail with ENOENT.
+ */
+struct tensormem_model_remove {
+	__u32 flags;
+	__u32 pad;
+};
+
 #define TENSORMEM_IOC_MAGIC		0xB7
 
 #define TENSORMEM_IOC_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x00, struct tensormem_info)
@@ -715,6 +951,7 @@ struct tensormem_kv_event {
 #define TENSORMEM_IOC_FREE_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x21, struct tensormem_batch)
 #define TENSORMEM_IOC_QUERY_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x22, struct tensormem_batch)
 #define TENSORMEM_IOC_KV_CREATE		_IOWR(TENSORMEM_IOC_MAGIC, 0x30, struct tensormem_kv_create)
+#define TENSORMEM_IOC_MODEL_OPEN	_IOWR(TENSORMEM_IOC_MAGIC, 0x31, struct tensormem_model_open)
 
 /* Of a KV cache's descriptor. */
 #define TENSORMEM_IOC_KV_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x40, struct tensormem_kv_info)
@@ -731,5 +968,17 @@ struct tensormem_kv_event {
 #define TENSORMEM_IOC_KV_QUERY		_IOWR(TENSORMEM_IOC_MAGIC, 0x4a, struct tensormem_kv_query)
 #define TENSORMEM_IOC_KV_PACK		_IOWR(TENSORMEM_IOC_MAGIC, 0x4b, struct tensormem_kv_pack)
 #define TENSORMEM_IOC_KV_RESET		_IOWR(TENSORMEM_IOC_MAGIC, 0x4c, struct tensormem_kv_reset)
+
+/* Of a slot's descriptor. */
+#define TENSORMEM_IOC_MODEL_SLOT	_IOWR(TENSORMEM_IOC_MAGIC, 0x50, struct tensormem_model_slot)
+#define TENSORMEM_IOC_MODEL_STAGE	_IOWR(TENSORMEM_IOC_MAGIC, 0x51, struct tensormem_model_stage)
+#define TENSORMEM_IOC_MODEL_COMMIT	_IOWR(TENSORMEM_IOC_MAGIC, 0x52, struct tensormem_model_which)
+#define TENSORMEM_IOC_MODEL_ABORT	_IOWR(TENSORMEM_IOC_MAGIC, 0x53, struct tensormem_model_which)
+#define TENSORMEM_IOC_MODEL_ROLLBACK	_IOWR(TENSORMEM_IOC_MAGIC, 0x54, struct tensormem_model_which)
+#define TENSORMEM_IOC_MODEL_ACQUIRE	_IOWR(TENSORMEM_IOC_MAGIC, 0x55, struct tensormem_model_acquire)
+#define TENSORMEM_IOC_MODEL_REMOVE	_IOWR(TENSORMEM_IOC_MAGIC, 0x56, struct tensormem_model_remove)
+
+/* Of a generation's descriptor. */
+#define TENSORMEM_IOC_MODEL_INFO	_IOWR(TENSORMEM_IOC_MAGIC, 0x60, struct tensormem_model_info)
 
 #endif /* _UAPI_LINUX_TENSORMEM_H */
