@@ -63,24 +63,29 @@ def pytest(name: str, *where: str) -> Stage:
     return Stage(name, command, junit=True)
 
 
-#: Parts of the guest suite: the files, all when there are none, and the guest's memory nodes.
+#: What has descriptors of its own beside a client's.
+OBJECTS = ("kv_*", "model_*")
+#: Parts of the guest suite: the files, or those not in OBJECTS when there are none, and the guest's memory nodes.
 PARTS: dict[str, tuple[tuple[str, ...], int]] = {
-    "guest": ((), 1),
+    "guest": (("*",), 1),
+    "tensors": ((), 1),
+    "objects": (OBJECTS, 1),
     "numa": (("numa",), 2),
     "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "reuse", "small", "sysfs"), 1),
 }
 
 
-def guest(kernel: str, select: str, part: str = "guest") -> Stage:
-    """The guest suite on one kernel: all of it, what wants memory nodes, or what page sizes matter to.
+def guest_files(patterns: tuple[str, ...]) -> list[str]:
+    return sorted(
+        str(path.relative_to(ROOT)) for each in patterns for path in (ROOT / "tests/guest").glob(f"test_{each}.py")
+    )
 
-    Its report comes back through a shared folder.
-    """
+
+def guest(kernel: str, select: str, part: str = "guest") -> Stage:
+    """A part of the guest suite on one kernel. Its report comes back through a shared folder."""
     name = f"{part}-{kernel}"
     files, nodes = PARTS[part]
-    where = [
-        str(path.relative_to(ROOT)) for file in files for path in sorted((ROOT / "tests/guest").glob(f"test_{file}.py"))
-    ] or ["tests/guest"]
+    where = guest_files(files) or sorted(set(guest_files(("*",))) - set(guest_files(OBJECTS)))
     inside = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
               f"--junitxml=/share/{name}/junit.xml", *where)  # fmt: skip
     options = ("--kernel", kernel, "--cpus", "2", "--memory", "1G", "--numa", str(nodes),
@@ -106,7 +111,8 @@ def stages(select: str) -> list[Stage]:
         pytest("runner", "tests/runner"),
         guest("6.12", select),
         guest("6.12", select, "numa"),
-        guest("debug", select),
+        guest("debug", select, "objects"),
+        guest("debug", select, "tensors"),
         guest("6.12-16k", select, "pages"),
         *(smoke(kernel) for kernel in SMOKE),
         smoke("6.12", "raspi3b"),
@@ -171,9 +177,9 @@ def run(stage: Stage) -> Counts:
 
 
 def run_all(chosen: list[Stage]) -> Counts:
-    """Run stages in two lanes; the debug kernel's, which takes longest, begins first."""
+    """Run stages in two lanes; the debug kernel's, which take longest, begin first."""
     total = Counts()
-    chosen = sorted(chosen, key=lambda stage: stage.name != "guest-debug")
+    chosen = sorted(chosen, key=lambda stage: not stage.name.endswith("-debug"))
     with ThreadPoolExecutor(LANES) as lanes:
         for stage, counts in zip(chosen, lanes.map(run, chosen), strict=True):
             total.passed += counts.passed
