@@ -316,8 +316,8 @@ void tm_slot_check(const struct tm_slot *slot)
 
 	tm_assert_sleep_locked(slot->lock);
 	tm_warn_on(slot->removed && (active || previous || staged));
-	tm_warn_on(previous && !active);
-	tm_warn_on(previous && previous->number == active->number);
+	tm_warn_on(previous &&
+		   (!active || active->number == previous->number));
 	tm_warn_on(slot->generations <
 		   (u32)!!active + (u32)!!previous + (u32)!!staged);
 	if (active)
