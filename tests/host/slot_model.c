@@ -69,13 +69,13 @@ bool slot_model_has_room(const struct slot_model *m)
 	return free_gen(m) != SLOT_NONE;
 }
 
-/* Generations that list a piece. */
+/* Generations that list a piece, the dead that are not buried among them. */
 static u32 users(const struct slot_model *m, u32 p)
 {
 	u32 n = 0;
 
 	for (u32 g = 0; g < SLOT_MODEL_GENS; g++)
-		for (u32 i = 0; used(m, g) && i < m->gen[g].nr; i++)
+		for (u32 i = 0; m->gen[g].gen && i < m->gen[g].nr; i++)
 			n += m->gen[g].piece[i] == p;
 	return n;
 }
@@ -170,7 +170,7 @@ static void compare_dead(const struct slot_model *m)
 			n += d == m->gen[g].gen;
 		CHECK_EQ(n, m->gen[g].dead);
 		if (n)
-			CHECK_EQ(m->gen[g].gen->nr_pieces, 0);
+			CHECK_EQ(m->gen[g].gen->nr_pieces, m->gen[g].nr);
 		gens += n;
 	}
 	for (u32 p = 0; p < NR_PIECES; p++) {
@@ -205,8 +205,19 @@ void slot_model_compare(struct slot_model *m)
 	compare_dead(m);
 }
 
-void slot_model_bury(struct slot_model *m)
+void slot_do_bury(struct slot_model *m)
 {
+	/* Whichever slot: there is one lock, and one list of the dead. */
+	tm_slot_bury(&m->slot[0].core, &m->dead);
+	for (u32 g = 0; g < SLOT_MODEL_GENS; g++)
+		if (m->gen[g].dead)
+			m->gen[g].nr = 0;
+	settle(m);
+}
+
+void slot_model_free(struct slot_model *m)
+{
+	slot_do_bury(m);
 	compare_dead(m);
 	m->dead = (struct tm_slot_dead){ 0 };
 	for (u32 g = 0; g < SLOT_MODEL_GENS; g++) {
@@ -233,7 +244,7 @@ void slot_model_destroy(struct slot_model *m)
 		while (used(m, g) && m->gen[g].readers)
 			slot_do_release(m, g);
 	slot_model_compare(m);
-	slot_model_bury(m);
+	slot_model_free(m);
 	for (u32 g = 0; g < SLOT_MODEL_GENS; g++)
 		CHECK(!m->gen[g].gen);
 	for (u32 p = 0; p < NR_PIECES; p++)

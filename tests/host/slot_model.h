@@ -61,11 +61,11 @@ void slot_model_destroy(struct slot_model *m);
 /* Whether a place or a reader has it, so that calls about it are allowed. */
 bool slot_model_alive(const struct slot_model *m, u32 g);
 bool slot_model_placed(const struct slot_model *m, u32 g);
-/* Whether slot_do_stage() can be called; burying may help. */
+/* Whether slot_do_stage() can be called; freeing may help. */
 bool slot_model_has_room(const struct slot_model *m);
 void slot_model_compare(struct slot_model *m);
-/* Frees what the calls have handed back, after checking that it is just that. */
-void slot_model_bury(struct slot_model *m);
+/* Buries the dead and frees them, after checking that it is they. */
+void slot_model_free(struct slot_model *m);
 
 /* The new generation's index, or a negative errno. */
 int slot_do_stage(struct slot_model *m, u32 s, u32 max);
@@ -80,5 +80,6 @@ bool slot_do_forget(struct slot_model *m, u32 s);
 void slot_do_remove(struct slot_model *m, u32 s);
 void slot_do_hold(struct slot_model *m, u32 g);
 void slot_do_release(struct slot_model *m, u32 g);
+void slot_do_bury(struct slot_model *m);
 
 #endif

@@ -36,6 +36,7 @@ static u32 dead_pieces(void)
 {
 	u32 n = 0;
 
+	slot_do_bury(&m);
 	for (struct tm_piece *p = m.dead.pieces; p; p = p->next)
 		n++;
 	return n;
@@ -100,7 +101,7 @@ TEST(slot_life_of_a_generation)
 	CHECK(!slot_do_forget(&m, 0));
 	CHECK_EQ(dead_generations(), 2);
 	slot_model_compare(&m);
-	slot_model_bury(&m);
+	slot_model_free(&m);
 
 	/* A number is never used twice, of an aborted one either. */
 	a = (u32)slot_do_stage(&m, 0, 1);
@@ -472,6 +473,7 @@ enum op {
 	OP_HOLD,
 	OP_RELEASE,
 	OP_BURY,
+	OP_FREE,
 	OPS,
 };
 
@@ -524,12 +526,12 @@ static void random_op(enum op op, struct tm_rng *rng)
 	u64 number = any_number(rng, s);
 
 	tm_op("op %u: slot %u, generation %u, number %llu", op, s, g, number);
-	if (g == SLOT_NONE && op != OP_STAGE && op != OP_BURY)
+	if (g == SLOT_NONE && op != OP_STAGE && op < OP_BURY)
 		return;
 	switch (op) {
 	case OP_STAGE:
 		if (!slot_model_has_room(&m))
-			slot_model_bury(&m);
+			slot_model_free(&m);
 		if (slot_model_has_room(&m))
 			slot_do_stage(&m, s, tm_rand_below(
 					rng, SLOT_MODEL_PIECES + 1));
@@ -577,7 +579,10 @@ static void random_op(enum op op, struct tm_rng *rng)
 			slot_do_release(&m, g);
 		break;
 	case OP_BURY:
-		slot_model_bury(&m);
+		slot_do_bury(&m);
+		break;
+	case OP_FREE:
+		slot_model_free(&m);
 		break;
 	case OPS:
 		break;
@@ -590,7 +595,8 @@ TEST(slot_random)
 		[OP_STAGE] = 10, [OP_ADD] = 4, [OP_SHARE] = 4, [OP_FILL] = 10,
 		[OP_LOADED] = 14, [OP_FAIL] = 1, [OP_COMMIT] = 14,
 		[OP_ABORT] = 3, [OP_ROLLBACK] = 4, [OP_FORGET] = 2,
-		[OP_HOLD] = 6, [OP_RELEASE] = 8, [OP_BURY] = 6,
+		[OP_HOLD] = 6, [OP_RELEASE] = 8, [OP_BURY] = 3,
+		[OP_FREE] = 4,
 	};
 	struct tm_round round;
 
@@ -640,6 +646,7 @@ enum step {
 	STEP_RELEASE_FIRST,
 	STEP_RELEASE_LAST,
 	STEP_BURY,
+	STEP_FREE,
 	STEPS_COMMON,
 	/* Fine. */
 	STEP_STAGE_NONE = STEPS_COMMON,
@@ -758,9 +765,15 @@ static bool common_step(enum step step)
 		return release_one(held(false));
 	case STEP_RELEASE_LAST:
 		return held(true) != held(false) && release_one(held(true));
+	case STEP_BURY:
+		was = false;
+		for (u32 g = 0; g < SLOT_MODEL_GENS; g++)
+			was |= m.gen[g].dead && m.gen[g].nr;
+		slot_do_bury(&m);
+		return was;
 	default:
 		was = m.dead.generations || m.dead.pieces;
-		slot_model_bury(&m);
+		slot_model_free(&m);
 		return was;
 	}
 }
@@ -864,9 +877,9 @@ TEST(slot_every_sequence_of_loads)
  */
 #define MANY	4096
 
-static struct tm_piece many_pieces[4][MANY];
-static struct tm_piece *many[4][MANY];
-static struct tm_generation many_gens[4];
+static struct tm_piece many_pieces[5][MANY];
+static struct tm_piece *many[5][MANY];
+static struct tm_generation many_gens[5];
 
 static void hide_pieces(bool hidden)
 {
@@ -879,6 +892,7 @@ static void hide_pieces(bool hidden)
 	}
 }
 
+/* A third of the pieces is the same in all of them. */
 static void load_many(struct tm_slot *slot, u32 g, u32 nr)
 {
 	struct tm_generation *gen = &many_gens[g];
@@ -888,7 +902,6 @@ static void load_many(struct tm_slot *slot, u32 g, u32 nr)
 	for (u32 i = 0; i < nr; i++) {
 		struct tm_piece *piece = &many_pieces[g][i];
 
-		/* Also one that knows no other and one that shares. */
 		if (g && i % 3 == 0) {
 			CHECK_EQ(tm_slot_share(slot, gen, &many_gens[g - 1]), 0);
 			continue;
@@ -898,49 +911,61 @@ static void load_many(struct tm_slot *slot, u32 g, u32 nr)
 	}
 }
 
+/* Different pieces that five such generations have. */
+static u32 nr_many(u32 nr)
+{
+	u32 same = (nr + 2) / 3;
+
+	return same + 5 * (nr - same);
+}
+
+/* Also when a generation dies. */
 TEST(slot_steps_do_not_depend_on_size)
 {
 	for (u32 nr = 4; nr <= MANY; nr *= MANY / 4) {
 		tm_sleep_lock_t lock = { 0 };
 		struct tm_slot_dead dead = { 0 };
 		struct tm_slot slot;
+		u32 pieces = 0;
 
 		tm_op("%u pieces", nr);
 		tm_slot_init(&slot, &lock);
 		tm_host_lock(&lock);
-		for (u32 g = 0; g < 3; g++) {
+		for (u32 g = 0; g < 4; g++) {
 			load_many(&slot, g, nr);
 			hide_pieces(true);
 			CHECK_EQ(tm_slot_loaded(&slot, &many_gens[g]), 0);
-			/* A reader has each, so that none dies. */
 			tm_slot_hold(&slot, &many_gens[g]);
 			CHECK_EQ(tm_slot_commit(&slot, g + 1, &dead), 0);
-			CHECK_EQ(tm_slot_rollback(&slot, 0, &dead),
-				 g ? 0 : -ENOENT);
-			CHECK_EQ(tm_slot_rollback(&slot, 0, &dead),
-				 g ? 0 : -ENOENT);
+			for (u32 twice = 0; twice < 2; twice++)
+				CHECK_EQ(tm_slot_rollback(&slot, 0, &dead),
+					 g ? 0 : -ENOENT);
 			CHECK(tm_slot_find(&slot, g + 1) == &many_gens[g]);
+			tm_slot_release(&slot, &many_gens[g], &dead);
 			hide_pieces(false);
 		}
-		load_many(&slot, 3, nr);
+		CHECK(dead.generations == &many_gens[1]);
+		CHECK(many_gens[1].next == &many_gens[0]);
+		load_many(&slot, 4, nr);
 		hide_pieces(true);
-		CHECK_EQ(tm_slot_loaded(&slot, &many_gens[3]), 0);
-		tm_slot_hold(&slot, &many_gens[3]);
-		CHECK_EQ(tm_slot_abort(&slot, 4, &dead), 0);
+		CHECK_EQ(tm_slot_loaded(&slot, &many_gens[4]), 0);
+		CHECK_EQ(tm_slot_abort(&slot, 5, &dead), 0);
 		tm_slot_fail(&slot, slot.active, -EIO, &dead);
 		CHECK_EQ(tm_slot_rollback(&slot, 0, &dead), 0);
 		tm_slot_remove(&slot, &dead);
-		CHECK(!dead.generations && !dead.pieces);
-		hide_pieces(false);
-		for (u32 g = 0; g < 4; g++)
-			tm_slot_release(&slot, &many_gens[g], &dead);
 		CHECK_EQ(slot.generations, 0);
+		CHECK(!dead.pieces);
+		hide_pieces(false);
+		tm_slot_bury(&slot, &dead);
+		for (struct tm_piece *p = dead.pieces; p; p = p->next)
+			pieces++;
+		CHECK_EQ(pieces, nr_many(nr));
 		tm_host_unlock(&lock);
 	}
 }
 
-/* A generation that goes looks at its own pieces and at no other's. */
-TEST(slot_steps_of_the_dying)
+/* To bury one takes a look at its pieces, and at no other's. */
+TEST(slot_steps_of_a_burial)
 {
 	tm_sleep_lock_t lock = { 0 };
 	struct tm_slot_dead dead = { 0 };
@@ -950,29 +975,28 @@ TEST(slot_steps_of_the_dying)
 	tm_slot_init(&slot, &lock);
 	tm_host_lock(&lock);
 	for (u32 g = 0; g < 3; g++) {
-		/* Nothing in common. */
-		load_many(&slot, g, g ? 0 : MANY);
-		many_gens[g].max_pieces = MANY;
-		for (u32 i = many_gens[g].nr_pieces; i < MANY; i++) {
+		tm_generation_init(&many_gens[g], many[g], MANY);
+		CHECK_EQ(tm_slot_stage(&slot, &many_gens[g]), 0);
+		for (u32 i = 0; i < MANY; i++) {
 			tm_piece_init(&many_pieces[g][i], 512);
 			CHECK_EQ(tm_slot_add(&slot, &many_gens[g],
 					     &many_pieces[g][i]), 0);
 		}
 		CHECK_EQ(tm_slot_loaded(&slot, &many_gens[g]), 0);
-		if (g < 2)
-			CHECK_EQ(tm_slot_commit(&slot, g + 1, &dead), 0);
+		CHECK_EQ(tm_slot_commit(&slot, g + 1, &dead), 0);
 	}
-	CHECK(!dead.generations);
+	CHECK(dead.generations == &many_gens[0] && !many_gens[0].next);
+	CHECK(!dead.pieces);
 	hide_pieces(true);
 	ASAN_UNPOISON_MEMORY_REGION(many_pieces[0], sizeof(many_pieces[0]));
 	ASAN_UNPOISON_MEMORY_REGION(many[0], sizeof(many[0]));
-	CHECK_EQ(tm_slot_commit(&slot, 3, &dead), 0);
+	tm_slot_bury(&slot, &dead);
 	hide_pieces(false);
-	CHECK(dead.generations == &many_gens[0] && !many_gens[0].next);
 	for (struct tm_piece *p = dead.pieces; p; p = p->next)
 		n++;
 	CHECK_EQ(n, MANY);
 	tm_slot_remove(&slot, &dead);
+	tm_slot_bury(&slot, &dead);
 	tm_host_unlock(&lock);
 }
 
@@ -1081,11 +1105,6 @@ static void piece_has_no_user(struct tm_slot *slot)
 	slot->staged->piece[1]->users = 0;
 }
 
-static void more_users_than_generations(struct tm_slot *slot)
-{
-	slot->staged->piece[1]->users = 4;
-}
-
 static void too_few_generations(struct tm_slot *slot)
 {
 	slot->generations = 2;
@@ -1119,7 +1138,6 @@ static const struct corruption corruptions[] = {
 	/* Seen from both. */
 	{ "shared piece with one user", shared_piece_has_one_user, 2 },
 	{ "piece without user", piece_has_no_user, 1 },
-	{ "more users than generations", more_users_than_generations, 1 },
 	{ "too few generations", too_few_generations, 1 },
 	{ "removed with places", removed_with_places, 1 },
 	{ "previous without active", previous_without_active, 1 },
@@ -1222,6 +1240,9 @@ static void unlocked(void *which)
 	case 14:
 		tm_slot_check(slot);
 		break;
+	case 15:
+		tm_slot_bury(slot, &m.dead);
+		break;
 	}
 }
 
@@ -1230,11 +1251,11 @@ TEST(slot_calls_need_the_lock)
 	static const char *const calls[] = {
 		"stage", "add", "share", "loaded", "fail", "commit", "abort",
 		"rollback", "forget", "remove", "find", "hold", "release",
-		"usage", "check",
+		"usage", "check", "bury",
 	};
 
 	three_places();
-	for (int i = 0; i < 15; i++)
+	for (int i = 0; i < 16; i++)
 		tm_check_aborts(calls[i], unlocked, &i);
 	slot_model_destroy(&m);
 }
