@@ -3,7 +3,7 @@
  * Readers that check what they read while the model is replaced: in a slot, and in a file
  * that is written over, which they have mapped.
  *
- *   model_torn FOLDER [SWAPS CHECKS]
+ *   model_torn FOLDER [SWAPS CHECKS-OF-EACH]
  *
  * Every version of the model has its number in three places and one of two contents, a
  * chunk of which is the same in both. A reader knows from its generation's number which
@@ -36,6 +36,7 @@
 #define WORD		sizeof(uint64_t)
 #define WORDS		((3 * CHUNK + 300000) / WORD)
 #define SIZE		(WORDS * WORD)
+#define HALF		(3 * CHUNK / 2)
 #define READERS		4
 #define MARKS		3
 #define SAMPLES		16
@@ -47,6 +48,7 @@ static const unsigned long marks[MARKS] = {
 };
 
 struct shared {
+	atomic_ulong allowed;	/* checks that may have begun */
 	atomic_ulong checks;
 	atomic_ulong torn;
 	atomic_ulong failed;
@@ -83,20 +85,27 @@ static uint64_t word(uint32_t version, unsigned long i)
 	return mix(i + (i * WORD / CHUNK == 1 ? 0 : (version & 1) + 1) * WORDS);
 }
 
-/* All of a version to a file, in pieces, as programs write. */
-static void write_version(int fd, uint32_t version)
+/* Half of a version to a file, in pieces, as programs write. */
+static void write_half(int fd, uint32_t version, bool second)
 {
 	const unsigned long piece = CHUNK / 4;
 	uint64_t *from = contents[version & 1];
 
 	for (unsigned int m = 0; m < MARKS; m++)
 		from[marks[m]] = version;
-	for (unsigned long at = 0; at < SIZE; at += piece) {
+	for (unsigned long at = second ? HALF : 0; at < (second ? SIZE : HALF);
+	     at += piece) {
 		unsigned long n = SIZE - at < piece ? SIZE - at : piece;
 
 		if (pwrite(fd, (char *)from + at, n, (off_t)at) != (ssize_t)n)
 			err(1, "writing a model");
 	}
+}
+
+static void write_version(int fd, uint32_t version)
+{
+	write_half(fd, version, false);
+	write_half(fd, version, true);
 }
 
 static void write_marks(int fd, uint32_t version)
@@ -189,11 +198,20 @@ static int check(struct reader *r)
 	return 0;
 }
 
+static void rest(void)
+{
+	nanosleep(&(struct timespec){ .tv_nsec = 50000 }, NULL);
+}
+
 static void read_on(struct reader *r)
 {
 	while (!shared->stop) {
 		int found = 0;
 
+		if (shared->checks >= shared->allowed) {
+			rest();
+			continue;
+		}
 		if (slot >= 0 && (r->fd < 0 || !draw(r, 6)) && !renew(r))
 			found = -1;
 		if (!found)
@@ -237,10 +255,24 @@ static void stop_readers(const pid_t *pids)
 	}
 }
 
-static void wait_for_checks(unsigned long n)
+/*
+ * The checks of one swap: half of them from its beginning on, the others from just before
+ * its end, so that readers are busy at both; then all of them are waited for.
+ */
+static void begin_checks(unsigned long each)
 {
-	while (shared->checks < n)
-		nanosleep(&(struct timespec){ .tv_nsec = 100000 }, NULL);
+	shared->allowed += each - each / 2;
+}
+
+static void more_checks(unsigned long each)
+{
+	shared->allowed += each / 2;
+}
+
+static void end_checks(void)
+{
+	while (shared->checks < shared->allowed)
+		rest();
 }
 
 /*
@@ -284,7 +316,7 @@ static uint64_t stage(int file, int *fd)
 	return stage.generation;
 }
 
-static void swap(int file, uint32_t version)
+static void swap(int file, uint32_t version, unsigned long each)
 {
 	struct tensormem_model_which which = { 0 };
 	struct pollfd loaded = { .events = POLLIN };
@@ -294,6 +326,7 @@ static void swap(int file, uint32_t version)
 		if (errno != EINTR)
 			err(1, "poll");
 	shared->version[which.generation] = version;
+	more_checks(each);
 	if (ioctl(slot, TENSORMEM_IOC_MODEL_COMMIT, &which))
 		err(1, "commit");
 	close(loaded.fd);
@@ -309,15 +342,16 @@ static void swap_not(int file, struct reader *r)
 	close(fd);
 }
 
-static void roll_back(void)
+static void roll_back(unsigned long each)
 {
 	struct tensormem_model_which which = { 0 };
 
+	more_checks(each);
 	if (ioctl(slot, TENSORMEM_IOC_MODEL_ROLLBACK, &which))
 		err(1, "rollback");
 }
 
-static unsigned long through_slot(unsigned long swaps, unsigned long checks)
+static unsigned long through_slot(unsigned long swaps, unsigned long each)
 {
 	struct reader chance = { .random = 99 };
 	pid_t pids[READERS];
@@ -330,22 +364,22 @@ static unsigned long through_slot(unsigned long swaps, unsigned long checks)
 			err(1, "memfd");
 		write_version(files[i], i);
 	}
-	swap(files[0], 0);
+	swap(files[0], 0, 0);
 	start_readers(pids, -1);
 	for (unsigned long i = 1; i <= swaps; i++) {
 		uint32_t version = (uint32_t)i;
 
-		wait_for_checks(i * checks / swaps);
+		begin_checks(each);
 		if (i % 16 == 3)
 			swap_not(files[version & 1], &chance);
 		if (i % 8 == 7) {
-			roll_back();
-			continue;
+			roll_back(each);
+		} else {
+			write_marks(files[version & 1], version);
+			swap(files[version & 1], version, each);
 		}
-		write_marks(files[version & 1], version);
-		swap(files[version & 1], version);
+		end_checks();
 	}
-	wait_for_checks(checks);
 	stop_readers(pids);
 	drop_slot();
 	close(files[0]);
@@ -355,7 +389,7 @@ static unsigned long through_slot(unsigned long swaps, unsigned long checks)
 	return shared->torn + shared->failed;
 }
 
-static unsigned long in_place(unsigned long swaps, unsigned long checks)
+static unsigned long in_place(unsigned long swaps, unsigned long each)
 {
 	int file = open("torn", O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
 	pid_t pids[READERS];
@@ -365,10 +399,12 @@ static unsigned long in_place(unsigned long swaps, unsigned long checks)
 	write_version(file, 0);
 	start_readers(pids, file);
 	for (unsigned long i = 1; i <= swaps; i++) {
-		wait_for_checks(i * checks / swaps);
-		write_version(file, (uint32_t)i);
+		begin_checks(each);
+		write_half(file, (uint32_t)i, false);
+		more_checks(each);
+		write_half(file, (uint32_t)i, true);
+		end_checks();
 	}
-	wait_for_checks(checks);
 	stop_readers(pids);
 	close(file);
 	unlink("torn");
@@ -379,13 +415,13 @@ static unsigned long in_place(unsigned long swaps, unsigned long checks)
 
 int main(int argc, char **argv)
 {
-	unsigned long swaps = 1000, checks = 100000, ours, peer;
+	unsigned long swaps = 1000, each = 100, ours, peer;
 
 	if (argc != 2 && argc != 4)
-		errx(2, "usage: model_torn FOLDER [SWAPS CHECKS]");
+		errx(2, "usage: model_torn FOLDER [SWAPS CHECKS-OF-EACH]");
 	if (argc == 4) {
 		swaps = strtoul(argv[2], NULL, 0);
-		checks = strtoul(argv[3], NULL, 0);
+		each = strtoul(argv[3], NULL, 0);
 	}
 	if (chdir(argv[1]))
 		err(1, "%s", argv[1]);
@@ -405,11 +441,11 @@ int main(int argc, char **argv)
 	device = open(TENSORMEM_DEVICE, O_RDWR | O_CLOEXEC);
 	if (device < 0)
 		err(1, "%s", TENSORMEM_DEVICE);
-	peer = in_place(swaps, checks);
+	peer = in_place(swaps, each);
 	if (!peer)
 		errx(1, "these checks find nothing where there is something");
 	memset((void *)shared, 0, sizeof(*shared));
-	ours = through_slot(swaps, checks);
+	ours = through_slot(swaps, each);
 	printf("torn-reads %lu %lu\n", ours, peer);
 	return ours != 0;
 }
