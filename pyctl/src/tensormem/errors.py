@@ -26,6 +26,7 @@ __all__ = [
     "Interrupted",
     "InvalidArgument",
     "LoadCancelled",
+    "ModelFileError",
     "NoCodec",
     "NoSuchGeneration",
     "NoSuchSequence",
@@ -352,6 +353,31 @@ class ReadFailed(TensormemError, OSError):
     default_cause = "the file cannot be read"
     default_remedy = "look at 'dmesg': the disk or card may be failing; get another copy"
     default_errno = _errno.EIO
+
+
+class ModelFileError(TensormemError, ValueError):
+    """A model's file is damaged, or of no known format.
+
+    Attributes:
+        path: the file.
+        tensor: the tensor whose entry is wrong, or None.
+        field: the part that is wrong.
+    """
+
+    default_remedy = "fetch or write the file again; GGUF and safetensors are known"
+
+    def __init__(self, path: str, tensor: str | None, field: str, what: str) -> None:
+        """Describe the fault: where it is and what was found."""
+        self.path, self.tensor, self.field, self.what = path, tensor, field, what
+        name = None if tensor is None else repr(tensor)
+        if name is not None and len(name) > 80:
+            name = name[:77] + "..."
+        where = f"{path}: " + (f"tensor {name}: " if name is not None else "")
+        super().__init__(f"{where}{field}: {what}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by what it was made from."""
+        return type(self), (self.path, self.tensor, self.field, self.what)
 
 
 class Closed(TensormemError, ValueError):

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import TensormemError
+from .errors import ModelFileError
 
 if TYPE_CHECKING:
     from .client import Client, Nodes
@@ -84,7 +84,7 @@ _UNFINISHED = ".tensormem-part"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-class SafetensorsError(TensormemError, ValueError):
+class SafetensorsError(ModelFileError):
     """A file is not valid safetensors.
 
     Attributes:
@@ -95,16 +95,6 @@ class SafetensorsError(TensormemError, ValueError):
     """
 
     default_remedy = "fetch or write the file again; it is damaged or not safetensors"
-
-    def __init__(self, path: str, tensor: str | None, field: str, what: str) -> None:
-        """Describe the fault: where it is and what was found."""
-        self.path, self.tensor, self.field, self.what = path, tensor, field, what
-        where = f"{path}: " + (f"tensor {tensor!r}: " if tensor is not None else "")
-        super().__init__(f"{where}{field}: {what}")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickle by what it was made from."""
-        return type(self), (self.path, self.tensor, self.field, self.what)
 
 
 @dataclass(frozen=True)
@@ -134,6 +124,10 @@ class Entry:
     def nbytes(self) -> int:
         """Bytes of data."""
         return self.stop - self.start
+
+    def view(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        """Return the array that these bytes of the tensor are, without a copy."""
+        return data.view(self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -360,7 +354,7 @@ def _fill(
             _read_into(path, file, entry.name, "data", part.data)
         if entry.code == "BOOL" and bool((part > 1).any()):
             raise SafetensorsError(path, entry.name, "data", "a BOOL is neither 0 nor 1")
-        arrays[entry.name] = part.view(entry.dtype).reshape(entry.shape)
+        arrays[entry.name] = entry.view(part)
     return arrays
 
 
