@@ -97,13 +97,3 @@ def of(array: np.ndarray[Any, Any], code: str | None = None) -> tuple[str, tuple
     """Return what :func:`model` takes for a plain array."""
     codes = {t.dtype: t.code for t in gguf.TYPES.values() if t.block == 1 and t.code != "BF16"}
     return code or codes[array.dtype], array.shape, array.tobytes()
-
-
-def encode(header: gguf.Header, kinds: dict[str, tuple[str, str]]) -> bytes:
-    """Write a header that was read, with the kinds of its metadata and the items of its arrays."""
-    pairs = []
-    for key, found in header.metadata.items():
-        kind, items = kinds[key]
-        pairs.append(pair(key, kind, Array(items, found) if kind == "array" else found))
-    infos = [info(e.name, e.code, e.shape, e.start) for e in header.entries]
-    return pack(pairs, infos, version=header.version, alignment=header.alignment)

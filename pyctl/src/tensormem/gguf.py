@@ -113,7 +113,8 @@ _Q8_0 = Type("Q8_0", 32, 34, np.dtype([("d", "<f2"), ("qs", "i1", (32,))]))
 _Q4_0 = Type("Q4_0", 32, 18, np.dtype([("d", "<f2"), ("qs", "u1", (16,))]))
 
 #: The types, by their numbers. ``Q8_0`` and ``Q4_0`` are structs of the scale ``d`` and the
-#: numbers ``qs``; of ``Q4_0`` the low halves of 16 bytes come before the high ones.
+#: numbers ``qs``; of ``Q4_0`` the low halves of 16 bytes come before the high ones. Those that
+#: ggml has for intermediate results only (Q8_1, Q8_K) are in no file.
 TYPES: dict[int, Type] = {
     0: _plain("F32", "<f4"),
     1: _plain("F16", "<f2"),
@@ -122,13 +123,11 @@ TYPES: dict[int, Type] = {
     6: _raw("Q5_0", 32, 22),
     7: _raw("Q5_1", 32, 24),
     8: _Q8_0,
-    9: _raw("Q8_1", 32, 40),
     10: _raw("Q2_K", 256, 84),
     11: _raw("Q3_K", 256, 110),
     12: _raw("Q4_K", 256, 144),
     13: _raw("Q5_K", 256, 176),
     14: _raw("Q6_K", 256, 210),
-    15: _raw("Q8_K", 256, 292),
     16: _raw("IQ2_XXS", 256, 66),
     17: _raw("IQ2_XS", 256, 74),
     18: _raw("IQ3_XXS", 256, 98),
@@ -147,6 +146,8 @@ TYPES: dict[int, Type] = {
     34: _raw("TQ1_0", 256, 54),
     35: _raw("TQ2_0", 256, 66),
     39: _raw("MXFP4", 32, 17),
+    40: _raw("NVFP4", 64, 36),
+    41: _raw("Q1_0", 128, 18),
 }
 
 _BY_CODE = {kind.code: kind for kind in TYPES.values()}

@@ -169,10 +169,17 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_text(text: str) -> bool:
+    # JSON can spell half of a surrogate pair, which no text has and nobody can print
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def _entry(path: str, name: str, value: Any) -> Entry:
     def bad(field: str, what: str) -> SafetensorsError:
         return SafetensorsError(path, name, field, what)
 
+    if not _is_text(name):
+        raise bad("name", "is not Unicode text")
     if not isinstance(value, dict):
         raise bad("header", f"is {type(value).__name__}, not an object")
     for field in ("dtype", "shape", "data_offsets"):
@@ -225,6 +232,8 @@ def _metadata(path: str, value: Any) -> dict[str, str]:
             raise SafetensorsError(
                 path, None, "__metadata__", f"{key!r} is {type(text).__name__}, not a string"
             )
+        if not (_is_text(key) and _is_text(text)):
+            raise SafetensorsError(path, None, "__metadata__", f"{key!r} is not Unicode text")
     return value
 
 
