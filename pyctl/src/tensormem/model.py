@@ -760,12 +760,11 @@ class Staging:
     ) -> None:
         """Abort it unless it was committed or is to be kept; close."""
         # a child of fork() ends by leaving the block, too: the load is its parent's
-        if not (self._done or self._keep or self.closed) and self._pid == os.getpid():
-            # somebody else was first, or the slot is not there any more
-            with contextlib.suppress(
-                errors.NoSuchGeneration, errors.NoSuchSlot, errors.Closed, errors.SlotDenied
-            ):
-                self.abort()
+        if not self._done and not self.closed and self._pid == os.getpid():
+            # somebody else was first, or the slot is closed or not there any more
+            with contextlib.suppress(errors.NoSuchGeneration, errors.NoSuchSlot, errors.Closed):
+                if not self._keep or self.info().state != "staged":
+                    self.abort()
         self.close()
 
     def __repr__(self) -> str:
