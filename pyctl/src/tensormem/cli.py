@@ -21,11 +21,12 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, system
-from .demo import CHECKPOINTS, PROMPT, REQUESTS, TOKENS
+from .demo import CHECKPOINTS, PROMPT, REQUESTS, SWAPS, TOKENS
 from .units import format_quota, format_size, parse_size
 
 if TYPE_CHECKING:
     from . import model as model_module
+    from .demo import swap as swap_module
     from .demo.requests import Moment, Report, Trace
     from .demo.run import Holding, Result
 
@@ -1119,9 +1120,22 @@ class _Printer:
     metavar="N",
     help=f"Serve N requests of a trace instead, at most {REQUESTS}, from one KV cache.",
 )
+@click.option(
+    "--swap",
+    type=click.IntRange(1, 1000),
+    is_flag=False,
+    flag_value=SWAPS,
+    metavar="[N]",
+    help=f"Write texts while another process swaps the model N times.  [{SWAPS} if not said]",
+)
 @json_option
 def demo(
-    tokens: int | None, prompt: str | None, checkpoint: str, requests: int | None, as_json: bool
+    tokens: int | None,
+    prompt: str | None,
+    checkpoint: str,
+    requests: int | None,
+    swap: int | None,
+    as_json: bool,
 ) -> None:
     """Run a small language model on memory from the module.
 
@@ -1132,7 +1146,15 @@ def demo(
     With --requests it serves many conversations from a pool that holds four
     sequences of full length, and says what sharing, eviction and forks make of that. Numpy
     answers each request alone, and must answer the same.
+
+    With --swap it writes text after text from a model slot that another process swaps
+    between two checkpoints. Each text must be that of one of them, as numpy alone writes it.
     """
+    if swap is not None:
+        if tokens is not None or prompt is not None or requests is not None:
+            raise click.UsageError("the texts are given: --swap goes without")
+        _demo_swap(swap, as_json)
+        return
     if requests is not None:
         if tokens is not None or prompt is not None:
             raise click.UsageError("the trace has its own prompts: --requests goes without")
@@ -1326,6 +1348,63 @@ def _requests_report(report: Report) -> None:
     else:
         verdict = click.style("DIFFERENT", fg="red", bold=True)
         click.echo(f"  verdict      {verdict}: {', '.join(report.different)}")
+
+
+def _demo_swap(swaps: int, as_json: bool) -> None:
+    from . import client as client_module
+    from .demo import swap
+
+    name = f"demo-{os.getpid()}"
+    with (
+        client_module.open() as client,
+        client.slot(name, exclusive=True, mode=0o600) as slot,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(slot.remove)
+        other = stack.enter_context(swap.OtherProcess(name))
+        if as_json:
+            report = swap.run(slot, other, client, swaps)
+            emit(_swap_document(report))
+        else:
+            bar = click.progressbar(length=swaps, label="swapping", file=sys.stderr)
+            with bar:
+                report = swap.run(slot, other, client, swaps, each=bar.update)
+            _swap_report(report, other.pid)
+    if report.different:
+        click.get_current_context().exit(1)
+
+
+def _swap_document(report: swap_module.Report) -> dict[str, Any]:
+    from .demo.model import decode
+
+    return {**asdict(report), "answers": [t.prompt + decode(t.tokens) for t in report.texts]}
+
+
+def _swap_report(report: swap_module.Report, pid: int) -> None:
+    texts = report.texts
+    each = ", ".join(f"{sum(t.checkpoint == c for t in texts)} by {c}" for c in CHECKPOINTS)
+    during, quiet = report.during, report.quiet
+    facts = {
+        "swaps": f"{report.swaps}, by process {pid}",
+        "texts": f"{len(texts)}, {each}",
+        "overtaken": f"{sum(t.overtaken for t in texts)} of them: another generation was active"
+        " at the end",
+        "longest gap": f"{1000 * during.longest:.1f} ms between tokens with swaps,"
+        f" {1000 * quiet.longest:.1f} without",
+        "in a text": f"{1000 * during.inside:.1f} and {1000 * quiet.inside:.1f} ms",
+        "median": f"{1000 * during.median:.1f} and {1000 * quiet.median:.1f} ms",
+    }
+    for what, words in facts.items():
+        click.echo(f"  {what:<11}  {words}")
+    if not report.different:
+        verdict = click.style("equal", fg="green", bold=True)
+        click.echo(
+            f"  verdict      {verdict}: each text is that of one checkpoint, none mixes them"
+        )
+    else:
+        verdict = click.style("DIFFERENT", fg="red", bold=True)
+        count = len(report.different)
+        click.echo(f"  verdict      {verdict}: {count} texts are of neither checkpoint")
 
 
 # -- completion ------------------------------------------------------------------------
