@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import hashlib
@@ -520,6 +521,27 @@ def test_an_interrupted_swap(models: Models, slot: Slot, one: Path) -> None:
         slot.swap(one, report=stop)
     assert (slot.info().active, slot.info().staged) == (0, 0)
     assert models.freed == [1]
+
+
+def test_load(slot: Slot, one: Path, tmp_path: Path) -> None:
+    with slot.load(one) as staging, slot.acquire(staging.number) as gen:
+        assert gen.state == "staged"
+        assert np.array_equal(gen.tensor("a"), weights(1)["a"])
+    assert slot.info().staged == 0, "nobody committed it"
+    with slot.load(one, keep=True) as staging:
+        kept = staging.number
+    assert slot.info().staged == kept
+    slot.abort(kept)
+    with pytest.raises(errors.WrongContents), slot.load(one, keep=True, sha256="0" * 64):
+        raise AssertionError
+    assert slot.info().staged == 0, "what is not right is not kept"
+
+    def remove(done: int, size: int) -> None:
+        with contextlib.suppress(errors.NoSuchSlot):
+            slot.remove()
+
+    with pytest.raises(errors.LoadCancelled), slot.load(one, report=remove):
+        raise AssertionError
 
 
 def test_delta(slot: Slot, tmp_path: Path) -> None:

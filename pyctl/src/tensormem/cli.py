@@ -14,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -824,19 +824,12 @@ def model_stage(
     """
     begin = time.monotonic()
     progress = _Progress("staging", as_json, rate=True)
-    with (
-        _open_slot(slot) as opened,
-        _interruptible(opened, progress),
-        opened.stage(file, cached=cached, sha256=sha256, keep=True) as staging,
-    ):
-        try:
-            staging.wait(progress)
-            if not no_check:
-                staging.check()
-        except BaseException:
-            staging.abort()
-            raise
-        info = staging.info()
+    with _open_slot(slot) as opened:
+        loaded = opened.load(
+            file, cached=cached, sha256=sha256, keep=True, check=not no_check, report=progress
+        )
+        with _interruptible(opened, progress), loaded as staging:
+            info = staging.info()
     if as_json:
         emit(_staged_document(slot, info, begin))
         return
@@ -857,18 +850,18 @@ def model_swap(
     begin = time.monotonic()
     progress = _Progress("swapping", as_json, rate=True)
     with _open_slot(slot) as opened:
-        with _interruptible(opened, progress):
-            number = opened.swap(
-                file, cached=cached, sha256=sha256, check=not no_check, report=progress
-            )
-        with opened.acquire(number) as generation:
-            info = generation.info()
+        loaded = opened.load(
+            file, cached=cached, sha256=sha256, check=not no_check, report=progress
+        )
+        with _interruptible(opened, progress), loaded as staging:
+            info = replace(staging.info(), state="active")
+            staging.commit()
         previous = opened.info().previous
     if as_json:
         emit({**_staged_document(slot, info, begin), "previous": previous})
         return
     back = f"; generation {previous} is kept for a rollback" if previous else ""
-    click.echo(f"{slot}: generation {number} is active: {_memory(info)}{back}")
+    click.echo(f"{slot}: generation {info.number} is active: {_memory(info)}{back}")
 
 
 def _staged(slot: model_module.Slot) -> int:

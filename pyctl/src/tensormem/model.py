@@ -934,6 +934,58 @@ class Slot:
         device = self._session.device.other(argument.fd)
         return Staging(self, device, argument.generation, keep, what)
 
+    @contextlib.contextmanager
+    def load(
+        self,
+        source: Source,
+        *,
+        offset: SupportsIndex = 0,
+        size: SupportsIndex = 0,
+        cached: bool = False,
+        sha256: str | bytes | None = None,
+        keep: bool = False,
+        check: bool = True,
+        report: Report | None = None,
+    ) -> Iterator[Staging]:
+        """Load and check a file, and give the staging for the block to commit or abort.
+
+        What goes wrong or interrupts it aborts; ``keep`` is for what is loaded and right.
+
+        Args:
+            source: as for :meth:`stage`, and so are the next five.
+            offset: see there.
+            size: see there.
+            cached: see there.
+            sha256: see there.
+            keep: see there.
+            check: refuse what is neither GGUF nor safetensors, or has a header that is wrong.
+            report: called with the bytes that are loaded and the bytes there are.
+
+        Raises:
+            ModelFileError: it was refused.
+            As :meth:`stage` and :meth:`Staging.wait`.
+        """
+        with _opened(source) as (fd, what):
+            if check:
+                # before a long load; after it once more, because the file may change meanwhile
+                begin = _number(offset, "an offset")
+                length = _number(size, "a size") or max(0, _file_size(fd) - begin)
+                parse_header(what, _Window(lambda n, at: os.pread(fd, n, at), length, begin))
+            staging = self.stage(
+                fd, offset=offset, size=size, cached=cached, sha256=sha256, keep=keep
+            )
+            staging._what = what
+        with staging:
+            try:
+                staging.wait(report)
+                if check:
+                    staging.check()
+            except BaseException:
+                with contextlib.suppress(errors.NoSuchGeneration, errors.NoSuchSlot):
+                    staging.abort()
+                raise
+            yield staging
+
     def swap(
         self,
         source: Source,
@@ -950,30 +1002,26 @@ class Slot:
         Whatever goes wrong or interrupts it, the active generation stays.
 
         Args:
-            source: as for :meth:`stage`, and so are the next four.
+            source: as for :meth:`load`, and so are the others.
             offset: see there.
             size: see there.
             cached: see there.
             sha256: see there.
-            check: refuse what is neither GGUF nor safetensors, or has a header that is wrong.
-            report: called with the bytes that are loaded and the bytes there are.
+            check: see there.
+            report: see there.
 
         Raises:
-            ModelFileError: it was refused.
-            As :meth:`stage` and :meth:`Staging.wait`.
+            As :meth:`load`.
         """
-        with _opened(source) as (fd, what):
-            if check:
-                # before a long load; after it once more, because the file may change meanwhile
-                begin = _number(offset, "an offset")
-                length = _number(size, "a size") or max(0, _file_size(fd) - begin)
-                parse_header(what, _Window(lambda n, at: os.pread(fd, n, at), length, begin))
-            staging = self.stage(fd, offset=offset, size=size, cached=cached, sha256=sha256)
-            staging._what = what
-        with staging:
-            staging.wait(report)
-            if check:
-                staging.check()
+        with self.load(
+            source,
+            offset=offset,
+            size=size,
+            cached=cached,
+            sha256=sha256,
+            check=check,
+            report=report,
+        ) as staging:
             return staging.commit()
 
     def commit(self, number: SupportsIndex) -> None:
