@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import array
-import errno
 import gc
 import hashlib
 import json
@@ -193,9 +192,8 @@ def test_a_cached_generation(slot: Slot, tmp_path: Path) -> None:
         with pytest.raises(errors.GenerationFailed):
             gen.wait(timeout=60)
         assert gen.state == "failed"
-        with pytest.raises(OSError) as refused:
+        with pytest.raises(OSError, match="Stale"):
             os.pread(gen.fileno(), 1, 0)
-        assert refused.value.errno == errno.ESTALE
         assert dies(lambda: held.sum()) == signal.SIGBUS
         assert slot.rollback() == 1
     with slot.acquire() as gen:
