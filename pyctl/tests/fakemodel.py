@@ -61,7 +61,10 @@ class Models:
         create = abi.OpenFlag.CREATE in flags
         if create and abi.OpenFlag.WRITE not in flags:
             refuse(errno.EINVAL)
+        if name in (b"slots", b"generations", b"held"):
+            refuse(errno.EINVAL)  # files of sysfs
         slot = self.slots.get(name.decode())
+        made = slot is None
         if slot is not None and abi.OpenFlag.EXCL in flags:
             refuse(errno.EEXIST)
         if slot is None and not create:
@@ -69,8 +72,8 @@ class Models:
         if slot is None:
             slot = self.slots[name.decode()] = State(self, a.mode)
         write = abi.OpenFlag.WRITE in flags
-        if write:
-            slot.check(os.W_OK)
+        if not made:
+            slot.check(os.R_OK | os.W_OK if write else os.R_OK)
         a.fd = FakeSlot(slot, write).fd
 
     def wait(self, timeout: float | None) -> bool:
@@ -164,7 +167,7 @@ class State:
             return
         status = os.fstat(self.fd)
         shift = 6 if status.st_uid == self.models.uid else 0
-        if not (status.st_mode >> shift) & wanted:
+        if wanted & ~(status.st_mode >> shift):
             refuse(errno.EACCES)
 
     def let_go(self, gen: Bytes | None) -> None:
@@ -280,8 +283,9 @@ class FakeSlot(_Descriptor):
     def events(self) -> int:
         slot = self.slot
         number = slot.active.number if slot.active else 0
-        news = select.POLLIN if number != self.seen else 0
-        return news | (select.POLLHUP if slot.removed else 0)
+        if slot.removed:
+            return select.POLLHUP
+        return select.POLLIN if number and number != self.seen else 0
 
     def dispatch(self, a: Any) -> None:
         slot = self.slot
@@ -315,7 +319,6 @@ class FakeSlot(_Descriptor):
 
     def _acquire(self, a: abi.ModelAcquire) -> None:
         slot = self.slot
-        slot.check(os.R_OK)
         places = [slot.active, slot.previous, slot.staged]
         gen = slot.active
         if a.generation:
@@ -379,7 +382,7 @@ class FakeGeneration(_Descriptor):
         gen = self.gen
         found = 0 if gen.state == S.LOADING else select.POLLIN
         found |= select.POLLERR if gen.state == S.FAILED else 0
-        return found | (select.POLLPRI if gen is not gen.slot.active else 0)
+        return found | (select.POLLPRI if gen.state != S.ACTIVE else 0)
 
     def dispatch(self, a: Any) -> None:
         assert isinstance(a, abi.ModelInfo)

@@ -106,6 +106,8 @@ def test_open_and_create(models: Models) -> None:
     tensormem.slot("new", exclusive=True).close()
     with pytest.raises(errors.InvalidArgument, match="0777"):
         tensormem.slot("more", create=True, mode=0o777)
+    with pytest.raises(errors.InvalidArgument, match="'held'"):
+        tensormem.slot("held", create=True)
     for mode in (-1, 1 << 64):
         with pytest.raises(errors.InvalidArgument, match="a mode"):
             tensormem.slot("more", create=True, mode=mode)
@@ -142,12 +144,12 @@ def test_permissions(models: Models, slot: Slot, one: Path) -> None:
     with pytest.raises(errors.SlotDenied) as info:
         tensormem.slot("chat", write=True)
     assert isinstance(info.value, PermissionError)
-    other = tensormem.slot("chat")
     with pytest.raises(errors.SlotDenied):
-        other.acquire()
+        tensormem.slot("chat")
     # what is open may be changed by whoever owns it, through the descriptor
     os.fchmod(slot.fileno(), 0o664)
     assert slot.info().mode == 0o664
+    other = tensormem.slot("chat")
     with other.acquire() as gen:
         assert gen.number == 1
     with pytest.raises(errors.SlotDenied):
@@ -636,7 +638,7 @@ def test_a_generation_that_fails(models: Models, slot: Slot, one: Path) -> None:
         models.others.append(lambda: models.slots["chat"].fail(1, errno.ETXTBSY))
         with pytest.raises(errors.GenerationFailed, match="open for writing"):
             gen.wait()
-        assert not gen.superseded()
+        assert gen.superseded()
         assert (gen.state, gen.info().error) == ("failed", errno.ETXTBSY)
         with pytest.raises(errors.GenerationFailed, match="open for writing"):
             late.buffer()

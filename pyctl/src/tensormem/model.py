@@ -557,7 +557,7 @@ class Generation:
     # -- news ----------------------------------------------------------------
 
     def superseded(self) -> bool:
-        """Say whether another generation is active by now, or none.
+        """Say whether it is not the active one any more, or has failed.
 
         Raises:
             Closed: it was closed.
@@ -574,13 +574,13 @@ class Generation:
             Whether that is so.
 
         Raises:
-            GenerationFailed: its file was changed; acquire again.
+            GenerationFailed: it is cached and its file was opened for writing.
             Closed: it was closed.
         """
         events = self._poll(select.POLLPRI, timeout)
-        if events & select.POLLPRI or not events:
-            return bool(events)
-        raise self._session.failure(errno.ESTALE, f"cannot wait for {self._session.what}")
+        if events & select.POLLERR:
+            raise self._session.failure(errno.ESTALE, f"cannot go on with {self._session.what}")
+        return bool(events)
 
     def _poll(self, events: int, timeout: float | None) -> int:
         with self._session.calling():
@@ -844,7 +844,7 @@ class Slot:
 
         Raises:
             NoSuchGeneration: the slot does not have it, or has nothing active yet.
-            SlotDenied: the slot's mode does not let this user read.
+            SlotDenied: it is staged, and the slot was opened without ``write``.
             NoSuchSlot: it was removed.
             Closed: it was closed.
         """
@@ -1132,7 +1132,9 @@ def open_slot(
             ) from None
         if number == errno.EINVAL:
             raise errors.InvalidArgument(
-                f"cannot make {what} with mode {mode:04o}", "a mode is one from 0 to 0666"
+                f"cannot open {what} with mode {mode:04o}",
+                "a mode is one from 0 to 0666, and sysfs has files called 'slots', 'generations'"
+                " and 'held' beside the slots",
             ) from None
         cls = type(errors.from_errno(number, model=True))
         cause = None if cls is errors.TensormemError else f"cannot open {what}, {cls.default_cause}"
