@@ -686,17 +686,31 @@ def test_refusals_close_what_came_with_them(models: Models, slot: Slot, one: Pat
     assert len(models.descriptors) == 1
 
 
-def test_no_room_in_the_address_space(
-    monkeypatch: pytest.MonkeyPatch, slot: Slot, one: Path
+@pytest.mark.parametrize(
+    ("error", "cls", "words"),
+    [
+        (OSError(errno.ENOMEM, "no"), errors.OutOfMemory, r"ulimit -v"),
+        (OverflowError("too large"), errors.OutOfMemory, r"ulimit -v"),
+        (OSError(errno.ESTALE, "no"), errors.GenerationFailed, "cannot map 2.3 MiB"),
+        (OSError(errno.EOPNOTSUPP, "no"), errors.NotCacheable, "cannot map 2.3 MiB"),
+    ],
+)
+def test_mappings_that_fail(
+    monkeypatch: pytest.MonkeyPatch,
+    slot: Slot,
+    one: Path,
+    error: Exception,
+    cls: type[Exception],
+    words: str,
 ) -> None:
     slot.swap(one)
     with slot.acquire() as gen:
 
-        def full(*_: object, **__: object) -> None:
-            raise OSError(errno.ENOMEM, "no")
+        def refused(*_: object, **__: object) -> None:
+            raise error
 
-        monkeypatch.setattr("fakemodel.FakeGeneration.map", full)
-        with pytest.raises(errors.OutOfMemory, match=r"ulimit -v"):
+        monkeypatch.setattr("fakemodel.FakeGeneration.map", refused)
+        with pytest.raises(cls, match=words):
             gen.tensor("a")
         monkeypatch.undo()
 

@@ -546,9 +546,12 @@ class Generation:
                 try:
                     mapping = self._session.device.map(0, self._size, write=False)
                 except (OSError, OverflowError) as error:
+                    number = getattr(error, "errno", errno.ENOMEM)
+                    cause = f"cannot map {format_size(self._size)} of {self._session.what}"
+                    if number != errno.ENOMEM:
+                        raise self._session.failure(number, cause) from None
                     raise errors.OutOfMemory(
-                        f"cannot map {format_size(self._size)} of {self._session.what} ({error})",
-                        "raise the limit on address space (ulimit -v)",
+                        f"{cause} ({error})", "raise the limit on address space (ulimit -v)"
                     ) from None
             # a mapping ends with the last array that has it as its base
             self._data = np.frombuffer(mapping, np.uint8)
