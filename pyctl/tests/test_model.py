@@ -538,6 +538,9 @@ def test_load(slot: Slot, one: Path, tmp_path: Path) -> None:
         raise AssertionError
     assert slot.info().staged == 0, "what is not right is not kept"
 
+    with slot.stage(one), pytest.raises(errors.SlotBusy, match=f"cannot stage {one}"):
+        slot.swap(one)
+
     def remove(done: int, size: int) -> None:
         with contextlib.suppress(errors.NoSuchSlot):
             slot.remove()

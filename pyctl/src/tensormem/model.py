@@ -919,21 +919,30 @@ class Slot:
             Closed: it was closed.
             OSError: the file cannot be opened.
         """
+        with _opened(source) as (fd, what):
+            return self._stage(fd, what, offset, size, cached, sha256, keep)
+
+    def _stage(
+        self,
+        fd: int,
+        what: str,
+        offset: SupportsIndex,
+        size: SupportsIndex,
+        cached: bool,
+        sha256: str | bytes | None,
+        keep: bool,
+    ) -> Staging:
         flags = StageFlag.CACHED if cached else StageFlag(0)
-        digest = b""
+        argument = abi.ModelStage(
+            file=fd, offset=_number(offset, "an offset"), size=_number(size, "a size")
+        )
         if sha256 is not None:
-            flags, digest = flags | StageFlag.VERIFY, _digest(sha256)
+            flags |= StageFlag.VERIFY
+            _copy(argument.sha256, _digest(sha256))
         if keep:
             flags |= StageFlag.KEEP
-        with _opened(source) as (fd, what):
-            argument = abi.ModelStage(
-                file=fd,
-                flags=flags,
-                offset=_number(offset, "an offset"),
-                size=_number(size, "a size"),
-            )
-            _copy(argument.sha256, digest)
-            self._call(abi.IOC_MODEL_STAGE, argument, f"cannot stage {what}")
+        argument.flags = flags
+        self._call(abi.IOC_MODEL_STAGE, argument, f"cannot stage {what}")
         device = self._session.device.other(argument.fd)
         return Staging(self, device, argument.generation, keep, what)
 
@@ -974,10 +983,7 @@ class Slot:
                 begin = _number(offset, "an offset")
                 length = _number(size, "a size") or max(0, _file_size(fd) - begin)
                 parse_header(what, _Window(lambda n, at: os.pread(fd, n, at), length, begin))
-            staging = self.stage(
-                fd, offset=offset, size=size, cached=cached, sha256=sha256, keep=keep
-            )
-            staging._what = what
+            staging = self._stage(fd, what, offset, size, cached, sha256, keep)
         with staging:
             try:
                 staging.wait(report)
