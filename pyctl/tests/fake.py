@@ -16,6 +16,7 @@ import threading
 from dataclasses import dataclass
 
 from fakekv import FakeKV, State
+from fakemodel import FakeGeneration, FakeSlot, Models
 from tensormem import abi
 
 PAGE = mmap.PAGESIZE
@@ -69,6 +70,7 @@ class FakeDevice:
         nodes: int = 0b11,
         memlock: int = WINDOW,
         mapping: abi.Mapping = abi.Mapping.BLOCK,
+        models: Models | None = None,
     ) -> None:
         self.fd = os.memfd_create("tensormem-fake", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, window)
@@ -88,6 +90,7 @@ class FakeDevice:
         self.fail_map_after: int | None = None
         self.lock = threading.Lock()
         self.caches: dict[int, FakeKV] = {}  # by descriptor
+        self.models = Models() if models is None else models
 
     # -- the Device protocol ---------------------------------------------------
 
@@ -101,7 +104,8 @@ class FakeDevice:
                 raise OSError(self.fail[request], "injected")
             self._dispatch(request, argument)
 
-    def map(self, offset: int, length: int) -> mmap.mmap:
+    def map(self, offset: int, length: int, *, write: bool = True) -> mmap.mmap:
+        assert write
         if (offset, length) == (0, self.window):
             if not self.window_mapping:
                 raise OSError(errno.ENOMEM, "no address space")
@@ -118,8 +122,14 @@ class FakeDevice:
     def read(self, size: int, timeout: float | None) -> bytes:
         raise AssertionError("a client has nothing to read")
 
-    def other(self, fd: int) -> FakeKV:
-        return self.caches[fd]
+    def pread(self, size: int, offset: int) -> bytes:
+        raise AssertionError("a client has no contents")
+
+    def poll(self, events: int, timeout: float | None) -> int:
+        raise AssertionError("nobody polls it")
+
+    def other(self, fd: int) -> FakeKV | FakeSlot | FakeGeneration:
+        return self.caches.get(fd) or self.models.descriptors[fd]
 
     def fileno(self) -> int:
         return self.fd
@@ -173,6 +183,8 @@ class FakeDevice:
             cache = FakeKV(State(a, self.max_batch), self.window_mapping)
             self.caches[cache.fd] = cache
             a.fd = cache.fd
+        elif isinstance(a, abi.ModelOpen):
+            self.models.open(a)
         else:
             raise OSError(errno.ENOTTY, "")
 

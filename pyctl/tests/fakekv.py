@@ -501,7 +501,8 @@ class FakeKV:
                 raise refuse(self.fail[request])
             self._dispatch(request, argument)
 
-    def map(self, offset: int, length: int) -> mmap.mmap:
+    def map(self, offset: int, length: int, *, write: bool = True) -> mmap.mmap:
+        assert write
         state = self.state
         if (offset, length) == (0, state.window):
             if not self.window_mapping:
@@ -526,6 +527,12 @@ class FakeKV:
         while events and len(data) + ctypes.sizeof(abi.KVEvent) <= size:
             data += bytes(events.popleft())
         return data
+
+    def pread(self, size: int, offset: int) -> bytes:
+        raise AssertionError("a KV cache has no contents")
+
+    def poll(self, events: int, timeout: float | None) -> int:
+        raise AssertionError("nobody polls it")
 
     def other(self, fd: int) -> FakeKV:
         raise AssertionError("a KV cache makes no descriptors")

@@ -22,6 +22,8 @@ STRUCTS = [
     abi.KVGroup, abi.KVCreate, abi.KVInfo, abi.KVOpen, abi.KVClose, abi.KVExtend,
     abi.KVTruncate, abi.KVFork, abi.KVHash, abi.KVHashes, abi.KVAdopt, abi.KVQuery,
     abi.KVPack, abi.KVReset, abi.KVEvent,
+    abi.ModelOpen, abi.ModelSlot, abi.ModelStage, abi.ModelWhich, abi.ModelAcquire,
+    abi.ModelInfo, abi.ModelRemove,
 ]  # fmt: skip
 
 
@@ -32,7 +34,7 @@ def _structs_in_header() -> dict[str, list[str]]:
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
     found = {}
     for name, body in re.findall(r"^struct (\w+) \{(.*?)^\};", text, flags=re.S | re.M):
-        found[name] = re.findall(rf"(?:{_TYPES})\s+(\w+)(?:\[16\])?;", body)
+        found[name] = re.findall(rf"(?:{_TYPES})\s+(\w+)(?:\[\w+\])?;", body)
         assert len(found[name]) == body.count(";"), f"{name} has a field of another type"
     return found
 
@@ -105,13 +107,15 @@ def test_every_constant_of_the_header(compiled: dict[str, int]) -> None:
     ours |= {f"TENSORMEM_{f.name}": int(f) for f in abi.AllocFlag}
     ours |= {f"TENSORMEM_KV_{r.name}": int(r) for r in abi.KVRule}
     ours |= {f"TENSORMEM_KV_{t.name}": int(t) for t in abi.KVEventType}
+    for enum in (abi.ModelState, abi.OpenFlag, abi.StageFlag):
+        ours |= {f"TENSORMEM_MODEL_{m.name}": int(m) for m in enum}
     ours |= {
         f"TENSORMEM_{name}": value
         for name, value in vars(abi).items()
-        if name.startswith(("IOC_", "KV_")) and name != "IOC_MAGIC"
+        if name.startswith(("IOC_", "KV_", "MODEL_", "SHA256")) and name != "IOC_MAGIC"
     }
     names = _constants_in_header()
-    assert len(names) >= 54
+    assert len(names) >= 77
     assert ours == {name: compiled[name] for name in names}
 
 

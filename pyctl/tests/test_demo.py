@@ -496,7 +496,7 @@ class Refusing(FakeDevice):
         self.refused = {call: number}
 
     def other(self, fd: int) -> FakeKV:
-        kv = super().other(fd)
+        kv = self.caches[fd]
         kv.fail = self.refused
         return kv
 

@@ -29,6 +29,13 @@ MEANING: dict[int, tuple[type[errors.TensormemError], type[Exception]]] = {
     errno.ENODATA: (errors.NotHeld, LookupError),
     errno.EOPNOTSUPP: (errors.NoCodec, NotImplementedError),
     errno.EIO: (errors.DamagedKV, OSError),
+    errno.EACCES: (errors.SlotDenied, PermissionError),
+    errno.EEXIST: (errors.SlotExists, FileExistsError),
+    errno.EAGAIN: (errors.StillLoading, BlockingIOError),
+    errno.ESTALE: (errors.GenerationFailed, OSError),
+    errno.EBADMSG: (errors.WrongContents, ValueError),
+    errno.ETXTBSY: (errors.FileBusy, OSError),
+    errno.ECANCELED: (errors.LoadCancelled, Exception),
 }
 
 #: What a KV cache means by an errno, where it is not the same.
@@ -39,6 +46,16 @@ KV_MEANING: dict[int, tuple[type[errors.TensormemError], type[Exception]]] = {
     errno.EBUSY: (errors.CacheInUse, errors.Busy),
 }
 
+#: Likewise a model slot.
+MODEL_MEANING: dict[int, tuple[type[errors.TensormemError], type[Exception]]] = {
+    errno.ENOENT: (errors.NoSuchGeneration, LookupError),
+    errno.EBUSY: (errors.SlotBusy, errors.Busy),
+    errno.EOPNOTSUPP: (errors.NotCacheable, NotImplementedError),
+    errno.EIO: (errors.ReadFailed, OSError),
+}
+
+TABLES = {"": MEANING, "kv": MEANING | KV_MEANING, "model": MEANING | MODEL_MEANING}
+
 
 def test_every_errno_of_the_header_has_a_class() -> None:
     table = HEADER.read_text().split(" * Errors\n")[1].split("*/")[0]
@@ -47,11 +64,11 @@ def test_every_errno_of_the_header_has_a_class() -> None:
     assert {getattr(errno, name) for name in named} == set(MEANING)
 
 
-@pytest.mark.parametrize("kv", [False, True])
+@pytest.mark.parametrize("of", TABLES)
 @pytest.mark.parametrize("number", MEANING, ids=lambda n: errno.errorcode[n])
-def test_meaning(number: int, kv: bool) -> None:
-    cls, builtin = (MEANING | KV_MEANING if kv else MEANING)[number]
-    error = errors.from_errno(number, kv=kv)
+def test_meaning(number: int, of: str) -> None:
+    cls, builtin = TABLES[of][number]
+    error = errors.from_errno(number, kv=of == "kv", model=of == "model")
     assert type(error) is cls
     assert isinstance(error, builtin)
     assert error.errno == number

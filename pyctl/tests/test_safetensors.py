@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import random
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +338,7 @@ def _model_accepts(raw: bytes) -> Arrays | None:
         metadata = top.pop("__metadata__", {})
         assert not repeated
         assert all(type(v) is str for v in metadata.values())
+        "".join([*top, *metadata, *metadata.values()]).encode()
         covered = bytearray(len(data))
         arrays: Arrays = {}
         for name, e in top.items():
@@ -391,9 +394,7 @@ def _mutate(raw: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_mutated_headers(path: Path, seed: int) -> None:
-    rng = random.Random(seed)
+def _small(path: Path) -> bytes:
     small = {
         "a": np.arange(6, dtype=np.int16).reshape(2, 3),
         "b": np.array([True, False]),
@@ -405,22 +406,77 @@ def test_mutated_headers(path: Path, seed: int) -> None:
     whole = pack(whole[8 : 8 + int.from_bytes(whole[:8], "little")].rstrip(), whole[-26:])
     path.write_bytes(whole)
     assert set(load(path)) == set(small)
-    refused = accepted = 0
-    for _ in range(400):
-        raw = _mutate(whole, rng)
-        path.write_bytes(raw)
-        expected = _model_accepts(raw)
-        if expected is None:
-            with pytest.raises(SafetensorsError) as info:
+    return whole
+
+
+def _accepted(path: Path, raw: bytes) -> bool:
+    """Load a file and hold what comes of it against the naive way; say whether it was accepted."""
+    path.write_bytes(raw)
+    expected = _model_accepts(raw)
+    if expected is None:
+        with pytest.raises(SafetensorsError) as info:
+            load(path)
+        assert info.value.field
+        return False
+    found = load(path)
+    assert set(found) == set(expected)
+    for name, array in found.items():
+        assert array.tobytes() == expected[name].tobytes()
+        assert array.shape == expected[name].shape
+    return True
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mutated_headers(path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    whole = _small(path)
+    results = [_accepted(path, _mutate(whole, rng)) for _ in range(400)]
+    assert results.count(False) > 200
+    assert results.count(True) > 3
+
+
+def test_every_flipped_bit(path: Path) -> None:
+    whole = _small(path)
+    results = []
+    for place in range(8 + int.from_bytes(whole[:8], "little")):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            results.append(_accepted(path, bytes(flipped)))
+    assert results.count(False) > len(results) * 3 // 4
+    assert results.count(True) > 20
+
+
+def test_nothing_huge_is_allocated(path: Path) -> None:
+    whole = _small(path)
+    cases = [raw for raw, *_ in DAMAGED.values() if len(raw) < 100_000]
+    cases += [struct.pack("<Q", n) + whole[8:] for n in (1 << 40, 1 << 63, (1 << 64) - 1)]
+    rng = random.Random(3)
+    cases += [_mutate(whole, rng) for _ in range(200)]
+    tracemalloc.start()
+    try:
+        for case in cases:
+            path.write_bytes(case)
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            with contextlib.suppress(SafetensorsError):
                 load(path)
-            assert info.value.field
-            refused += 1
-            continue
-        found = load(path)
-        accepted += 1
-        assert set(found) == set(expected)
-        for name, array in found.items():
-            assert array.tobytes() == expected[name].tobytes()
-            assert array.shape == expected[name].shape
-    assert refused > 200
-    assert accepted > 3
+            assert tracemalloc.get_traced_memory()[1] - before < (1 << 20) + 20 * len(case)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("header", "field"),
+    [
+        (rb'{"\ud800":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', "name"),
+        (rb'{"__metadata__":{"\udfff":"x"}}', "__metadata__"),
+        (rb'{"__metadata__":{"x":"a\ud800"}}', "__metadata__"),
+    ],
+)
+def test_half_of_a_surrogate_pair(path: Path, header: bytes, field: str) -> None:
+    path.write_bytes(pack(header, bytes(4) if field == "name" else b""))
+    with pytest.raises(SafetensorsError, match="not Unicode") as info:
+        read_header(path)
+    assert info.value.field == field
+    str(info.value).encode()

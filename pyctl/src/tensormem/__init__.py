@@ -23,26 +23,39 @@ from .errors import (
     Closed,
     DamagedKV,
     DeviceMissing,
+    FileBusy,
+    GenerationFailed,
     IncompatibleModule,
     Interrupted,
     InvalidArgument,
+    LoadCancelled,
+    ModelFileError,
     NoCodec,
+    NoSuchGeneration,
     NoSuchSequence,
+    NoSuchSlot,
     NoSuchTensor,
     NotAvailable,
+    NotCacheable,
     NotHeld,
     NotPermitted,
     OutOfMemory,
     PoolExhausted,
     QuotaExceeded,
+    ReadFailed,
+    SlotBusy,
+    SlotDenied,
+    SlotExists,
+    StillLoading,
     TensormemError,
     TooManySequences,
     TooManyTokens,
     WindowFull,
+    WrongContents,
 )
 
 if TYPE_CHECKING:
-    from . import kvfile, safetensors, system
+    from . import gguf, kvfile, safetensors, system
     from .abi import Kind, Pool
     from .client import Client, Spec, Stats, Tensor, TensorInfo, open
     from .kv import (
@@ -55,6 +68,7 @@ if TYPE_CHECKING:
         KVSequenceInfo,
     )
     from .kvfile import KVFileError
+    from .model import Generation, GenerationInfo, Slot, SlotInfo, Staging, slot
 
 __version__ = "0.1.0"
 
@@ -68,6 +82,10 @@ __all__ = [
     "Closed",
     "DamagedKV",
     "DeviceMissing",
+    "FileBusy",
+    "Generation",
+    "GenerationFailed",
+    "GenerationInfo",
     "IncompatibleModule",
     "Interrupted",
     "InvalidArgument",
@@ -80,27 +98,43 @@ __all__ = [
     "KVSequence",
     "KVSequenceInfo",
     "Kind",
+    "LoadCancelled",
+    "ModelFileError",
     "NoCodec",
+    "NoSuchGeneration",
     "NoSuchSequence",
+    "NoSuchSlot",
     "NoSuchTensor",
     "NotAvailable",
+    "NotCacheable",
     "NotHeld",
     "NotPermitted",
     "OutOfMemory",
     "Pool",
     "PoolExhausted",
     "QuotaExceeded",
+    "ReadFailed",
+    "Slot",
+    "SlotBusy",
+    "SlotDenied",
+    "SlotExists",
+    "SlotInfo",
     "Spec",
+    "Staging",
     "Stats",
+    "StillLoading",
     "Tensor",
     "TensorInfo",
     "TensormemError",
     "TooManySequences",
     "TooManyTokens",
     "WindowFull",
+    "WrongContents",
+    "gguf",
     "kvfile",
     "open",
     "safetensors",
+    "slot",
     "system",
 ]
 
@@ -110,10 +144,12 @@ def __getattr__(name: str) -> Any:
     # of it: what does is imported on first use
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("kvfile", "safetensors", "system"):
+    if name in ("gguf", "kvfile", "safetensors", "system"):
         return import_module(f".{name}", __name__)
     module = ".kv" if name.startswith("KV") else ".client"
     if name == "KVFileError":
         module = ".kvfile"
+    elif name in ("Generation", "GenerationInfo", "Slot", "SlotInfo", "Staging", "slot"):
+        module = ".model"
     value = globals()[name] = getattr(import_module(module, __name__), name)
     return value

@@ -35,6 +35,15 @@ __all__ = [
     "IOC_KV_RESET",
     "IOC_KV_TRUNCATE",
     "IOC_MAGIC",
+    "IOC_MODEL_ABORT",
+    "IOC_MODEL_ACQUIRE",
+    "IOC_MODEL_COMMIT",
+    "IOC_MODEL_INFO",
+    "IOC_MODEL_OPEN",
+    "IOC_MODEL_REMOVE",
+    "IOC_MODEL_ROLLBACK",
+    "IOC_MODEL_SLOT",
+    "IOC_MODEL_STAGE",
     "IOC_QUERY",
     "IOC_QUERY_BATCH",
     "IOC_SET_NUMA",
@@ -43,6 +52,8 @@ __all__ = [
     "KV_MAX_GROUPS",
     "KV_PEEK",
     "KV_UNPACK",
+    "MODEL_NAME",
+    "SHA256",
     "Alloc",
     "AllocFlag",
     "Batch",
@@ -67,11 +78,21 @@ __all__ = [
     "KVTruncate",
     "Kind",
     "Mapping",
+    "ModelAcquire",
+    "ModelInfo",
+    "ModelOpen",
+    "ModelRemove",
+    "ModelSlot",
+    "ModelStage",
+    "ModelState",
+    "ModelWhich",
     "Numa",
+    "OpenFlag",
     "Pool",
     "Query",
     "Quota",
     "SetNuma",
+    "StageFlag",
     "Struct",
     "iowr",
 ]
@@ -140,6 +161,33 @@ class KVEventType(IntEnum):
     CLEARED = 3
 
 
+class ModelState(IntEnum):
+    """``enum tensormem_model_state``: what has become of a generation."""
+
+    LOADING = 1
+    STAGED = 2
+    ACTIVE = 3
+    PREVIOUS = 4
+    RETIRED = 5
+    FAILED = 6
+
+
+class OpenFlag(IntFlag):
+    """Flags of ``struct tensormem_model_open``."""
+
+    CREATE = 1 << 0
+    EXCL = 1 << 1
+    WRITE = 1 << 2
+
+
+class StageFlag(IntFlag):
+    """Flags of ``struct tensormem_model_stage``."""
+
+    CACHED = 1 << 0
+    VERIFY = 1 << 1
+    KEEP = 1 << 2
+
+
 #: Most groups of a KV cache.
 KV_MAX_GROUPS = 16
 
@@ -151,6 +199,13 @@ KV_PEEK = 1 << 0
 
 #: Flag of ``struct tensormem_kv_pack``: bring everything back instead.
 KV_UNPACK = 1 << 0
+
+
+#: Bytes for a slot's name with its final 0.
+MODEL_NAME = 64
+
+#: Bytes of a SHA-256.
+SHA256 = 32
 
 
 class Struct(ctypes.Structure):
@@ -472,6 +527,100 @@ class KVEvent(Struct):
     )
 
 
+class ModelOpen(Struct):
+    """``struct tensormem_model_open``."""
+
+    c_name = "tensormem_model_open"
+    _fields_ = (
+        ("name", ctypes.c_uint8 * MODEL_NAME),
+        ("flags", ctypes.c_uint32),
+        ("mode", ctypes.c_uint32),
+        ("fd", ctypes.c_int32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class ModelSlot(Struct):
+    """``struct tensormem_model_slot``."""
+
+    c_name = "tensormem_model_slot"
+    _fields_ = (
+        ("active", ctypes.c_uint64),
+        ("previous", ctypes.c_uint64),
+        ("staged", ctypes.c_uint64),
+        ("last", ctypes.c_uint64),
+        ("generations", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class ModelStage(Struct):
+    """``struct tensormem_model_stage``."""
+
+    c_name = "tensormem_model_stage"
+    _fields_ = (
+        ("file", ctypes.c_int32),
+        ("flags", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("sha256", ctypes.c_uint8 * SHA256),
+        ("generation", ctypes.c_uint64),
+        ("fd", ctypes.c_int32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class ModelWhich(Struct):
+    """``struct tensormem_model_which``."""
+
+    c_name = "tensormem_model_which"
+    _fields_ = (
+        ("generation", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class ModelAcquire(Struct):
+    """``struct tensormem_model_acquire``."""
+
+    c_name = "tensormem_model_acquire"
+    _fields_ = (
+        ("generation", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("fd", ctypes.c_int32),
+    )
+
+
+class ModelInfo(Struct):
+    """``struct tensormem_model_info``."""
+
+    c_name = "tensormem_model_info"
+    _fields_ = (
+        ("generation", ctypes.c_uint64),
+        ("state", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("size", ctypes.c_uint64),
+        ("loaded", ctypes.c_uint64),
+        ("private_bytes", ctypes.c_uint64),
+        ("shared_bytes", ctypes.c_uint64),
+        ("readers", ctypes.c_uint32),
+        ("error", ctypes.c_uint32),
+        ("mapping", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class ModelRemove(Struct):
+    """``struct tensormem_model_remove``."""
+
+    c_name = "tensormem_model_remove"
+    _fields_ = (
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
 def iowr(number: int, size: int) -> int:
     """Return ``_IOWR(TENSORMEM_IOC_MAGIC, number, <size bytes>)``.
 
@@ -503,3 +652,12 @@ IOC_KV_ADOPT = iowr(0x49, ctypes.sizeof(KVAdopt))
 IOC_KV_QUERY = iowr(0x4A, ctypes.sizeof(KVQuery))
 IOC_KV_PACK = iowr(0x4B, ctypes.sizeof(KVPack))
 IOC_KV_RESET = iowr(0x4C, ctypes.sizeof(KVReset))
+IOC_MODEL_OPEN = iowr(0x31, ctypes.sizeof(ModelOpen))
+IOC_MODEL_SLOT = iowr(0x50, ctypes.sizeof(ModelSlot))
+IOC_MODEL_STAGE = iowr(0x51, ctypes.sizeof(ModelStage))
+IOC_MODEL_COMMIT = iowr(0x52, ctypes.sizeof(ModelWhich))
+IOC_MODEL_ABORT = iowr(0x53, ctypes.sizeof(ModelWhich))
+IOC_MODEL_ROLLBACK = iowr(0x54, ctypes.sizeof(ModelWhich))
+IOC_MODEL_ACQUIRE = iowr(0x55, ctypes.sizeof(ModelAcquire))
+IOC_MODEL_REMOVE = iowr(0x56, ctypes.sizeof(ModelRemove))
+IOC_MODEL_INFO = iowr(0x60, ctypes.sizeof(ModelInfo))

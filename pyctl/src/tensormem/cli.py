@@ -4,22 +4,29 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import grp
 import json
 import os
+import pwd
+import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, system
-from .demo import CHECKPOINTS, PROMPT, REQUESTS, TOKENS
+from .demo import CHECKPOINTS, PROMPT, REQUESTS, SWAPS, TOKENS
 from .units import format_quota, format_size, parse_size
 
 if TYPE_CHECKING:
+    from . import model as model_module
+    from .demo import swap as swap_module
     from .demo.requests import Moment, Report, Trace
     from .demo.run import Holding, Result
 
@@ -205,6 +212,10 @@ def status(as_json: bool) -> None:
         value = slab.get("pages")
         rows.append(("  its pages in slabs", _number(value), _size(value, page)))
         rows.append(("    small tensors in them", "", _size(slab.get("bytes"))))
+    models = now.groups.get("model")
+    if models is not None:
+        rows.append(("model slots", _number(models.get("slots")), _size(models.get("held"))))
+        rows.append(("  their generations", _number(models.get("generations")), ""))
     rows.append(("clients", _number(clients.get("count")), _size(clients.get("bytes"))))
     rows.append(("  their tensors", _number(clients.get("tensors")), ""))
     rows.append(("  kept for reuse, or held", "", _size(clients.get("kept"))))
@@ -497,21 +508,35 @@ def _percent(value: float | None) -> str:
 class _Progress:
     """A progress bar on stderr for a callback with what is done and what is to do."""
 
-    def __init__(self, label: str, quiet: bool) -> None:
-        self.label, self.quiet = label, quiet
+    def __init__(self, label: str, quiet: bool, *, rate: bool = False) -> None:
+        self.label, self.quiet, self.rate = label, quiet, rate
         self.bar: Any = None
         self.done = 0
+        self.begin = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         if self.quiet:
             return
         if self.bar is None:
-            self.bar = click.progressbar(length=total, label=self.label, file=sys.stderr)
+            show = self._speed if self.rate else None
+            self.bar = click.progressbar(
+                length=total, label=self.label, file=sys.stderr, item_show_func=show
+            )
             self.bar.__enter__()
-        self.bar.update(done - self.done)
+        self.bar.update(done - self.done, done)
         self.done = done
         if done == total:
+            self.close()
+
+    def _speed(self, done: int | None) -> str:
+        seconds = time.monotonic() - self.begin
+        return f"{format_size(round(done / seconds))}/s" if done and seconds > 0 else ""
+
+    def close(self) -> None:
+        """Leave the bar as it is and go to the next line."""
+        if self.bar is not None:
             self.bar.__exit__(None, None, None)
+            self.bar = None
 
 
 @kv.command("save")
@@ -642,6 +667,369 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(words) if len(words) <= 4 else f"{len(numbers)} layers"
 
 
+# -- model slots ---------------------------------------------------------------------
+
+
+@cli.group(cls=Group)
+def model() -> None:
+    """Model slots: replace a model while programs use it.
+
+    A slot is a name. It has an active generation, which programs acquire, the previous
+    one, which a rollback goes back to, and at most one that is staged.
+    """
+
+
+_slot_argument = click.argument("slot", metavar="SLOT")
+_number_argument = click.argument(
+    "number", type=click.IntRange(1), required=False, metavar="[GENERATION]"
+)
+
+
+def _stage_options(function: _F) -> _F:
+    for option in (
+        click.option(
+            "--no-check", is_flag=True, help="Take any file, not only GGUF and safetensors."
+        ),
+        click.option(
+            "--sha256", metavar="HEX", callback=_parse_sha256, help="What the file's SHA-256 is."
+        ),
+        click.option(
+            "--cached", is_flag=True, help="Leave it in its file, mapped from the page cache."
+        ),
+        click.argument("file", type=click.Path(dir_okay=False)),
+        _slot_argument,
+    ):
+        function = option(function)
+    return function
+
+
+def _parse_sha256(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise click.BadParameter("it has 64 hexadecimal digits", ctx, param)
+    return value
+
+
+def _parse_mode(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    if not re.fullmatch(r"0?[0-7]{3}", value) or int(value, 8) & ~0o666:
+        raise click.BadParameter("write it like 660: three digits, each 0, 2, 4 or 6", ctx, param)
+    return int(value, 8)
+
+
+def _parse_user(ctx: click.Context, param: click.Parameter, value: str | None) -> int:
+    """Turn a user's or a group's name or number into a number; -1 for none given."""
+    if value is None:
+        return -1
+    try:
+        if param.name == "owner":
+            return pwd.getpwnam(value).pw_uid
+        return grp.getgrnam(value).gr_gid
+    except KeyError:
+        if value.isascii() and value.isdigit() and int(value) < (1 << 32) - 1:
+            return int(value)
+        raise click.BadParameter(f"there is no {value!r}", ctx, param) from None
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def _open_slot(name: str, *, write: bool = True) -> model_module.Slot:
+    from . import model as model_module
+
+    return model_module.slot(name, write=write)
+
+
+@model.command("create")
+@_slot_argument
+@click.option(
+    "--mode", default="660", show_default=True, callback=_parse_mode,
+    help="Who may acquire (4) and who may change it (2): owner, group, others.",
+)  # fmt: skip
+@click.option("--owner", metavar="USER", callback=_parse_user, help="Takes root.")
+@click.option("--group", metavar="GROUP", callback=_parse_user, help="One of yours, or as root.")
+@json_option
+def model_create(slot: str, mode: int, owner: int, group: int, as_json: bool) -> None:
+    """Make a SLOT. It stays until it is removed; the module cannot be unloaded before."""
+    from . import model as model_module
+
+    # nobody else gets in before it is as it shall be
+    with model_module.slot(slot, exclusive=True, mode=0o600) as made:
+        try:
+            os.fchown(made.fileno(), owner, group)
+            os.fchmod(made.fileno(), mode)
+        except OSError as error:
+            made.remove()
+            raise errors.NotPermitted(
+                f"cannot give {slot!r} this owner or group ({error.strerror})", "run it with sudo"
+            ) from None
+        info = made.info()
+    if as_json:
+        emit({"slot": slot, "uid": info.uid, "gid": info.gid, "mode": f"{info.mode:04o}"})
+    else:
+        whose = f"{_user(info.uid)}:{_group(info.gid)}"
+        click.echo(f"{slot}: made, for {whose}, mode {info.mode:04o}")
+
+
+@contextlib.contextmanager
+def _interruptible(slot: model_module.Slot, progress: _Progress) -> Iterator[None]:
+    """Say what an interrupt has left: with the staging aborted, what was there before."""
+    before = slot.info()
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.close()
+        now = slot.info()
+        if now.active != before.active:
+            what = f"interrupted when generation {now.active} was active already"
+            raise errors.Interrupted(what, "'tensormem model rollback' goes back") from None
+        stays = f"generation {now.active} stays active" if now.active else "nothing is active"
+        raise errors.Interrupted(
+            f"interrupted, the staged generation was aborted, {stays}", "start again when you like"
+        ) from None
+    except BaseException:
+        progress.close()
+        raise
+
+
+def _staged_document(slot: str, info: model_module.GenerationInfo, begin: float) -> dict[str, Any]:
+    return {"slot": slot, **asdict(info), "seconds": time.monotonic() - begin}
+
+
+def _memory(info: model_module.GenerationInfo) -> str:
+    if info.cached:
+        return f"{format_size(info.size)}, in its file"
+    return f"{format_size(info.size)}, {format_size(info.shared_bytes)} of it shared"
+
+
+@model.command("stage")
+@_stage_options
+@json_option
+def model_stage(
+    slot: str, file: str, cached: bool, sha256: str | None, no_check: bool, as_json: bool
+) -> None:
+    """Load FILE as a new generation of SLOT, beside the active one.
+
+    It is kept for 'commit' or 'abort'. What is equal to the active generation is
+    shared with it.
+    """
+    begin = time.monotonic()
+    progress = _Progress("staging", as_json, rate=True)
+    with _open_slot(slot) as opened:
+        loaded = opened.load(
+            file, cached=cached, sha256=sha256, keep=True, check=not no_check, report=progress
+        )
+        with _interruptible(opened, progress), loaded as staging:
+            info = staging.info()
+    if as_json:
+        emit(_staged_document(slot, info, begin))
+        return
+    click.echo(f"{slot}: generation {info.number} is staged: {_memory(info)}")
+    click.echo(f"  tensormem model commit {slot} {info.number}")
+
+
+@model.command("swap")
+@_stage_options
+@json_option
+def model_swap(
+    slot: str, file: str, cached: bool, sha256: str | None, no_check: bool, as_json: bool
+) -> None:
+    """Load FILE, check it and make it the active generation of SLOT.
+
+    Whatever goes wrong, the active one stays, and nothing is left of the new one.
+    """
+    begin = time.monotonic()
+    progress = _Progress("swapping", as_json, rate=True)
+    with _open_slot(slot) as opened:
+        loaded = opened.load(
+            file, cached=cached, sha256=sha256, check=not no_check, report=progress
+        )
+        with _interruptible(opened, progress), loaded as staging:
+            info = replace(staging.info(), state="active")
+            staging.commit()
+        previous = opened.info().previous
+    if as_json:
+        emit({**_staged_document(slot, info, begin), "previous": previous})
+        return
+    back = f"; generation {previous} is kept for a rollback" if previous else ""
+    click.echo(f"{slot}: generation {info.number} is active: {_memory(info)}{back}")
+
+
+def _staged(slot: model_module.Slot) -> int:
+    number = slot.info().staged
+    if not number:
+        raise errors.NoSuchGeneration(
+            f"nothing is staged in {slot.name!r}", "stage a file with 'tensormem model stage'"
+        )
+    return number
+
+
+@model.command("commit")
+@_slot_argument
+@_number_argument
+@json_option
+def model_commit(slot: str, number: int | None, as_json: bool) -> None:
+    """Make the staged generation of SLOT the active one."""
+    with _open_slot(slot) as opened:
+        number = number or _staged(opened)
+        opened.commit(number)
+        previous = opened.info().previous
+    if as_json:
+        emit({"slot": slot, "active": number, "previous": previous})
+    else:
+        click.echo(f"{slot}: generation {number} is active")
+
+
+@model.command("abort")
+@_slot_argument
+@_number_argument
+@json_option
+def model_abort(slot: str, number: int | None, as_json: bool) -> None:
+    """Give up the staged generation of SLOT, loaded or not."""
+    with _open_slot(slot) as opened:
+        number = number or _staged(opened)
+        opened.abort(number)
+        active = opened.info().active
+    if as_json:
+        emit({"slot": slot, "aborted": number, "active": active})
+    else:
+        click.echo(f"{slot}: generation {number} was aborted")
+
+
+@model.command("rollback")
+@_slot_argument
+@_number_argument
+@json_option
+def model_rollback(slot: str, number: int | None, as_json: bool) -> None:
+    """Make the previous generation of SLOT the active one again."""
+    with _open_slot(slot) as opened:
+        number = opened.rollback(number or 0)
+        previous = opened.info().previous
+    if as_json:
+        emit({"slot": slot, "active": number, "previous": previous})
+    else:
+        click.echo(f"{slot}: generation {number} is active again")
+
+
+@model.command("remove")
+@_slot_argument
+@json_option
+def model_remove(slot: str, as_json: bool) -> None:
+    """Take SLOT away. Programs keep what they have acquired."""
+    with _open_slot(slot) as opened:
+        opened.remove()
+    if as_json:
+        emit({"slot": slot, "removed": True})
+    else:
+        click.echo(f"{slot}: removed")
+
+
+def _slot_document(slot: system.SlotStatus) -> dict[str, Any]:
+    fields = asdict(slot)
+    fields["generations"] = [
+        {"number": g.number, "state": g.state, **g.values} for g in slot.generations
+    ]
+    return {**fields, "mode": f"{slot.mode:04o}"}
+
+
+def _place(number: int) -> str:
+    return str(number) if number else "-"
+
+
+@model.command("list")
+@json_option
+def model_list(as_json: bool) -> None:
+    """List the model slots."""
+    slots = system.model_slots()
+    if as_json:
+        emit({"slots": [_slot_document(slot) for slot in slots]})
+        return
+    if not slots:
+        click.echo("there are no model slots")
+        return
+    rows: list[Sequence[str]] = [
+        ("slot", "owner", "mode", "active", "size", "previous", "staged", "readers")
+    ]
+    for slot in slots:
+        active = next((g for g in slot.generations if g.number == slot.active), None)
+        places = [_place(n) for n in (slot.active, slot.previous, slot.staged)]
+        rows.append(
+            (
+                slot.name,
+                f"{_user(slot.uid)}:{_group(slot.gid)}",
+                f"{slot.mode:04o}",
+                places[0],
+                _size(active.get("size") if active else None),
+                *places[1:],
+                str(sum(g.get("readers") or 0 for g in slot.generations)),
+            )
+        )
+    for line in table(rows, left=2):
+        click.echo(line)
+
+
+@model.command("show")
+@_slot_argument
+@json_option
+def model_show(slot: str, as_json: bool) -> None:
+    """Show the generations of SLOT, those that only readers hold among them."""
+    found = next((s for s in system.model_slots() if s.name == slot), None)
+    if found is None:
+        raise errors.NoSuchSlot(f"there is no model slot {slot!r}")
+    if as_json:
+        emit(_slot_document(found))
+        return
+    whose = f"{_user(found.uid)}:{_group(found.gid)}, mode {found.mode:04o}"
+    click.echo(click.style(f"model slot {found.name} of {whose}", bold=True))
+    rows: list[Sequence[str]] = [
+        ("generation", "state", "size", "loaded", "private", "shared", "readers")
+    ]
+    for g in found.generations:
+        size, loaded = g.get("size"), g.get("loaded")
+        memory = ["in its file", ""] if g.get("cached") else []
+        memory = memory or [_size(g.get("private_bytes")), _size(g.get("shared_bytes"))]
+        part = _percent(_ratio(loaded, size))
+        rows.append((str(g.number), g.state, _size(size), part, *memory, _number(g.get("readers"))))
+    for line in table(rows, left=2):
+        click.echo(line)
+    for g in found.generations:
+        number = g.get("error")
+        if number:
+            why = errors.from_errno(number, model=True)
+            click.echo(f"\n  generation {g.number} has failed: {why}")
+    if not found.generations:
+        click.echo("  it has no generations: stage a file with 'tensormem model swap'")
+
+
+@model.command("watch")
+@_slot_argument
+@click.option(
+    "--timeout", type=click.FloatRange(0), metavar="SECONDS", help="Stop after so long without."
+)
+@json_option
+def model_watch(slot: str, timeout: float | None, as_json: bool) -> None:
+    """Say which generation of SLOT is active, now and whenever it is another.
+
+    It ends when the slot is removed. With --json a document for each, on a line.
+    """
+    with _open_slot(slot, write=False) as opened, contextlib.suppress(KeyboardInterrupt):
+        for number in opened.watch(timeout):
+            if as_json:
+                click.echo(json.dumps({"slot": slot, "active": number}))
+            else:
+                click.echo(f"{slot}: generation {number} is active")
+            sys.stdout.flush()
+
+
 # -- doctor --------------------------------------------------------------------------
 
 _STATES = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
@@ -725,9 +1113,22 @@ class _Printer:
     metavar="N",
     help=f"Serve N requests of a trace instead, at most {REQUESTS}, from one KV cache.",
 )
+@click.option(
+    "--swap",
+    type=click.IntRange(1, 1000),
+    is_flag=False,
+    flag_value=SWAPS,
+    metavar="[N]",
+    help=f"Write texts while another process swaps the model N times.  [{SWAPS} if not said]",
+)
 @json_option
 def demo(
-    tokens: int | None, prompt: str | None, checkpoint: str, requests: int | None, as_json: bool
+    tokens: int | None,
+    prompt: str | None,
+    checkpoint: str,
+    requests: int | None,
+    swap: int | None,
+    as_json: bool,
 ) -> None:
     """Run a small language model on memory from the module.
 
@@ -738,7 +1139,15 @@ def demo(
     With --requests it serves many conversations from a pool that holds four
     sequences of full length, and says what sharing, eviction and forks make of that. Numpy
     answers each request alone, and must answer the same.
+
+    With --swap it writes text after text from a model slot that another process swaps
+    between two checkpoints. Each text must be that of one of them, as numpy alone writes it.
     """
+    if swap is not None:
+        if tokens is not None or prompt is not None or requests is not None:
+            raise click.UsageError("the texts are given: --swap goes without")
+        _demo_swap(swap, as_json)
+        return
     if requests is not None:
         if tokens is not None or prompt is not None:
             raise click.UsageError("the trace has its own prompts: --requests goes without")
@@ -932,6 +1341,63 @@ def _requests_report(report: Report) -> None:
     else:
         verdict = click.style("DIFFERENT", fg="red", bold=True)
         click.echo(f"  verdict      {verdict}: {', '.join(report.different)}")
+
+
+def _demo_swap(swaps: int, as_json: bool) -> None:
+    from . import client as client_module
+    from .demo import swap
+
+    name = f"demo-{os.getpid()}"
+    with (
+        client_module.open() as client,
+        client.slot(name, exclusive=True, mode=0o600) as slot,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(slot.remove)
+        other = stack.enter_context(swap.OtherProcess(name))
+        if as_json:
+            report = swap.run(slot, other, client, swaps)
+            emit(_swap_document(report))
+        else:
+            bar = click.progressbar(length=swaps, label="swapping", file=sys.stderr)
+            with bar:
+                report = swap.run(slot, other, client, swaps, each=bar.update)
+            _swap_report(report, other.pid)
+    if report.different:
+        click.get_current_context().exit(1)
+
+
+def _swap_document(report: swap_module.Report) -> dict[str, Any]:
+    from .demo.model import decode
+
+    return {**asdict(report), "answers": [t.prompt + decode(t.tokens) for t in report.texts]}
+
+
+def _swap_report(report: swap_module.Report, pid: int) -> None:
+    texts = report.texts
+    each = ", ".join(f"{sum(t.checkpoint == c for t in texts)} by {c}" for c in CHECKPOINTS)
+    during, quiet = report.during, report.quiet
+    facts = {
+        "swaps": f"{report.swaps}, by process {pid}",
+        "texts": f"{len(texts)}, {each}",
+        "overtaken": f"{sum(t.overtaken for t in texts)} of them: another generation was active"
+        " at the end",
+        "longest gap": f"{1000 * during.longest:.1f} ms between tokens with swaps,"
+        f" {1000 * quiet.longest:.1f} without",
+        "in a text": f"{1000 * during.inside:.1f} and {1000 * quiet.inside:.1f} ms",
+        "median": f"{1000 * during.median:.1f} and {1000 * quiet.median:.1f} ms",
+    }
+    for what, words in facts.items():
+        click.echo(f"  {what:<11}  {words}")
+    if not report.different:
+        verdict = click.style("equal", fg="green", bold=True)
+        click.echo(
+            f"  verdict      {verdict}: each text is that of one checkpoint, none mixes them"
+        )
+    else:
+        verdict = click.style("DIFFERENT", fg="red", bold=True)
+        count = len(report.different)
+        click.echo(f"  verdict      {verdict}: {count} texts are of neither checkpoint")
 
 
 # -- completion ------------------------------------------------------------------------

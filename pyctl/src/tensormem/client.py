@@ -42,6 +42,7 @@ from . import abi, errors, kv
 from .abi import AllocFlag, Kind, Mapping, Numa, Pool
 from .device import DEFAULT_PATH, Device, KernelDevice
 from .kv import KVCache, KVGroup
+from .model import Slot, open_slot
 from .session import BatchError, Event, Export, Held, Session, address
 from .units import format_size
 
@@ -870,6 +871,33 @@ class Client:
             events,
             hash_seed,
         )
+
+    # -- model slots ---------------------------------------------------------
+
+    def slot(
+        self,
+        name: str,
+        *,
+        create: bool = False,
+        exclusive: bool = False,
+        mode: int = 0o660,
+        write: bool = False,
+    ) -> Slot:
+        """Open a model slot; what is staged by it is on this client's bill.
+
+        Args:
+            name: as for :func:`tensormem.slot`, and so are the others.
+            create: see there.
+            exclusive: see there.
+            mode: see there.
+            write: see there.
+
+        Raises:
+            The errors of :func:`tensormem.slot`.
+            Closed: the client was closed.
+        """
+        with self._session.calling():
+            return open_slot(self._session.device, name, create, exclusive, mode, write)
 
     # -- questions -----------------------------------------------------------
 

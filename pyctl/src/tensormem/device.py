@@ -24,7 +24,7 @@ DEFAULT_PATH = "/dev/tensormem"
 
 
 class Device(Protocol):
-    """One open of the device, or a KV cache."""
+    """One open of the device, a KV cache, a model slot or a generation."""
 
     def ioctl(self, request: int, argument: Struct) -> None:
         """Make the call; the argument is updated in place.
@@ -34,8 +34,8 @@ class Device(Protocol):
         """
         ...
 
-    def map(self, offset: int, length: int) -> mmap.mmap:
-        """Map part of the window, shared, readable and writable.
+    def map(self, offset: int, length: int, *, write: bool = True) -> mmap.mmap:
+        """Map part of the window, shared and readable, and writable unless told otherwise.
 
         Raises:
             OSError: with the errno of the ABI, or ENOMEM without address space.
@@ -48,6 +48,18 @@ class Device(Protocol):
         Raises:
             OSError: with the errno of the ABI.
         """
+        ...
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Read up to this many bytes from a place; fewer only at the end.
+
+        Raises:
+            OSError: with the errno of the ABI.
+        """
+        ...
+
+    def poll(self, events: int, timeout: float | None) -> int:
+        """Wait at most so many seconds for events, as in ``select``; return those there are."""
         ...
 
     def other(self, fd: int) -> Device:
@@ -91,22 +103,30 @@ class KernelDevice:
         """See :meth:`Device.ioctl`."""
         fcntl.ioctl(self._fd, request, argument)
 
-    def map(self, offset: int, length: int) -> mmap.mmap:
+    def map(self, offset: int, length: int, *, write: bool = True) -> mmap.mmap:
         """See :meth:`Device.map`."""
-        return mmap.mmap(
-            self._fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset
-        )
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+        return mmap.mmap(self._fd, length, mmap.MAP_SHARED, protection, offset=offset)
 
     def read(self, size: int, timeout: float | None) -> bytes:
         """See :meth:`Device.read`."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        if not poll.poll(None if timeout is None else max(0, math.ceil(timeout * 1000))):
+        if not self.poll(select.POLLIN, timeout):
             return b""
         try:
             return os.read(self._fd, size)
         except BlockingIOError:
             return b""  # another reader was first
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """See :meth:`Device.pread`."""
+        return os.pread(self._fd, size, offset)
+
+    def poll(self, events: int, timeout: float | None) -> int:
+        """See :meth:`Device.poll`."""
+        poll = select.poll()
+        poll.register(self._fd, events)
+        found = poll.poll(None if timeout is None else max(0, math.ceil(timeout * 1000)))
+        return found[0][1] if found else 0
 
     def other(self, fd: int) -> KernelDevice:
         """See :meth:`Device.other`."""

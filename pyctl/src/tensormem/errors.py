@@ -20,22 +20,35 @@ __all__ = [
     "Closed",
     "DamagedKV",
     "DeviceMissing",
+    "FileBusy",
+    "GenerationFailed",
     "IncompatibleModule",
     "Interrupted",
     "InvalidArgument",
+    "LoadCancelled",
+    "ModelFileError",
     "NoCodec",
+    "NoSuchGeneration",
     "NoSuchSequence",
+    "NoSuchSlot",
     "NoSuchTensor",
     "NotAvailable",
+    "NotCacheable",
     "NotHeld",
     "NotPermitted",
     "OutOfMemory",
     "PoolExhausted",
     "QuotaExceeded",
+    "ReadFailed",
+    "SlotBusy",
+    "SlotDenied",
+    "SlotExists",
+    "StillLoading",
     "TensormemError",
     "TooManySequences",
     "TooManyTokens",
     "WindowFull",
+    "WrongContents",
     "from_errno",
 ]
 
@@ -238,6 +251,135 @@ class CacheInUse(Busy):
     default_remedy = "close them and drop their arrays first; kv.info().sequences counts them"
 
 
+class SlotDenied(TensormemError, PermissionError):
+    """The model slot's mode does not let this user, or it was not opened for it (EACCES)."""
+
+    default_cause = "this user may not do that to the model slot, or it was not opened for it"
+    default_remedy = (
+        "open it with write=True to change it; its owner lets others with"
+        " os.fchmod(slot.fileno(), MODE)"
+    )
+    default_errno = _errno.EACCES
+
+
+class SlotExists(TensormemError, FileExistsError):
+    """There is a model slot of this name (EEXIST)."""
+
+    default_cause = "there is a model slot of this name already"
+    default_remedy = "use it, choose another name, or take it away with 'tensormem model remove'"
+    default_errno = _errno.EEXIST
+
+
+class StillLoading(TensormemError, BlockingIOError):
+    """The generation is being loaded still (EAGAIN)."""
+
+    default_cause = "the generation is being loaded still"
+    default_remedy = "wait for it with staging.wait()"
+    default_errno = _errno.EAGAIN
+
+
+class GenerationFailed(TensormemError, OSError):
+    """The generation cannot be used (ESTALE)."""
+
+    default_cause = "the generation cannot be used: loading failed, or its file was changed"
+    default_remedy = (
+        "acquire the active one again; generation.info().error says why this one failed"
+    )
+    default_errno = _errno.ESTALE
+
+
+class WrongContents(TensormemError, ValueError):
+    """The file is shorter than was promised, or has another SHA-256 (EBADMSG)."""
+
+    default_cause = "the file is shorter than was promised, or its SHA-256 is another"
+    default_remedy = "get a whole copy of it, and check the SHA-256 you gave"
+    default_errno = _errno.EBADMSG
+
+
+class FileBusy(TensormemError, OSError):
+    """The file is open for writing, which a cached generation cannot have (ETXTBSY)."""
+
+    default_cause = (
+        "the file is, or was, open for writing, and a cached generation cannot have that"
+    )
+    default_remedy = "close it there; put a new model beside the old one and rename it"
+    default_errno = _errno.ETXTBSY
+
+
+class LoadCancelled(TensormemError):
+    """The load was given up (ECANCELED)."""
+
+    default_cause = "the load was given up, because whoever staged it aborted or went away"
+    default_remedy = "stage it again and keep the staging open until it is loaded"
+    default_errno = _errno.ECANCELED
+
+
+class NoSuchSlot(TensormemError, LookupError):
+    """There is no model slot of this name, or it was removed (ENOENT)."""
+
+    default_cause = "there is no such model slot"
+    default_remedy = (
+        "'tensormem model list' has those there are; 'tensormem model create' makes one"
+    )
+    default_errno = _errno.ENOENT
+
+
+class NoSuchGeneration(TensormemError, LookupError):
+    """The model slot does not have this generation, or has it no more (ENOENT)."""
+
+    default_cause = "the model slot does not have this generation"
+    default_remedy = "slot.info() has those it has; it may have been committed, aborted or let go"
+    default_errno = _errno.ENOENT
+
+
+class SlotBusy(Busy):
+    """Another generation is staged (EBUSY)."""
+
+    default_cause = "another generation is staged in this model slot"
+    default_remedy = "commit or abort that one first"
+
+
+class NotCacheable(TensormemError, NotImplementedError):
+    """The file system cannot say when a file changes (EOPNOTSUPP)."""
+
+    default_cause = "this file's file system cannot say when it changes, so it cannot stay there"
+    default_remedy = "load it whole, without cached=True"
+    default_errno = _errno.EOPNOTSUPP
+
+
+class ReadFailed(TensormemError, OSError):
+    """The file cannot be read (EIO)."""
+
+    default_cause = "the file cannot be read"
+    default_remedy = "look at 'dmesg': the disk or card may be failing; get another copy"
+    default_errno = _errno.EIO
+
+
+class ModelFileError(TensormemError, ValueError):
+    """A model's file is damaged, or of no known format.
+
+    Attributes:
+        path: the file.
+        tensor: the tensor whose entry is wrong, or None.
+        field: the part that is wrong.
+    """
+
+    default_remedy = "fetch or write the file again; GGUF and safetensors are known"
+
+    def __init__(self, path: str, tensor: str | None, field: str, what: str) -> None:
+        """Describe the fault: where it is and what was found."""
+        self.path, self.tensor, self.field, self.what = path, tensor, field, what
+        name = None if tensor is None else repr(tensor)
+        if name is not None and len(name) > 80:
+            name = name[:77] + "..."
+        where = f"{path}: " + (f"tensor {name}: " if name is not None else "")
+        super().__init__(f"{where}{field}: {what}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by what it was made from."""
+        return type(self), (self.path, self.tensor, self.field, self.what)
+
+
 class Closed(TensormemError, ValueError):
     """The client was closed before."""
 
@@ -286,6 +428,13 @@ _BY_ERRNO: dict[int, type[TensormemError]] = {
         NotHeld,
         NoCodec,
         DamagedKV,
+        SlotDenied,
+        SlotExists,
+        StillLoading,
+        GenerationFailed,
+        WrongContents,
+        FileBusy,
+        LoadCancelled,
     )
     if cls.default_errno is not None
 }
@@ -297,9 +446,21 @@ _KV_BY_ERRNO: dict[int, type[TensormemError]] = _BY_ERRNO | {
     if cls.default_errno is not None
 }
 
+#: Likewise the calls of a model slot and its generations.
+_MODEL_BY_ERRNO: dict[int, type[TensormemError]] = _BY_ERRNO | {
+    cls.default_errno: cls
+    for cls in (NoSuchGeneration, SlotBusy, NotCacheable, ReadFailed)
+    if cls.default_errno is not None
+}
+
 
 def from_errno(
-    number: int, cause: str | None = None, remedy: str | None = None, *, kv: bool = False
+    number: int,
+    cause: str | None = None,
+    remedy: str | None = None,
+    *,
+    kv: bool = False,
+    model: bool = False,
 ) -> TensormemError:
     """Return (not raise) the exception that stands for an errno of the ABI.
 
@@ -308,12 +469,14 @@ def from_errno(
         cause: more exact words than the class has, or None.
         remedy: likewise.
         kv: a call on a KV cache's descriptor gave it.
+        model: likewise that of a model slot or a generation.
 
     Returns:
         An instance of the class for that errno; a plain TensormemError that
         names the errno where the ABI does not define it.
     """
-    cls = (_KV_BY_ERRNO if kv else _BY_ERRNO).get(number)
+    table = _KV_BY_ERRNO if kv else _MODEL_BY_ERRNO if model else _BY_ERRNO
+    cls = table.get(number)
     if cls is not None:
         return cls(cause, remedy, number)
     name = _errno.errorcode.get(number, str(number))

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import TensormemError
+from .errors import ModelFileError
 
 if TYPE_CHECKING:
     from .client import Client, Nodes
@@ -84,7 +84,7 @@ _UNFINISHED = ".tensormem-part"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-class SafetensorsError(TensormemError, ValueError):
+class SafetensorsError(ModelFileError):
     """A file is not valid safetensors.
 
     Attributes:
@@ -95,16 +95,6 @@ class SafetensorsError(TensormemError, ValueError):
     """
 
     default_remedy = "fetch or write the file again; it is damaged or not safetensors"
-
-    def __init__(self, path: str, tensor: str | None, field: str, what: str) -> None:
-        """Describe the fault: where it is and what was found."""
-        self.path, self.tensor, self.field, self.what = path, tensor, field, what
-        where = f"{path}: " + (f"tensor {tensor!r}: " if tensor is not None else "")
-        super().__init__(f"{where}{field}: {what}")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickle by what it was made from."""
-        return type(self), (self.path, self.tensor, self.field, self.what)
 
 
 @dataclass(frozen=True)
@@ -134,6 +124,10 @@ class Entry:
     def nbytes(self) -> int:
         """Bytes of data."""
         return self.stop - self.start
+
+    def view(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        """Return the array that these bytes of the tensor are, without a copy."""
+        return data.view(self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -175,10 +169,17 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_text(text: str) -> bool:
+    # JSON can spell half of a surrogate pair, which no text has and nobody can print
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def _entry(path: str, name: str, value: Any) -> Entry:
     def bad(field: str, what: str) -> SafetensorsError:
         return SafetensorsError(path, name, field, what)
 
+    if not _is_text(name):
+        raise bad("name", "is not Unicode text")
     if not isinstance(value, dict):
         raise bad("header", f"is {type(value).__name__}, not an object")
     for field in ("dtype", "shape", "data_offsets"):
@@ -231,6 +232,8 @@ def _metadata(path: str, value: Any) -> dict[str, str]:
             raise SafetensorsError(
                 path, None, "__metadata__", f"{key!r} is {type(text).__name__}, not a string"
             )
+        if not (_is_text(key) and _is_text(text)):
+            raise SafetensorsError(path, None, "__metadata__", f"{key!r} is not Unicode text")
     return value
 
 
@@ -360,7 +363,7 @@ def _fill(
             _read_into(path, file, entry.name, "data", part.data)
         if entry.code == "BOOL" and bool((part > 1).any()):
             raise SafetensorsError(path, entry.name, "data", "a BOOL is neither 0 nor 1")
-        arrays[entry.name] = part.view(entry.dtype).reshape(entry.shape)
+        arrays[entry.name] = entry.view(part)
     return arrays
 
 

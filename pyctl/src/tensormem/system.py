@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pools and totals, from the sysfs files of the module; KV caches, from /proc.
+"""Pools, totals and model slots, from the sysfs files of the module; KV caches, from /proc.
 
 The files hold one value each; ``docs/ABI`` describes them. A file that the module
 lacks reads as None, a file that this package does not know is left in
@@ -20,16 +20,19 @@ from . import errors
 __all__ = [
     "CHUNK_SIZE",
     "DEFAULT_ROOT",
+    "GenerationStatus",
     "Group",
     "KVCaches",
     "KVStatus",
     "KVUser",
     "PoolLimits",
     "Rule",
+    "SlotStatus",
     "Status",
     "chunks",
     "compact",
     "kv_caches",
+    "model_slots",
     "read",
     "root_path",
     "set_chunk_pool",
@@ -112,7 +115,8 @@ class Status:
     def pools(self) -> list[Group]:
         """Return the groups that are pools, level 1 first."""
         order = ["chunk", "buddy", "slab"]
-        names = [n for n in self.groups if n not in ("clients", "dispatch") and not _NODE.match(n)]
+        others = ("clients", "dispatch", "model")
+        names = [n for n in self.groups if n not in others and not _NODE.match(n)]
         names.sort(key=lambda n: order.index(n) if n in order else len(order))
         return [self.groups[n] for n in names]
 
@@ -164,16 +168,22 @@ def read(root: str | os.PathLike[str] | None = None) -> Status:
         raise errors.NotAvailable(f"{top} does not exist, so the module is not loaded", _PRESENT)
     groups = {}
     for folder in sorted(p for p in top.iterdir() if p.is_dir() and not p.is_symlink()):
-        values = {}
-        for file in sorted(p for p in folder.iterdir() if p.is_file()):
-            try:
-                text = file.read_text().strip()
-            except (OSError, UnicodeDecodeError):
-                continue  # write-only, or not ours to read
-            values[file.name] = int(text) if text.isascii() and text.isdigit() else text
+        values = _values(folder)
         if values and folder.name != "power":
             groups[folder.name] = Group(folder.name, values)
     return Status(groups)
+
+
+def _values(folder: Path) -> dict[str, int | str]:
+    """Read the files of a folder."""
+    values: dict[str, int | str] = {}
+    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        try:
+            text = file.read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            continue  # write-only, not ours to read, or gone meanwhile
+        values[file.name] = int(text) if text.isascii() and text.isdigit() else text
+    return values
 
 
 def set_chunk_pool(
@@ -273,6 +283,95 @@ def _write(path: Path, value: int) -> None:
             errno.EBUSY: "free tensors first; 'tensormem pool show' has what is used",
         }
         raise errors.from_errno(number, what, remedies.get(number)) from None
+
+
+@dataclass(frozen=True)
+class GenerationStatus:
+    """A generation of a model slot.
+
+    Attributes:
+        number: its number.
+        state: as in :class:`tensormem.GenerationInfo`.
+        values: name -> number: ``size``, ``loaded``, ``readers``, ``private_bytes``,
+            ``shared_bytes``, ``error``, ``cached``.
+    """
+
+    number: int
+    state: str
+    values: Mapping[str, int]
+
+    def get(self, name: str) -> int | None:
+        """Return a number, or None where the module has no such file."""
+        return self.values.get(name)
+
+
+@dataclass(frozen=True)
+class SlotStatus:
+    """A model slot; the attributes as in :class:`tensormem.SlotInfo`."""
+
+    name: str
+    active: int
+    previous: int
+    staged: int
+    uid: int
+    gid: int
+    mode: int
+    generations: tuple[GenerationStatus, ...]
+
+
+def model_slots(root: str | os.PathLike[str] | None = None) -> tuple[SlotStatus, ...]:
+    """Return the model slots, by name; what goes while it is read is left out.
+
+    Args:
+        root: another directory than the default, for tests.
+
+    Raises:
+        NotAvailable: the module is not loaded.
+    """
+    top = root_path(root)
+    if not top.is_dir():
+        raise errors.NotAvailable(f"{top} does not exist, so the module is not loaded", _PRESENT)
+    found = (_slot(folder) for folder in _folders(top / "model"))
+    return tuple(slot for slot in found if slot is not None)
+
+
+def _folders(top: Path) -> list[Path]:
+    try:
+        return sorted(p for p in top.iterdir() if p.is_dir())
+    except OSError:
+        return []  # no slot was ever made, or this one is gone
+
+
+def _slot(folder: Path) -> SlotStatus | None:
+    generations = []
+    for inner in _folders(folder):
+        values = _numbers(inner)
+        state = _first_line(inner / "state")
+        if state:
+            generations.append(GenerationStatus(int(inner.name), state, values))
+    generations.sort(key=lambda generation: generation.number)
+    values = _numbers(folder)
+    try:
+        return SlotStatus(
+            name=folder.name,
+            active=values["active"],
+            previous=values["previous"],
+            staged=values["staged"],
+            uid=values["uid"],
+            gid=values["gid"],
+            mode=int(_first_line(folder / "mode"), 8),
+            generations=tuple(generations),
+        )
+    except (KeyError, ValueError):
+        return None  # it was removed meanwhile
+
+
+def _numbers(folder: Path) -> dict[str, int]:
+    try:
+        found = _values(folder)
+    except OSError:
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
 @dataclass(frozen=True)

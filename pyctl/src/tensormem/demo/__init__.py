@@ -12,3 +12,6 @@ TOKENS = 128
 
 #: Requests of the trace.
 REQUESTS = 32
+
+#: Swaps of the model under texts that are being written.
+SWAPS = 20
