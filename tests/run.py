@@ -67,7 +67,8 @@ def pytest(name: str, *where: str) -> Stage:
 PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "guest": ((), 1),
     "numa": (("numa",), 2),
-    "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "reuse", "small", "sysfs"), 1),
+    "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "model_*",
+               "reuse", "small", "sysfs"), 1),
 }
 
 
