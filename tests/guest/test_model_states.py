@@ -108,12 +108,12 @@ def test_loading_to_retired(slot: Slot, slow: int) -> None:
         wait_for(lambda: gen.info().loaded)
         assert slot.abort(2) == 0
         check(slot, {1: ACTIVE, 2: RETIRED}, active)
-        assert gen.events() & IN
-        assert gen.state() == RETIRED
+        assert gen.events() == IN | PRI | ERR
+        assert (gen.state(), gen.info().error) == (RETIRED, errno.ECANCELED)
         wait_for(lambda: read("model/held") == HELD)
         loaded = gen.info().loaded
         for call in (lambda: os.read(gen.fd, 1), lambda: os.pread(gen.fd, 1, loaded)):
-            with pytest.raises(OSError, match=r"."):
+            with pytest.raises(OSError, match="Stale"):
                 call()
         assert slot.commit(2) == slot.abort(2) == slot.try_acquire(2)[0] == errno.ENOENT
         assert gen.info().loaded == loaded
@@ -129,13 +129,12 @@ def test_loading_to_failed(slot: Slot, slow: int) -> None:
         assert read("model/held") == HELD  # what is not whole is no use
         assert slot.commit(2) == errno.ESTALE
         for call in (lambda: os.read(gen.fd, 1), lambda: os.pread(gen.fd, 1, PAGE)):
-            with pytest.raises(OSError, match=r".") as refusal:
+            with pytest.raises(OSError, match="Stale"):
                 call()
-            assert refusal.value.errno == errno.ESTALE
         assert slot.try_stage(slow)[0] == errno.EBUSY  # until it is aborted
         assert slot.abort(2) == 0
         assert slot.places() == (1, 0, 0)
-        assert gen.info().error == errno.EBADMSG or gen.state() == RETIRED
+        assert (gen.state(), gen.info().error) == (RETIRED, errno.EBADMSG)
     check(slot, {1: ACTIVE}, last=2)
 
 
@@ -263,23 +262,20 @@ def test_numbers_are_never_used_twice(raw: Raw, slot: Slot) -> None:
 @pytest.mark.parametrize("when", [LOADING, STAGED, FAILED])
 @pytest.mark.parametrize("flags", [0, KEEP])
 def test_closing_the_stagers_descriptor(slot: Slot, slow: int, when: State, flags: int) -> None:
-    """Aborts what is not committed; with KEEP the slot keeps what is loaded or failed."""
+    """Aborts what is not committed; with KEEP the slot keeps what is loaded."""
     verify = VERIFY if when in (LOADING, FAILED) else 0
     gen = slot.stage(slow, verify | flags, size=128 * CHUNK if when == LOADING else CHUNK)
     if when != LOADING:
         gen.settled()
     assert gen.state() == when
     gen.close()
-    if flags == KEEP and when != LOADING:
+    if flags == KEEP and when == STAGED:
         assert slot.places() == (0, 0, 1)
         with slot.acquire(1) as again:
-            check(slot, {1: when}, again)
-            again.close()
+            check(slot, {1: STAGED}, again)
         # a reader's descriptor is not the stager's
-        check(slot, {1: when})
-        assert slot.commit(1) == (0 if when == STAGED else errno.ESTALE)
-        if when == FAILED:
-            assert slot.abort(1) == 0
+        check(slot, {1: STAGED})
+        assert slot.commit(1) == 0
     else:
         assert slot.places() == (0, 0, 0)
         assert slot.commit(1) == errno.ENOENT
