@@ -793,7 +793,7 @@ def test_model_stage(filled: Slot, flags: int, settings: None) -> None:
         request.fd = -1
         wait_for(lambda: filled.info().generations == 2)
         after = summary(filled)
-        assert after == (*before[:-1], before[-1] + 1)  # type: ignore[operator]
+        assert after == (*before[:-1], before[-1] + 1)
 
     results = sweep(lambda: filled.ioctl(abi.IOC_MODEL_STAGE, request), check)
     assert {errno.ENOMEM, errno.EFAULT} <= results

@@ -340,14 +340,14 @@ def test_only_one_is_staged(slot: Slot, file: int) -> None:
         gen.loaded()
         assert slot.try_stage(file)[0] == errno.EBUSY
         assert slot.abort(gen.number) == 0
-        assert before[0][2] == gen.number  # type: ignore[index]
+        assert before[0][2] == gen.number
         slot.stage(file).close()
     assert slot.info().last == 2  # numbers are given out when it is staged, and never again
 
 
 def test_a_call_that_fails_gives_out_no_number(slot: Slot, file: int) -> None:
     for fields in ({"size": U64}, {"flags": 1 << 30}, {"pad": 1}):
-        assert slot.try_stage(file, **fields)[0] == errno.EINVAL  # type: ignore[arg-type]
+        assert slot.try_stage(file, **fields)[0] == errno.EINVAL
     assert slot.try_stage(-1)[0] == errno.EBADF
     assert slot.info().last == 0
 
@@ -576,8 +576,7 @@ def test_results_that_cannot_be_written_are_undone(raw: Raw, filled: Slot, file:
             assert call(filled.fd, abi.IOC_MODEL_STAGE, abi.ModelStage(file=file), at) == errno.EFAULT
             after = state_of(filled)
             assert after[1:] == before[1:]
-            assert after[0][:3] == before[0][:3]  # type: ignore[index]
-    memory = None  # type: ignore[assignment]
+            assert after[0][:3] == before[0][:3]
 
 
 def test_a_slot_is_not_seen_before_it_can_be_opened(raw: Raw) -> None:
@@ -606,7 +605,7 @@ def test_no_descriptor_left(filled: Slot, file: int) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     after = state_of(filled)
-    assert (after[0][:3], after[1:]) == (before[0][:3], before[1:])  # type: ignore[index]
+    assert (after[0][:3], after[1:]) == (before[0][:3], before[1:])
 
 
 # Calls on the wrong descriptor

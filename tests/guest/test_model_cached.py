@@ -44,7 +44,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[Path]:
 def stage(slot: Slot, path: Path, flags: int = 0, **fields: int | bytes) -> Generation:
     fd = os.open(path, os.O_RDONLY)
     try:
-        return slot.stage(fd, CACHED | flags, **fields)  # type: ignore[arg-type]
+        return slot.stage(fd, CACHED | flags, **fields)
     finally:
         os.close(fd)
 

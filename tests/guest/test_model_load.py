@@ -279,7 +279,8 @@ def test_growing_while_it_is_loaded(slot: Slot) -> None:
 
 # Devices
 
-LOOP_SET_FD, LOOP_CLR_FD, LOOP_CTL_GET_FREE, LOOP_SET_CAPACITY = 0x4C00, 0x4C01, 0x4C82, 0x4C07
+LOOP_SET_FD, LOOP_CLR_FD, LOOP_SET_DIRECT_IO, LOOP_CTL_GET_FREE = 0x4C00, 0x4C01, 0x4C08, 0x4C82
+BLKFLSBUF = 0x1261
 
 
 class Loop:
@@ -296,10 +297,11 @@ class Loop:
         self.fd = os.open(self.path, os.O_RDWR)
         with path.open("r+b", buffering=0) as file:
             fcntl.ioctl(self.fd, LOOP_SET_FD, file.fileno())
+        # else what is missing reads as zeros
+        fcntl.ioctl(self.fd, LOOP_SET_DIRECT_IO, 1)
 
     def forget(self) -> None:
         """Nothing of it stays in the page cache."""
-        BLKFLSBUF = 0x1261
         fcntl.ioctl(self.fd, BLKFLSBUF)
 
     def close(self) -> None:
@@ -439,9 +441,10 @@ def test_no_room_is_no_trouble_for_equal_chunks(raw: Raw, slot: Slot, settings: 
     data = weights("equal", 6 * CHUNK)
     slot.swap(data)
     assert raw.set_quota(7 * CHUNK) == 0
-    changed = data[: 4 * CHUNK] + weights("changed", CHUNK) + data[5 * CHUNK :]
     with slot.load(data) as gen:
         assert gen.memory() == (0, 6 * CHUNK)
+    changed = data[: 4 * CHUNK] + weights("changed", CHUNK) + data[5 * CHUNK :]
+    assert raw.set_quota(8 * CHUNK) == 0
     with slot.load(changed) as gen:
         assert gen.memory() == (CHUNK, 5 * CHUNK)
         assert gen.contents() == changed
@@ -498,7 +501,7 @@ def test_sigkill_half_way(slot: Slot, active: Generation) -> None:
     """At random points of the load: it ends, its memory comes back, and the slot can be staged again."""
     dice = random.Random(5)
     file = os.memfd_create("long")
-    os.truncate(file, 64 * CHUNK)
+    os.truncate(file, 96 * CHUNK)
     held, used = read("model/held"), read("chunk/used")
     for turn in range(20):
         reader, writer = os.pipe()
