@@ -9,6 +9,7 @@
 #ifndef TM_COMPAT_H
 #define TM_COMPAT_H
 
+#include <linux/fs.h>
 #include <linux/mm.h>
 #ifdef TM_HAVE_PFN_T
 #include <linux/pfn_t.h>
@@ -95,6 +96,12 @@ static inline void tm_shrinker_unregister(struct tm_shrinker *s)
 	tm_shrinker_stop(s);
 	kfree(s);
 }
+
+#ifdef TM_HAVE_MNT_IDMAP /* 6.3 */
+typedef struct mnt_idmap tm_idmap;
+#else
+typedef struct user_namespace tm_idmap;
+#endif
 
 #ifndef TM_HAVE_VM_FLAGS_SET /* 6.3 */
 static inline void vm_flags_mod(struct vm_area_struct *vma, vm_flags_t set,

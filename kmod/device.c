@@ -18,6 +18,9 @@
 #include "core/geometry.h"
 #include "device.h"
 #include "kv_file.h"
+#include "model.h"
+#include "model_file.h"
+#include "model_sysfs.h"
 #include "pages.h"
 #include "sysfs.h"
 #include "tensor.h"
@@ -201,6 +204,8 @@ static int tm_device_query(void *object, const struct tm_items *items,
 	return err;
 }
 
+static struct miscdevice tm_device;
+
 static long tm_device_ioctl(struct file *file, unsigned int cmd,
 			    unsigned long arg)
 {
@@ -234,6 +239,9 @@ static long tm_device_ioctl(struct file *file, unsigned int cmd,
 		return tm_args_batch(client, user, size, tm_device_query);
 	case _IOC_NR(TENSORMEM_IOC_KV_CREATE):
 		return tm_kv_file_create(client, user, size);
+	case _IOC_NR(TENSORMEM_IOC_MODEL_OPEN):
+		return tm_model_file_open(client, &tm_device.this_device->kobj,
+					  user, size);
 	default:
 		return -ENOTTY;
 	}
@@ -284,11 +292,14 @@ int __init tm_device_init(void)
 	err = misc_register(&tm_device);
 	if (err)
 		tm_sysfs_exit();
+	else
+		tm_models_start(&tm_device.this_device->kobj);
 	return err;
 }
 
 void tm_device_exit(void)
 {
+	tm_model_sysfs_exit();
 	misc_deregister(&tm_device);
 	tm_sysfs_exit();
 }

@@ -3,6 +3,7 @@
 #include <linux/capability.h>
 #include <linux/cgroup.h>
 #include <linux/cred.h>
+#include <linux/memcontrol.h>
 #include <linux/resource.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/user.h>
@@ -11,6 +12,8 @@
 
 /**
  * tm_limits_in_cgroup - whether somebody limits current's memory
+ *
+ * Or, within set_active_memcg(), that of whom current works for.
  *
  * The kernel charges a cgroup when a page is allocated and in no other way that a
  * module may use. So memory for a task in a cgroup cannot come out of what the pools
@@ -23,6 +26,8 @@ bool tm_limits_in_cgroup(void)
 	bool root = true;
 
 #ifdef CONFIG_MEMCG
+	if (current->active_memcg)
+		return current->active_memcg->css.parent;
 	rcu_read_lock();
 	root = !task_css(current, memory_cgrp_id)->parent;
 	rcu_read_unlock();

@@ -89,6 +89,29 @@ static bool tm_quarantine_forking(struct tm_client *client,
 }
 
 /**
+ * tm_quarantine_put - give back memory that no window has, now or when nobody holds it
+ * @client: who is charged for it until then
+ * @memory: what to give back; consumed
+ *
+ * No mapping of it is left, nor can a fork make one.
+ *
+ * Context: may sleep.
+ */
+void tm_quarantine_put(struct tm_client *client, struct tm_memory *memory)
+{
+	u32 before = memory->nr_pages;
+
+	if (tm_memory_free(memory)) {
+		tm_client_uncharge(client, (u64)before << PAGE_SHIFT);
+		return;
+	}
+	tm_client_uncharge(client,
+			   (u64)(before - memory->nr_pages) << PAGE_SHIFT);
+	tm_quarantine_enter(client, memory);
+	tm_quarantine_hold(memory);
+}
+
+/**
  * tm_quarantine_free - give back memory that was mapped, now or when it can be
  * @client: who is charged for it until then
  * @region: its memory, which is consumed, and the place that it had
@@ -100,7 +123,6 @@ static bool tm_quarantine_forking(struct tm_client *client,
 void tm_quarantine_free(struct tm_client *client, struct tm_region *region)
 {
 	struct tm_memory *memory = region->memory;
-	u32 before = memory->nr_pages;
 
 	if (tm_quarantine_forking(client, region)) {
 		memory->first = region->range.start;
@@ -112,14 +134,7 @@ void tm_quarantine_free(struct tm_client *client, struct tm_region *region)
 		queue_work(system_unbound_wq, &tm_forking_work);
 		return;
 	}
-	if (tm_memory_free(memory)) {
-		tm_client_uncharge(client, (u64)before << PAGE_SHIFT);
-		return;
-	}
-	tm_client_uncharge(client,
-			   (u64)(before - memory->nr_pages) << PAGE_SHIFT);
-	tm_quarantine_enter(client, memory);
-	tm_quarantine_hold(memory);
+	tm_quarantine_put(client, memory);
 }
 
 /* Every fork that began before has passed: empty what it may have mapped. */

@@ -282,6 +282,81 @@ DEFINE_EVENT(tensormem_kv_packing, tensormem_kv_unpack,
 	TP_ARGS(client, cache, group, before, after, latency_ns)
 );
 
+TRACE_EVENT(tensormem_model_stage,
+	TP_PROTO(const char *slot, u64 generation, u64 size),
+	TP_ARGS(slot, generation, size),
+	TP_STRUCT__entry(
+		__array(char, slot, TENSORMEM_MODEL_NAME)
+		__field(u64, generation)
+		__field(u64, size)
+	),
+	TP_fast_assign(
+		strscpy(__entry->slot, slot, TENSORMEM_MODEL_NAME);
+		__entry->generation = generation;
+		__entry->size = size;
+	),
+	TP_printk("slot=%s generation=%llu size=%llu", __entry->slot,
+		  __entry->generation, __entry->size)
+);
+
+/* The end of a load; error: 0, or why it failed: a negative errno. */
+TRACE_EVENT(tensormem_model_load,
+	TP_PROTO(const char *slot, u64 generation, u64 size, int error),
+	TP_ARGS(slot, generation, size, error),
+	TP_STRUCT__entry(
+		__array(char, slot, TENSORMEM_MODEL_NAME)
+		__field(u64, generation)
+		__field(u64, size)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		strscpy(__entry->slot, slot, TENSORMEM_MODEL_NAME);
+		__entry->generation = generation;
+		__entry->size = size;
+		__entry->error = error;
+	),
+	TP_printk("slot=%s generation=%llu size=%llu error=%d",
+		  __entry->slot, __entry->generation, __entry->size,
+		  __entry->error)
+);
+
+DECLARE_EVENT_CLASS(tensormem_model,
+	TP_PROTO(const char *slot, u64 generation),
+	TP_ARGS(slot, generation),
+	TP_STRUCT__entry(
+		__array(char, slot, TENSORMEM_MODEL_NAME)
+		__field(u64, generation)
+	),
+	TP_fast_assign(
+		strscpy(__entry->slot, slot, TENSORMEM_MODEL_NAME);
+		__entry->generation = generation;
+	),
+	TP_printk("slot=%s generation=%llu", __entry->slot,
+		  __entry->generation)
+);
+
+DEFINE_EVENT(tensormem_model, tensormem_model_commit,
+	TP_PROTO(const char *slot, u64 generation),
+	TP_ARGS(slot, generation)
+);
+
+/* generation: the one that is active again. */
+DEFINE_EVENT(tensormem_model, tensormem_model_rollback,
+	TP_PROTO(const char *slot, u64 generation),
+	TP_ARGS(slot, generation)
+);
+
+DEFINE_EVENT(tensormem_model, tensormem_model_abort,
+	TP_PROTO(const char *slot, u64 generation),
+	TP_ARGS(slot, generation)
+);
+
+/* Nobody has it any more: its memory goes. */
+DEFINE_EVENT(tensormem_model, tensormem_model_retire,
+	TP_PROTO(const char *slot, u64 generation),
+	TP_ARGS(slot, generation)
+);
+
 #endif
 
 #undef TRACE_INCLUDE_PATH

@@ -151,6 +151,20 @@ static bool tm_vm_map_block(struct vm_fault *vmf,
 }
 
 /**
+ * tm_vm_mapping_chunk - how a whole chunk is mapped
+ * @block: as a block where the kernel can
+ *
+ * Context: any. Return: enum tensormem_mapping.
+ */
+u32 tm_vm_mapping_chunk(bool block)
+{
+	if (TM_VM_BLOCKS && block)
+		return TENSORMEM_MAPPING_BLOCK;
+	return IS_ENABLED(CONFIG_ARM64_CONTPTE) ? TENSORMEM_MAPPING_CONT :
+						  TENSORMEM_MAPPING_PAGES;
+}
+
+/**
  * tm_vm_mapping - how the whole chunks of a region are mapped
  * @region: the region; it has memory
  *
@@ -160,11 +174,46 @@ u32 tm_vm_mapping(const struct tm_region *region)
 {
 	if (!region->memory->nr_chunks)
 		return TENSORMEM_MAPPING_PAGES;
-	if (TM_VM_BLOCKS && region->huge &&
-	    tm_vm_block_whole(region, &region->memory->extent[0]))
-		return TENSORMEM_MAPPING_BLOCK;
-	return IS_ENABLED(CONFIG_ARM64_CONTPTE) ? TENSORMEM_MAPPING_CONT :
-						  TENSORMEM_MAPPING_PAGES;
+	return tm_vm_mapping_chunk(region->huge &&
+				   tm_vm_block_whole(region,
+						     &region->memory->extent[0]));
+}
+
+/**
+ * tm_vm_marked - whether what faulted is a marker and no hole
+ * @vmf: the fault
+ *
+ * userfaultfd leaves markers: to map around one would fault for ever.
+ *
+ * Context: of a fault.
+ */
+bool tm_vm_marked(const struct vm_fault *vmf)
+{
+	return vmf->flags & FAULT_FLAG_ORIG_PTE_VALID &&
+	       !pte_none(vmf->orig_pte);
+}
+
+/**
+ * tm_vm_map - map the part of a region that a fault is in
+ * @vmf: the fault
+ * @region: the region; it has memory at the faulting page
+ * @mapped: how many pages that were
+ *
+ * Context: of a fault; the caller keeps the region as it is.
+ * Return: VM_FAULT_NOPAGE or an error.
+ */
+vm_fault_t tm_vm_map(struct vm_fault *vmf, const struct tm_region *region,
+		     u32 *mapped)
+{
+	int err = 0;
+
+	if (!tm_vm_map_block(vmf, region, mapped))
+		err = tm_vm_map_around(vmf, region, mapped);
+	/*
+	 * EFAULT: MADV_DONTNEED took the page table away meanwhile
+	 * (PT_RECLAIM, 6.14). The fault comes again and makes a new one.
+	 */
+	return err && err != -EFAULT ? vmf_error(err) : VM_FAULT_NOPAGE;
 }
 
 static vm_fault_t tm_vm_fault(struct vm_fault *vmf)
@@ -173,30 +222,19 @@ static vm_fault_t tm_vm_fault(struct vm_fault *vmf)
 	struct tm_client *client = vmf->vma->vm_file->private_data;
 	struct address_space *mapping = client->inode->i_mapping;
 	vm_fault_t result = VM_FAULT_SIGBUS;
-	const struct tm_region *region;
 	struct tm_range *range;
 	u32 mapped = 0;
-	int err = 0;
 
-	/* A userfaultfd marker is no hole: to map around it would fault for ever. */
-	if (vmf->flags & FAULT_FLAG_ORIG_PTE_VALID && !pte_none(vmf->orig_pte))
+	if (tm_vm_marked(vmf))
 		return VM_FAULT_SIGBUS;
 
 	tm_vm_born_dirty(vmf->vma);
 	filemap_invalidate_lock_shared(mapping);
 	range = tm_window_find(&client->window, vmf->pgoff);
-	if (range) {
-		region = container_of(range, struct tm_region, range);
-		if (!tm_vm_map_block(vmf, region, &mapped))
-			err = tm_vm_map_around(vmf, region, &mapped);
-		result = VM_FAULT_NOPAGE;
-		/*
-		 * EFAULT: MADV_DONTNEED took the page table away meanwhile
-		 * (PT_RECLAIM, 6.14). The fault comes again and makes a new one.
-		 */
-		if (err && err != -EFAULT)
-			result = vmf_error(err);
-	}
+	if (range)
+		result = tm_vm_map(vmf,
+				   container_of(range, struct tm_region, range),
+				   &mapped);
 	filemap_invalidate_unlock_shared(mapping);
 
 	if (start)
@@ -219,7 +257,7 @@ static void tm_vm_open(struct vm_area_struct *vma)
 }
 
 /* A moved mapping would leave the addresses that the window promises. */
-static int tm_vm_mremap(struct vm_area_struct *vma)
+int tm_vm_mremap(struct vm_area_struct *vma)
 {
 	return -EINVAL;
 }

@@ -40,7 +40,7 @@ __attribute__((noreturn, format(printf, 3, 4)))
 void tm_host_die(const char *file, int line, const char *fmt, ...);
 
 #ifdef NDEBUG
-#define tm_host_require(cond)	((void)0)
+#define tm_host_require(cond)	((void)sizeof(!(cond)))
 #else
 #define tm_host_require(cond)						\
 	((cond) ? (void)0 :						\
@@ -94,7 +94,6 @@ static inline u64 tm_random64(void)
 static inline u32 tm_index(u32 i, u32 size)
 {
 	tm_host_require(i < size);
-	(void)size;
 	return i;
 }
 

@@ -756,7 +756,10 @@ struct tensormem_kv_event {
 	struct tensormem_kv_hash parent;
 };
 
-/* Bytes for a slot's name with its final 0. Letters, digits, '.', '_', '-'; no '.' first. */
+/*
+ * Bytes for a slot's name with its final 0. Letters, digits, '.', '_', '-'; no '.' first. Not
+ * "slots", "generations" or "held", which are files beside the slots' folders in sysfs.
+ */
 #define TENSORMEM_MODEL_NAME	64
 
 /* Bytes of a SHA-256. */
@@ -839,7 +842,8 @@ struct tensormem_model_slot {
  *
  * EBUSY while another generation is staged: commit or abort it. EBADF for a bad @file,
  * EACCES when it is not open for reading, EINVAL when it is neither a regular file nor a
- * block device. With CACHED also ETXTBSY, and EOPNOTSUPP for a file system that cannot
+ * block device, cannot be read by the kernel (files of /proc), or was opened with O_DIRECT.
+ * ENOSPC when the chunk pool could not hold it even if it were empty. With CACHED also ETXTBSY, and EOPNOTSUPP for a file system that cannot
  * say when a file changes, or a block device: load it whole instead.
  */
 struct tensormem_model_stage {

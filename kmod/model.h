@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef TM_MODEL_H
+#define TM_MODEL_H
+
+#include <linux/atomic.h>
+#include <linux/kobject.h>
+#include <linux/list.h>
+#include <linux/rwsem.h>
+#include <linux/types.h>
+#include <linux/wait.h>
+
+#include "core/slot.h"
+
+struct file;
+struct inode;
+struct task_struct;
+struct tm_client;
+struct tm_memory;
+
+/**
+ * struct tm_model - a model slot
+ * @kobj: its name and its folder in sysfs; counts who has the struct: the list of
+ *        all while the slot exists, each descriptor, each generation
+ * @lock: guards @slot, and of its generations what says so
+ * @slot: which generations it has
+ * @inode: owner, group and mode; that of all descriptors
+ * @wait: woken when something becomes of a generation
+ * @all: on the list of all slots
+ */
+struct tm_model {
+	struct kobject kobj;
+	struct rw_semaphore lock;
+	struct tm_slot slot;
+	struct inode *inode;
+	wait_queue_head_t wait;
+	struct list_head all;
+};
+
+/**
+ * struct tm_model_piece - memory that generations of a slot may share
+ * @core: who has it
+ * @memory: a whole chunk, or the runs of a tail
+ * @client: who pays for it
+ */
+struct tm_model_piece {
+	struct tm_piece core;
+	struct tm_memory *memory;
+	struct tm_client *client;
+};
+
+/**
+ * struct tm_model_gen - a generation
+ * @core: its number, state and pieces; under the slot's lock, the pieces of one
+ *        that is usable under none
+ * @kobj: its folder in sysfs; counts who has the struct
+ * @model: its slot
+ * @client: who pays for what it does not share
+ * @inode: that of all its descriptors
+ * @size: bytes of the model
+ * @flags: TENSORMEM_MODEL_CACHED and the others it was staged with
+ * @loaded: bytes of it that are loaded; written by its loader
+ * @usable: 0 when it can be read, -EAGAIN while it is being loaded, -ESTALE when it
+ *          cannot (any more); written under the slot's lock
+ * @readers: its descriptors
+ * @loader: the thread that loads it, or NULL; under the slot's lock
+ * @stager: the descriptor whose end aborts it; compared, never dereferenced
+ */
+struct tm_model_gen {
+	struct tm_generation core;
+	struct kobject kobj;
+	struct tm_model *model;
+	struct tm_client *client;
+	struct inode *inode;
+	u64 size;
+	u32 flags;
+	u64 loaded;
+	int usable;
+	atomic_t readers;
+	struct task_struct *loader;
+	const struct file *stager;
+};
+
+struct tm_model_totals {
+	u64 slots;
+	u64 generations;
+	u64 held;
+};
+
+static inline struct tm_model_gen *tm_model_gen(struct tm_generation *core)
+{
+	return container_of(core, struct tm_model_gen, core);
+}
+
+static inline struct tm_model_piece *
+tm_model_piece(const struct tm_generation *core, u32 index)
+{
+	return container_of(core->piece[index], struct tm_model_piece, core);
+}
+
+/* Whether @gen can be read. Context: any. Return: 0, -EAGAIN or -ESTALE. */
+static inline int tm_model_usable(const struct tm_model_gen *gen)
+{
+	/* Pairs with tm_model_publish(): who reads 0 sees all pieces. */
+	return smp_load_acquire(&gen->usable);
+}
+
+/* Makes a descriptor of a slot; @made: the slot is new. Return: it or an ERR_PTR. */
+typedef struct file *(*tm_model_opener)(struct tm_model *model, void *data,
+					bool made);
+
+void tm_models_start(struct kobject *device);
+struct file *tm_model_open(struct kobject *device, const char *name, u32 flags,
+			   umode_t mode, tm_model_opener opener, void *data);
+void tm_model_put(struct tm_model *model);
+void tm_model_totals(struct tm_model_totals *totals);
+
+struct tm_model_piece *tm_model_piece_create(struct tm_client *client,
+					     struct tm_memory *memory);
+void tm_model_piece_destroy(struct tm_model_piece *piece);
+struct tm_model_gen *tm_model_gen_create(struct tm_model *model,
+					 struct tm_client *client, u64 size,
+					 u32 flags);
+void tm_model_gen_discard(struct tm_model_gen *gen);
+
+u64 tm_model_next(struct tm_model *model);
+int __must_check tm_model_stage(struct tm_model_gen *gen, u64 number,
+				struct task_struct *loader,
+				const struct file *stager,
+				struct tm_model_gen **base);
+int __must_check tm_model_add(struct tm_model_gen *gen,
+			      struct tm_model_piece *piece);
+int __must_check tm_model_share(struct tm_model_gen *gen,
+				const struct tm_model_gen *base);
+bool tm_model_forget(struct tm_model *model);
+void tm_model_finish(struct tm_model_gen *gen, struct tm_model_gen *base,
+		     int error);
+
+struct tm_model_gen *tm_model_acquire(struct tm_model *model, u64 number,
+				      bool staged);
+void tm_model_release(struct tm_model_gen *gen, const struct file *file);
+
+int __must_check tm_model_commit(struct tm_model *model, u64 number);
+int __must_check tm_model_abort(struct tm_model *model, u64 number);
+int __must_check tm_model_rollback(struct tm_model *model, u64 number);
+int __must_check tm_model_remove(struct tm_model *model);
+
+#endif
