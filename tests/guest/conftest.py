@@ -31,7 +31,7 @@ COMPLAINTS = (
 USAGE = (
     "clients/count", "clients/tensors", "clients/bytes", "clients/kept",
     "buddy/used_pages", "chunk/used", "chunk/quarantined", "chunk/charged",
-    "kv/caches", "kv/held",
+    "kv/caches", "kv/held", "model/slots", "model/generations", "model/held",
 )  # fmt: skip
 
 
