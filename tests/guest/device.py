@@ -416,6 +416,11 @@ class Slot(Descriptor):
     def events(self, seconds: float = 0) -> int:
         return polled(self.fd, seconds)
 
+    def buried(self) -> Self:
+        """Wait until what nobody has any more is freed; there is no other slot."""
+        wait_for(lambda: read("model/generations") == self.info().generations)
+        return self
+
     def read(self, name: str) -> int:
         """One value of its folder in sysfs."""
         return read(f"model/{self.name}/{name}")
@@ -538,6 +543,11 @@ def read(name: str) -> int:
     return int((SYSFS / name).read_text())
 
 
+def becomes(name: str, value: int) -> None:
+    """Wait for a value of sysfs: memory is given back soon, but nobody waits for that."""
+    wait_for(lambda: read(name) == value, told=lambda: f"{name} is {read(name)}, not {value}")
+
+
 def write(name: str, value: object) -> int:
     try:
         (SYSFS / name).write_text(str(value))
@@ -560,10 +570,14 @@ def events(name: str) -> list[dict[str, str]]:
     return [dict(field.split("=", 1) for field in line.split()) for line in lines]
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+def wait_for(
+    condition: Callable[[], object],
+    seconds: float = 30,
+    told: Callable[[], str] = lambda: "did not come about",
+) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "did not come about"
+        assert time.monotonic() < end, told()
         time.sleep(0.02)
 
 

@@ -726,7 +726,9 @@ def descriptors() -> int:
 def summary(slot: Slot) -> tuple[object, ...]:
     """What a call that fails leaves as it was; the number given out last is no promise."""
     names = ("model/slots", "model/generations", "model/held", "clients/bytes", "chunk/used")
-    return slot.places(), slot.info().generations, tuple(map(read, names)), tuple(slot.told().items()), descriptors()
+    info = slot.buried().info()
+    values = tuple(map(read, names))
+    return slot.places(), info.generations, values, tuple(slot.told().items()), descriptors()
 
 
 @pytest.fixture

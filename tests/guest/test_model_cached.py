@@ -621,7 +621,7 @@ def test_many_in_one_slot(slot: Slot) -> None:
             assert slot.commit(gen.loaded().number) == 0
         with slot.acquire() as reader:
             assert reader.contents() == data[which]
-    assert slot.told().keys() == {49, 50}
+    assert slot.buried().told().keys() == {49, 50}
     for path in paths:
         path.unlink()
 

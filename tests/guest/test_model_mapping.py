@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_huge import BLOCK, BLOCKS, UNHUGE
 
-from device import CHUNK, PAGE, Generation, Raw, Slot, address_of, events, read, round_up, wait_for, weights
+from device import CHUNK, PAGE, Generation, Raw, Slot, address_of, becomes, events, read, round_up, wait_for, weights
 from process import FAILED, Iovec, dies, hold, let_go, libc, minor_faults, readable, status_of, writable
 from tensormem import abi
 
@@ -338,7 +338,7 @@ def test_a_childs_mapping_keeps_the_generation(slot: Slot) -> None:
     os.close(tell)
     assert os.waitpid(pid, 0)[1] == 0
     wait_for(lambda: 1 not in slot.told())
-    assert read("chunk/used") == 0
+    becomes("chunk/used", 0)
     os.close(go)
 
 
@@ -504,11 +504,11 @@ def test_pages_that_are_held_outlive_the_generation(
     gen.close()
     for number in (2, 3):
         slot.swap(weights(number, PAGE))
-    assert 1 not in slot.told()
-    assert read("model/held") == 2 * PAGE
+    assert 1 not in slot.buried().told()
+    becomes("model/held", 2 * PAGE)
     held = read("chunk/quarantined")
     assert length // PAGE <= held <= 2 * CHUNK // PAGE
-    assert read("clients/bytes") == 2 * PAGE + held * PAGE
+    becomes("clients/bytes", 2 * PAGE + held * PAGE)
     # everything that can be had is somebody else's now, and the pages in the pipe are what they were
     spoil = [raw.alloc(CHUNK, abi.Kind.WEIGHTS) for _ in range(8)] + [raw.alloc(8 * PAGE) for _ in range(40)]
     for item in spoil:
@@ -516,10 +516,10 @@ def test_pages_that_are_held_outlive_the_generation(
         mapping[:] = b"\xff" * len(mapping)
         mapping.close()
     assert os.read(pipe[0], length) == (DATA + bytes(PAGE))[where : where + length]
-    wait_for(lambda: read("chunk/quarantined") == 0)
+    becomes("chunk/quarantined", 0)
     let_go(pipe)
     assert raw.free_batch([item.handle for item in spoil])[0] == 0
-    assert read("clients/bytes") == 2 * PAGE
+    becomes("clients/bytes", 2 * PAGE)
 
 
 def test_pages_that_are_held_of_a_chunk_that_is_shared(slot: Slot) -> None:
@@ -534,15 +534,15 @@ def test_pages_that_are_held_of_a_chunk_that_is_shared(slot: Slot) -> None:
         assert same.memory() == (0, LENGTH)
         assert slot.commit(same.number) == 0
     slot.swap(weights(3, PAGE))
-    assert 1 not in slot.told()
-    assert read("chunk/quarantined") == 0
+    assert 1 not in slot.buried().told()
+    becomes("chunk/quarantined", 0)
     with slot.acquire(2) as reader:
         assert reader.contents() == DATA
     slot.swap(weights(4, PAGE))
-    assert slot.told().keys() == {3, 4}
-    assert read("chunk/quarantined") == CHUNK // PAGE
+    assert slot.buried().told().keys() == {3, 4}
+    becomes("chunk/quarantined", CHUNK // PAGE)
     assert os.read(pipe[0], PAGE) == DATA[CHUNK : CHUNK + PAGE]
-    wait_for(lambda: read("chunk/quarantined") == 0)
+    becomes("chunk/quarantined", 0)
     let_go(pipe)
 
 
@@ -555,10 +555,10 @@ def test_removed_under_a_mapping_that_is_pinned(raw: Raw, slot: Slot) -> None:
     assert string(at, SIZE) == DATA
     libc.munmap(at, LENGTH)
     gen.close()
-    assert read("model/held") == 0
+    becomes("model/held", 0)
     assert os.read(pipe[0], 4 * PAGE) == DATA[: 4 * PAGE]
     let_go(pipe)
-    wait_for(lambda: read("chunk/quarantined") == 0)
+    becomes("chunk/quarantined", 0)
 
 
 # Many at once

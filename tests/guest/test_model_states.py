@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from device import CHUNK, PAGE, SYSFS, Generation, Raw, Slot, file_of, read, round_up, wait_for, weights
+from device import CHUNK, PAGE, SYSFS, Generation, Raw, Slot, becomes, file_of, read, round_up, wait_for, weights
 from tensormem import abi
 
 CREATE, EXCL, WRITE = abi.OpenFlag.CREATE, abi.OpenFlag.EXCL, abi.OpenFlag.WRITE
@@ -43,6 +43,7 @@ def slow() -> Iterator[int]:
 
 def check(slot: Slot, expected: dict[int, State], *held: Generation, last: int = 0) -> None:
     """The slot has these generations in these states and no other; its own word, sysfs and poll agree."""
+    slot.buried()
     info = slot.info()
     place = {state: number for number, state in expected.items()}
     active, previous, staged = (place.get(s, 0) for s in (ACTIVE, PREVIOUS, STAGED))
@@ -110,7 +111,7 @@ def test_loading_to_retired(slot: Slot, slow: int) -> None:
         check(slot, {1: ACTIVE, 2: RETIRED}, active)
         assert gen.events() == IN | PRI | ERR
         assert (gen.state(), gen.info().error) == (RETIRED, errno.ECANCELED)
-        wait_for(lambda: read("model/held") == HELD)
+        becomes("model/held", HELD)
         for call in (lambda: os.read(gen.fd, 1), lambda: os.pread(gen.fd, 1, CHUNK)):
             with pytest.raises(OSError, match="Stale"):
                 call()
@@ -124,7 +125,7 @@ def test_loading_to_failed(slot: Slot, slow: int) -> None:
     with slot.acquire() as active, slot.stage(slow, VERIFY, size=CHUNK) as gen:
         assert gen.failed() == errno.EBADMSG
         check(slot, {1: ACTIVE, 2: FAILED}, active, gen)
-        assert read("model/held") == HELD  # what is not whole is no use
+        becomes("model/held", HELD)  # what is not whole is no use
         assert slot.commit(2) == errno.ESTALE
         for call in (lambda: os.read(gen.fd, 1), lambda: os.pread(gen.fd, 1, PAGE)):
             with pytest.raises(OSError, match="Stale"):
@@ -154,9 +155,9 @@ def test_staged_to_retired(slot: Slot) -> None:
         assert slot.abort(1) == 0
         check(slot, {1: RETIRED}, gen)
         assert gen.contents() == model(1)
-        assert read("model/held") == HELD
+        becomes("model/held", HELD)
     check(slot, {}, last=1)
-    assert read("model/held") == 0
+    becomes("model/held", 0)
     assert gone(slot, 1)
 
 
@@ -168,7 +169,7 @@ def test_active_to_previous_to_retired(slot: Slot) -> None:
         states = {n: ACTIVE if n == number else PREVIOUS if n == number - 1 else RETIRED
                   for n in range(1, number + 1)}  # fmt: skip
         check(slot, states, *readers)
-    assert read("model/held") == 4 * HELD
+    becomes("model/held", 4 * HELD)
     for reader in readers:
         assert reader.contents() == model(reader.number)
     # in the slot anyway; then out of it
@@ -177,10 +178,10 @@ def test_active_to_previous_to_retired(slot: Slot) -> None:
     check(slot, {1: RETIRED, 2: RETIRED, 3: PREVIOUS, 4: ACTIVE}, *readers[:2])
     readers[0].close()
     check(slot, {2: RETIRED, 3: PREVIOUS, 4: ACTIVE}, readers[1])
-    assert read("model/held") == 3 * HELD
+    becomes("model/held", 3 * HELD)
     readers[1].close()
     check(slot, {3: PREVIOUS, 4: ACTIVE})
-    assert read("model/held") == 2 * HELD
+    becomes("model/held", 2 * HELD)
 
 
 def test_rollback(slot: Slot) -> None:
@@ -230,13 +231,14 @@ def test_remove_retires_all(raw: Raw, slot: Slot, slow: int) -> None:
             assert gen.events() & ~HUP == IN | PRI
         assert slot.events() & HUP
         assert read("model/slots") == 0
-        assert read("model/generations") == 3
-        assert read("model/held") == 3 * HELD
-    assert read("model/generations") == read("model/held") == 0
+        becomes("model/generations", 3)
+        becomes("model/held", 3 * HELD)
+    becomes("model/generations", 0)
+    becomes("model/held", 0)
     with raw.slot("loading", CREATE | EXCL | WRITE, mode=0o600) as other, other.stage(slow, VERIFY) as gen:
         assert other.remove() == 0
         assert gen.settled().state() == RETIRED
-        wait_for(lambda: read("model/held") == 0)
+        becomes("model/held", 0)
 
 
 def test_numbers_are_never_used_twice(raw: Raw, slot: Slot) -> None:
@@ -278,7 +280,7 @@ def test_closing_the_stagers_descriptor(slot: Slot, slow: int, when: State, flag
         assert slot.places() == (0, 0, 0)
         assert slot.commit(1) == errno.ENOENT
         wait_for(lambda: slot.info().generations == 0)
-        wait_for(lambda: read("model/held") == 0)
+        becomes("model/held", 0)
 
 
 def test_a_copy_of_the_stagers_descriptor_keeps_it(slot: Slot) -> None:
@@ -356,19 +358,19 @@ def test_memory_comes_back_with_the_last_reader(slot: Slot, keeps: str) -> None:
             reader.close()
     slot.swap(weights(2, PAGE))
     slot.swap(weights(3, PAGE))
-    assert read("chunk/used") == 1
-    assert read("model/held") == HELD + 2 * PAGE
+    becomes("chunk/used", 1)
+    becomes("model/held", HELD + 2 * PAGE)
     for thing in [*views, *readers]:
-        assert read("chunk/used") == 1
+        becomes("chunk/used", 1)
         assert slot.told()[1] == "retired"
         if views:
             assert views[-1].closed or views[-1][:SIZE] == model(1)
         thing.close()
         if keeps == "mapping" and thing is views[-1]:
             break
-    assert read("chunk/used") == 0
-    assert read("model/held") == 2 * PAGE
-    assert gone(slot, 1)
+    becomes("chunk/used", 0)
+    becomes("model/held", 2 * PAGE)
+    wait_for(lambda: gone(slot, 1))
 
 
 def test_the_bill_is_that_of_the_client(raw: Raw, slot: Slot) -> None:
@@ -379,22 +381,23 @@ def test_the_bill_is_that_of_the_client(raw: Raw, slot: Slot) -> None:
         assert raw.info().used == 0
         slot.swap(model(2))
         assert (other.info().used, raw.info().used) == (HELD, HELD)
-    assert read("clients/bytes") == 2 * HELD  # its descriptors are closed and the memory is there
+    becomes("clients/bytes", 2 * HELD)  # its descriptors are closed and the memory is there
     slot.swap(weights(3, PAGE))
-    assert read("clients/bytes") == HELD + PAGE
-    assert raw.info().used == HELD + PAGE
+    becomes("clients/bytes", HELD + PAGE)
+    wait_for(lambda: raw.info().used == HELD + PAGE)
 
 
 def test_a_slot_outlives_its_client() -> None:
     with Raw() as client, client.slot("outlives", CREATE | EXCL | WRITE, mode=0o600) as slot:
         slot.swap(model(1))
     assert read("model/slots") == 1
-    assert read("model/held") == HELD
+    becomes("model/held", HELD)
     with Raw() as client, client.slot("outlives") as slot:
         with slot.acquire() as gen:
             assert gen.contents() == model(1)
         assert slot.remove() == 0
-    assert read("model/slots") == read("model/held") == 0
+    assert read("model/slots") == 0
+    becomes("model/held", 0)
 
 
 # Poll of a slot
