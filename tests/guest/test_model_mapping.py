@@ -83,7 +83,7 @@ def test_read_and_seek(gen: Generation) -> None:
         with pytest.raises(OSError, match="Invalid argument"):
             os.lseek(fd, offset, whence)
     assert os.pread(fd, SIZE, 0)[:100] == DATA[:100]
-    assert os.pread(fd, 1, SIZE) == os.pread(fd, 1, SIZE + CHUNK) == os.pread(fd, 1, (1 << 63) - 1) == b""
+    assert os.pread(fd, 1, SIZE) == os.pread(fd, 1, SIZE + CHUNK) == os.pread(fd, 1, 1 << 62) == b""
     assert os.pread(fd, 0, 0) == b""
     with pytest.raises(OSError, match="Invalid argument"):
         os.pread(fd, 1, -1)
@@ -112,9 +112,9 @@ def test_a_read_into_what_is_not_there(gen: Generation) -> None:
     assert libc.pread(gen.fd, ctypes.c_void_p(address + PAGE), ctypes.c_size_t(10), ctypes.c_long(0)) == -1
     assert ctypes.get_errno() == errno.EFAULT
     count = libc.pread(gen.fd, ctypes.c_void_p(address + PAGE - 9), ctypes.c_size_t(100), ctypes.c_long(CHUNK - 4))
-    assert count in (9, -1)
-    if count == 9:
-        assert place[PAGE - 9 : PAGE] == DATA[CHUNK - 4 : CHUNK + 5]
+    # the kernel copies some bytes at a time
+    assert 0 < count <= 9
+    assert place[PAGE - 9 : PAGE - 9 + count] == DATA[CHUNK - 4 : CHUNK - 4 + count]
 
 
 def test_copies_by_the_kernel(gen: Generation) -> None:
