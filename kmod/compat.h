@@ -9,11 +9,15 @@
 #ifndef TM_COMPAT_H
 #define TM_COMPAT_H
 
+#ifdef TM_HAVE_FILE_LEASE
+#include <linux/filelock.h>
+#endif
 #include <linux/fs.h>
 #include <linux/mm.h>
 #ifdef TM_HAVE_PFN_T
 #include <linux/pfn_t.h>
 #endif
+#include <linux/sched.h>
 #include <linux/sched/mm.h>
 #include <linux/shrinker.h>
 #include <linux/slab.h>
@@ -102,6 +106,106 @@ typedef struct mnt_idmap tm_idmap;
 #else
 typedef struct user_namespace tm_idmap;
 #endif
+
+#ifdef TM_HAVE_FILE_LEASE /* 6.9 */
+
+#define tm_lease		file_lease
+#define tm_lease_operations	lease_manager_operations
+
+static inline struct tm_lease *
+tm_lease_alloc(struct file *file, void *owner,
+	       const struct tm_lease_operations *ops)
+{
+	struct tm_lease *lease = locks_alloc_lease();
+
+	if (!lease)
+		return NULL;
+	lease->c.flc_flags = FL_LEASE;
+	lease->c.flc_type = F_RDLCK;
+	lease->c.flc_owner = owner;
+	lease->c.flc_pid = current->tgid;
+	lease->c.flc_file = file;
+	lease->fl_lmops = ops;
+	return lease;
+}
+
+static inline void *tm_lease_owner(const struct tm_lease *lease)
+{
+	return lease->c.flc_owner;
+}
+
+static inline void tm_lease_free(struct tm_lease *lease)
+{
+	if (lease)
+		locks_free_lease(lease);
+}
+
+#else
+
+#define tm_lease		file_lock
+#define tm_lease_operations	lock_manager_operations
+
+static inline struct tm_lease *
+tm_lease_alloc(struct file *file, void *owner,
+	       const struct tm_lease_operations *ops)
+{
+	struct tm_lease *lease = locks_alloc_lock();
+
+	if (!lease)
+		return NULL;
+	lease->fl_flags = FL_LEASE;
+	lease->fl_type = F_RDLCK;
+	lease->fl_owner = owner;
+	lease->fl_pid = current->tgid;
+	lease->fl_file = file;
+	lease->fl_end = OFFSET_MAX;
+	lease->fl_lmops = ops;
+	return lease;
+}
+
+static inline void *tm_lease_owner(const struct tm_lease *lease)
+{
+	return lease->fl_owner;
+}
+
+static inline void tm_lease_free(struct tm_lease *lease)
+{
+	if (lease)
+		locks_free_lock(lease);
+}
+
+#endif
+
+/* What the kernel asks of who takes a lease; until 6.18 it looked by itself. */
+#ifdef TM_HAVE_LEASE_OPEN_CONFLICT /* 6.19 */
+static inline int tm_lease_open_conflict(struct file *file, int type)
+{
+	return inode_is_open_for_write(file_inode(file)) ? -EAGAIN : 0;
+}
+
+#define TM_LEASE_OPEN_CONFLICT .lm_open_conflict = tm_lease_open_conflict,
+#else
+#define TM_LEASE_OPEN_CONFLICT
+#endif
+
+static inline bool tm_file_can_mmap(const struct file *file)
+{
+#ifdef TM_HAVE_VFS_MMAP
+	return file->f_op->mmap || file->f_op->mmap_prepare;
+#else
+	return file->f_op->mmap;
+#endif
+}
+
+/* A file's own mmap(), in either of its two forms. */
+static inline int tm_file_mmap(struct file *file, struct vm_area_struct *vma)
+{
+#ifdef TM_HAVE_VFS_MMAP /* 6.16 */
+	return vfs_mmap(file, vma);
+#else
+	return call_mmap(file, vma);
+#endif
+}
 
 #ifndef TM_HAVE_VM_FLAGS_SET /* 6.3 */
 static inline void vm_flags_mod(struct vm_area_struct *vma, vm_flags_t set,

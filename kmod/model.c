@@ -12,17 +12,21 @@
 #include <linux/poll.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/workqueue.h>
 #include <uapi/linux/tensormem.h>
 
 #include "client.h"
 #include "memory.h"
 #include "model.h"
+#include "model_cached.h"
 #include "model_inode.h"
 #include "model_sysfs.h"
 #include "pages.h"
 #include "quarantine.h"
 #include "trace.h"
 
+/* Of our own: a slot may end in its work, and until that returns the module stays. */
+static struct workqueue_struct *tm_model_queue;
 static DEFINE_MUTEX(tm_models_mutex);
 static LIST_HEAD(tm_models);
 static atomic64_t tm_nr_models = ATOMIC64_INIT(0);
@@ -131,6 +135,8 @@ void tm_model_gen_discard(struct tm_model_gen *gen)
 {
 	if (gen->kobj.state_in_sysfs)
 		kobject_del(&gen->kobj);
+	if (gen->cached)
+		tm_model_cached_destroy(gen->cached);
 	kvfree(gen->core.piece);
 	tm_model_inode_put(gen->inode);
 	tm_client_put(gen->client);
@@ -138,25 +144,87 @@ void tm_model_gen_discard(struct tm_model_gen *gen)
 	kobject_put(&gen->kobj);
 }
 
-/* Free what nobody has any more, and tell everybody that something has changed. */
-static void tm_model_settle(struct tm_model *model, struct tm_slot_dead *dead)
+static void tm_model_free(struct tm_model *model, struct tm_slot_dead dead)
 {
-	while (dead->pieces) {
-		struct tm_piece *piece = dead->pieces;
+	while (dead.pieces) {
+		struct tm_piece *piece = dead.pieces;
 
-		dead->pieces = piece->next;
+		dead.pieces = piece->next;
 		tm_model_piece_destroy(container_of(piece, struct tm_model_piece,
 						    core));
 	}
-	while (dead->generations) {
-		struct tm_model_gen *gen = tm_model_gen(dead->generations);
+	while (dead.generations) {
+		struct tm_model_gen *gen = tm_model_gen(dead.generations);
 
-		dead->generations = gen->core.next;
+		dead.generations = gen->core.next;
 		trace_tensormem_model_retire(kobject_name(&model->kobj),
 					     gen->core.number);
 		tm_model_gen_discard(gen);
 	}
+}
+
+/* Unlock @model and free what nobody has any more. Return: whether there was any. */
+static bool tm_model_unlock(struct tm_model *model)
+{
+	struct tm_slot_dead dead;
+
+	tm_slot_bury(&model->slot, &model->dead);
+	dead = model->dead;
+	model->dead = (struct tm_slot_dead){ 0 };
+	up_write(&model->lock);
+	tm_model_free(model, dead);
+	return dead.generations || dead.pieces;
+}
+
+/* A commit has left what it let go of to this: it is to be as fast for any model. */
+static void tm_model_reap(struct work_struct *work)
+{
+	struct tm_model *model = container_of(work, struct tm_model, reap.work);
+
+	down_write(&model->lock);
+	tm_model_unlock(model);
+	tm_model_put(model);
+}
+
+/* Unlock @model and free what nobody has any more when the caller has gone on. */
+static void tm_model_unlock_later(struct tm_model *model)
+{
+	bool any = model->dead.generations || model->dead.pieces;
+
+	if (any)
+		kobject_get(&model->kobj);
+	up_write(&model->lock);
+	if (any && !queue_delayed_work(tm_model_queue, &model->reap, 1))
+		tm_model_put(model);
+}
+
+/* Tell everybody that something has become of a generation. */
+static void tm_model_wake(struct tm_model *model)
+{
 	wake_up_poll(&model->wait, EPOLLIN | EPOLLPRI | EPOLLERR | EPOLLHUP);
+}
+
+/**
+ * tm_models_init - before any slot is opened
+ *
+ * Context: may sleep. Return: 0 or -ENOMEM.
+ */
+int __init tm_models_init(void)
+{
+	tm_model_queue = alloc_workqueue("tensormem-model", WQ_UNBOUND, 0);
+	return tm_model_queue ? 0 : -ENOMEM;
+}
+
+/* Have @work done by ours. Context: any. */
+void tm_models_queue(struct work_struct *work)
+{
+	queue_work(tm_model_queue, work);
+}
+
+/* Context: may sleep; there is no slot any more. */
+void tm_models_exit(void)
+{
+	destroy_workqueue(tm_model_queue);
 }
 
 /**
@@ -209,6 +277,7 @@ static struct tm_model *tm_model_create(struct kobject *device,
 	init_rwsem(&model->lock);
 	tm_slot_init(&model->slot, &model->lock);
 	init_waitqueue_head(&model->wait);
+	INIT_DELAYED_WORK(&model->reap, tm_model_reap);
 	err = tm_model_sysfs_add(&model->kobj, name);
 	if (err) {
 		tm_model_put(model);
@@ -275,11 +344,11 @@ struct file *tm_model_open(struct kobject *device, const char *name, u32 flags,
 	return file;
 }
 
-/* What can never be read any more is so from now on. */
+/* What was not loaded never will be. */
 static void tm_model_spoil(struct tm_model_gen *gen)
 {
 	lockdep_assert_held_write(&gen->model->lock);
-	if (gen->usable == -EAGAIN)
+	if (gen->usable)
 		WRITE_ONCE(gen->usable, -ESTALE);
 	if (gen->loader)
 		send_sig(SIGKILL, gen->loader, 1);
@@ -387,19 +456,38 @@ int tm_model_share(struct tm_model_gen *gen, const struct tm_model_gen *base)
  * tm_model_forget - let the previous generation go, for its memory
  * @model: the slot
  *
- * Context: may sleep. Return: whether there was one.
+ * Context: may sleep. Return: whether there may be more memory now.
  */
 bool tm_model_forget(struct tm_model *model)
 {
-	struct tm_slot_dead dead = { 0 };
 	bool any;
 
 	down_write(&model->lock);
-	any = tm_slot_forget(&model->slot, &dead);
-	up_write(&model->lock);
-	if (any)
-		tm_model_settle(model, &dead);
+	any = tm_slot_forget(&model->slot, &model->dead);
+	any |= tm_model_unlock(model);
+	tm_model_wake(model);
 	return any;
+}
+
+/**
+ * tm_model_fail - a generation cannot be used any more
+ * @gen: the generation; it may not have been staged yet
+ * @error: why
+ *
+ * Context: may sleep.
+ */
+void tm_model_fail(struct tm_model_gen *gen, int error)
+{
+	struct tm_model *model = gen->model;
+
+	down_write(&model->lock);
+	/* Who stages it will find out. */
+	if (gen->core.number) {
+		tm_slot_fail(&model->slot, &gen->core, error, &model->dead);
+		WRITE_ONCE(gen->usable, -ESTALE);
+	}
+	up_write(&model->lock);
+	tm_model_wake(model);
 }
 
 /* All of @gen is loaded. */
@@ -422,24 +510,23 @@ void tm_model_finish(struct tm_model_gen *gen, struct tm_model_gen *base,
 		     int error)
 {
 	struct tm_model *model = gen->model;
-	struct tm_slot_dead dead = { 0 };
 
-	/* Who holds the generation may be gone before all is done here. */
+	/* The generation may be the last that has the slot. */
 	kobject_get(&model->kobj);
 	down_write(&model->lock);
 	gen->loader = NULL;
 	if (error)
-		tm_slot_fail(&model->slot, &gen->core, error, &dead);
+		tm_slot_fail(&model->slot, &gen->core, error, &model->dead);
 	else
 		tm_model_publish(gen);
 	tm_model_spoil(gen);
 	trace_tensormem_model_load(kobject_name(&model->kobj), gen->core.number,
 				   gen->size, gen->core.error);
 	if (base)
-		tm_slot_release(&model->slot, &base->core, &dead);
-	tm_slot_release(&model->slot, &gen->core, &dead);
-	up_write(&model->lock);
-	tm_model_settle(model, &dead);
+		tm_slot_release(&model->slot, &base->core, &model->dead);
+	tm_slot_release(&model->slot, &gen->core, &model->dead);
+	tm_model_unlock(model);
+	tm_model_wake(model);
 	tm_model_put(model);
 }
 
@@ -482,30 +569,32 @@ static bool tm_model_forsaken(const struct tm_model_gen *gen)
 /**
  * tm_model_release - undo tm_model_acquire(), or end a descriptor of tm_model_stage()
  * @gen: the generation
- * @file: the descriptor that ends; that of its stager aborts it
+ * @file: the descriptor that ends, or NULL; that of its stager aborts it
  *
  * Context: may sleep.
  */
 void tm_model_release(struct tm_model_gen *gen, const struct file *file)
 {
 	struct tm_model *model = gen->model;
-	struct tm_slot_dead dead = { 0 };
 	u64 number = gen->core.number;
-	bool abort;
+	bool abort = false;
 
 	kobject_get(&model->kobj);
 	down_write(&model->lock);
-	abort = file == gen->stager && tm_model_forsaken(gen);
-	if (abort)
-		abort = !tm_slot_abort(&model->slot, number, &dead);
+	if (file && file == gen->stager) {
+		/* Another descriptor may get its address. */
+		gen->stager = NULL;
+		abort = tm_model_forsaken(gen) &&
+			!tm_slot_abort(&model->slot, number, &model->dead);
+	}
 	if (abort)
 		tm_model_spoil(gen);
-	tm_slot_release(&model->slot, &gen->core, &dead);
-	up_write(&model->lock);
-	if (abort)
+	tm_slot_release(&model->slot, &gen->core, &model->dead);
+	tm_model_unlock(model);
+	if (abort) {
 		trace_tensormem_model_abort(kobject_name(&model->kobj), number);
-	if (abort || dead.generations)
-		tm_model_settle(model, &dead);
+		tm_model_wake(model);
+	}
 	tm_model_put(model);
 }
 
@@ -514,21 +603,22 @@ void tm_model_release(struct tm_model_gen *gen, const struct file *file)
  * @model: the slot
  * @number: which it is
  *
+ * In the same time for any model: what it lets go of is freed by others.
+ *
  * Context: may sleep. Return: 0, -ENOENT, -EAGAIN, -ESTALE, -EINTR.
  */
 int tm_model_commit(struct tm_model *model, u64 number)
 {
-	struct tm_slot_dead dead = { 0 };
 	int err;
 
 	if (down_write_killable(&model->lock))
 		return -EINTR;
-	err = tm_slot_commit(&model->slot, number, &dead);
-	up_write(&model->lock);
+	err = tm_slot_commit(&model->slot, number, &model->dead);
+	tm_model_unlock_later(model);
 	if (err)
 		return err;
 	trace_tensormem_model_commit(kobject_name(&model->kobj), number);
-	tm_model_settle(model, &dead);
+	tm_model_wake(model);
 	return 0;
 }
 
@@ -543,21 +633,20 @@ int tm_model_commit(struct tm_model *model, u64 number)
  */
 int tm_model_abort(struct tm_model *model, u64 number)
 {
-	struct tm_slot_dead dead = { 0 };
 	struct tm_generation *staged;
 	int err;
 
 	if (down_write_killable(&model->lock))
 		return -EINTR;
 	staged = model->slot.staged;
-	err = tm_slot_abort(&model->slot, number, &dead);
+	err = tm_slot_abort(&model->slot, number, &model->dead);
 	if (!err)
 		tm_model_spoil(tm_model_gen(staged));
-	up_write(&model->lock);
+	tm_model_unlock(model);
 	if (err)
 		return err;
 	trace_tensormem_model_abort(kobject_name(&model->kobj), number);
-	tm_model_settle(model, &dead);
+	tm_model_wake(model);
 	return 0;
 }
 
@@ -570,17 +659,16 @@ int tm_model_abort(struct tm_model *model, u64 number)
  */
 int tm_model_rollback(struct tm_model *model, u64 number)
 {
-	struct tm_slot_dead dead = { 0 };
 	int err;
 
 	if (down_write_killable(&model->lock))
 		return -EINTR;
-	err = tm_slot_rollback(&model->slot, number, &dead);
-	up_write(&model->lock);
+	err = tm_slot_rollback(&model->slot, number, &model->dead);
+	tm_model_unlock_later(model);
 	if (err)
 		return err;
 	trace_tensormem_model_rollback(kobject_name(&model->kobj), number);
-	tm_model_settle(model, &dead);
+	tm_model_wake(model);
 	return 0;
 }
 
@@ -592,7 +680,6 @@ int tm_model_rollback(struct tm_model *model, u64 number)
  */
 int tm_model_remove(struct tm_model *model)
 {
-	struct tm_slot_dead dead = { 0 };
 	struct tm_generation *staged;
 	int err = 0;
 
@@ -603,7 +690,7 @@ int tm_model_remove(struct tm_model *model)
 	if (model->slot.removed)
 		err = -ENOENT;
 	else
-		tm_slot_remove(&model->slot, &dead);
+		tm_slot_remove(&model->slot, &model->dead);
 	if (!err && staged)
 		tm_model_spoil(tm_model_gen(staged));
 	up_write(&model->lock);
@@ -614,8 +701,31 @@ int tm_model_remove(struct tm_model *model)
 	mutex_unlock(&tm_models_mutex);
 	if (err)
 		return err;
+	/* Now: nothing of a slot that is gone is to keep the module. */
+	if (cancel_delayed_work_sync(&model->reap))
+		tm_model_put(model);
+	down_write(&model->lock);
+	tm_model_unlock(model);
 	atomic64_dec(&tm_nr_models);
-	tm_model_settle(model, &dead);
+	tm_model_wake(model);
 	tm_model_put(model);
 	return 0;
+}
+
+/**
+ * tm_model_usage - what a generation takes
+ * @gen: the generation
+ * @usage: in pages
+ *
+ * Context: may sleep.
+ */
+void tm_model_usage(struct tm_model_gen *gen, struct tm_slot_usage *usage)
+{
+	struct tm_model *model = gen->model;
+
+	down_write(&model->lock);
+	/* What nobody has any more is nobody's share either. */
+	tm_slot_bury(&model->slot, &model->dead);
+	tm_slot_usage(&model->slot, &gen->core, usage);
+	up_write(&model->lock);
 }

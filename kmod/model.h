@@ -8,6 +8,7 @@
 #include <linux/rwsem.h>
 #include <linux/types.h>
 #include <linux/wait.h>
+#include <linux/workqueue.h>
 
 #include "core/slot.h"
 
@@ -16,6 +17,7 @@ struct inode;
 struct task_struct;
 struct tm_client;
 struct tm_memory;
+struct tm_model_cached;
 
 /**
  * struct tm_model - a model slot
@@ -23,6 +25,8 @@ struct tm_memory;
  *        all while the slot exists, each descriptor, each generation
  * @lock: guards @slot, and of its generations what says so
  * @slot: which generations it has
+ * @dead: what nobody has any more and nobody has freed yet; under @lock
+ * @reap: frees it
  * @inode: owner, group and mode; that of all descriptors
  * @wait: woken when something becomes of a generation
  * @all: on the list of all slots
@@ -31,6 +35,8 @@ struct tm_model {
 	struct kobject kobj;
 	struct rw_semaphore lock;
 	struct tm_slot slot;
+	struct tm_slot_dead dead;
+	struct delayed_work reap;
 	struct inode *inode;
 	wait_queue_head_t wait;
 	struct list_head all;
@@ -56,6 +62,7 @@ struct tm_model_piece {
  * @model: its slot
  * @client: who pays for what it does not share
  * @inode: that of all its descriptors
+ * @cached: its file, or NULL when it is resident
  * @size: bytes of the model
  * @flags: TENSORMEM_MODEL_CACHED and the others it was staged with
  * @loaded: bytes of it that are loaded; written by its loader
@@ -63,7 +70,7 @@ struct tm_model_piece {
  *          cannot (any more); written under the slot's lock
  * @readers: its descriptors
  * @loader: the thread that loads it, or NULL; under the slot's lock
- * @stager: the descriptor whose end aborts it; compared, never dereferenced
+ * @stager: the descriptor whose end aborts it, until then; under the slot's lock
  */
 struct tm_model_gen {
 	struct tm_generation core;
@@ -71,6 +78,7 @@ struct tm_model_gen {
 	struct tm_model *model;
 	struct tm_client *client;
 	struct inode *inode;
+	struct tm_model_cached *cached;
 	u64 size;
 	u32 flags;
 	u64 loaded;
@@ -108,6 +116,9 @@ static inline int tm_model_usable(const struct tm_model_gen *gen)
 typedef struct file *(*tm_model_opener)(struct tm_model *model, void *data,
 					bool made);
 
+int __must_check tm_models_init(void);
+void tm_models_exit(void);
+void tm_models_queue(struct work_struct *work);
 void tm_models_start(struct kobject *device);
 struct file *tm_model_open(struct kobject *device, const char *name, u32 flags,
 			   umode_t mode, tm_model_opener opener, void *data);
@@ -131,6 +142,7 @@ int __must_check tm_model_add(struct tm_model_gen *gen,
 			      struct tm_model_piece *piece);
 int __must_check tm_model_share(struct tm_model_gen *gen,
 				const struct tm_model_gen *base);
+void tm_model_fail(struct tm_model_gen *gen, int error);
 bool tm_model_forget(struct tm_model *model);
 void tm_model_finish(struct tm_model_gen *gen, struct tm_model_gen *base,
 		     int error);
@@ -143,5 +155,6 @@ int __must_check tm_model_commit(struct tm_model *model, u64 number);
 int __must_check tm_model_abort(struct tm_model *model, u64 number);
 int __must_check tm_model_rollback(struct tm_model *model, u64 number);
 int __must_check tm_model_remove(struct tm_model *model);
+void tm_model_usage(struct tm_model_gen *gen, struct tm_slot_usage *usage);
 
 #endif

@@ -19,6 +19,7 @@
 #include "args.h"
 #include "client.h"
 #include "model.h"
+#include "model_cached.h"
 #include "model_file.h"
 #include "model_gen.h"
 #include "model_inode.h"
@@ -43,6 +44,15 @@ struct tm_model_handle {
 	struct tm_client *client;
 	u64 seen;
 };
+
+/* The caller was told what did not come to be. */
+static void tm_model_untell(void __user *arg, size_t size, const void *before,
+			    size_t before_size)
+{
+	/* Where that cannot be written, it was not told either. */
+	if (tm_args_out(arg, size, before, before_size))
+		return;
+}
 
 static int tm_model_file_slot(struct tm_model_handle *handle, void __user *arg,
 			      size_t size)
@@ -107,7 +117,8 @@ static int tm_model_check_size(const struct file *file,
 
 static int tm_model_check_stage(const struct tensormem_model_stage *stage)
 {
-	u32 known = TENSORMEM_MODEL_VERIFY | TENSORMEM_MODEL_KEEP;
+	u32 known = TENSORMEM_MODEL_CACHED | TENSORMEM_MODEL_VERIFY |
+		    TENSORMEM_MODEL_KEEP;
 
 	if (stage->flags & ~known || stage->pad)
 		return -EINVAL;
@@ -182,11 +193,24 @@ err_gen:
 	return err;
 }
 
+static int tm_model_file_watch(struct tm_model_gen *gen, struct file *from,
+			       u64 offset)
+{
+	struct tm_model_cached *cached = tm_model_cached_create(gen, from,
+								offset);
+
+	if (IS_ERR(cached))
+		return PTR_ERR(cached);
+	gen->cached = cached;
+	return 0;
+}
+
 static int tm_model_file_stage_from(struct tm_model_handle *handle,
 				    struct file *from,
 				    struct tensormem_model_stage *stage,
 				    void __user *arg, size_t size)
 {
+	bool cached = stage->flags & TENSORMEM_MODEL_CACHED;
 	struct tm_client *client = handle->client;
 	struct tm_model_gen *gen;
 	int err;
@@ -196,20 +220,26 @@ static int tm_model_file_stage_from(struct tm_model_handle *handle,
 		err = tm_model_check_size(from, stage);
 	if (err)
 		return err;
-	if (!tm_pages_could_hold(tm_client_numa(client).nodes,
-				 PFN_UP(stage->size)))
+	if (!cached && !tm_pages_could_hold(tm_client_numa(client).nodes,
+					    PFN_UP(stage->size)))
 		return -ENOSPC;
 	gen = tm_model_gen_create(handle->model, client, stage->size,
 				  stage->flags);
 	if (IS_ERR(gen))
 		return PTR_ERR(gen);
+	if (cached)
+		err = tm_model_file_watch(gen, from, stage->offset);
+	if (err) {
+		tm_model_gen_discard(gen);
+		return err;
+	}
 	return tm_model_file_load(gen, from, stage, arg, size);
 }
 
 static int tm_model_file_stage(struct tm_model_handle *handle, void __user *arg,
 			       size_t size)
 {
-	struct tensormem_model_stage stage;
+	struct tensormem_model_stage stage, before;
 	struct file *from;
 	int err;
 
@@ -221,8 +251,11 @@ static int tm_model_file_stage(struct tm_model_handle *handle, void __user *arg,
 	from = fget(stage.file);
 	if (!from)
 		return -EBADF;
+	before = stage;
 	err = tm_model_file_stage_from(handle, from, &stage, arg, size);
 	fput(from);
+	if (err)
+		tm_model_untell(arg, size, &before, sizeof(before));
 	return err;
 }
 
@@ -510,7 +543,7 @@ int tm_model_file_open(struct tm_client *client, struct kobject *device,
 		       void __user *arg, size_t size)
 {
 	struct tm_model_opening opening = { .client = client };
-	struct tensormem_model_open open;
+	struct tensormem_model_open open, before;
 	struct file *file;
 	int err;
 
@@ -519,6 +552,7 @@ int tm_model_file_open(struct tm_client *client, struct kobject *device,
 		err = tm_model_check_open(&open);
 	if (err)
 		return err;
+	before = open;
 	open.fd = get_unused_fd_flags(O_CLOEXEC);
 	if (open.fd < 0)
 		return open.fd;
@@ -532,6 +566,7 @@ int tm_model_file_open(struct tm_client *client, struct kobject *device,
 			     &opening);
 	if (IS_ERR(file)) {
 		err = PTR_ERR(file);
+		tm_model_untell(arg, size, &before, sizeof(before));
 		goto err;
 	}
 	fd_install(open.fd, file);

@@ -19,6 +19,7 @@
 #include "compat.h"
 #include "memory.h"
 #include "model.h"
+#include "model_cached.h"
 #include "model_gen.h"
 #include "model_inode.h"
 #include "model_load.h"
@@ -36,7 +37,7 @@ static const u32 tm_model_states[] = {
 
 static u32 tm_model_gen_mapping(const struct tm_model_gen *gen)
 {
-	if (gen->flags & TENSORMEM_MODEL_CACHED || gen->size < TM_CHUNK_SIZE)
+	if (gen->cached || gen->size < TM_CHUNK_SIZE)
 		return TENSORMEM_MAPPING_PAGES;
 	return tm_vm_mapping_chunk(true);
 }
@@ -47,8 +48,8 @@ static void tm_model_gen_fill_info(struct tm_model_gen *gen,
 	struct tm_model *model = gen->model;
 	struct tm_slot_usage usage;
 
+	tm_model_usage(gen, &usage);
 	down_read(&model->lock);
-	tm_slot_usage(&model->slot, &gen->core, &usage);
 	*info = (struct tensormem_model_info){
 		.generation = gen->core.number,
 		.state = tm_model_states[gen->core.state],
@@ -108,6 +109,13 @@ static ssize_t tm_model_gen_read(struct kiocb *iocb, struct iov_iter *to)
 	err = tm_model_usable(gen);
 	if (err)
 		return err;
+	if (gen->cached && pos < gen->size) {
+		ssize_t got = tm_model_cached_read(gen->cached, pos, to);
+
+		if (got > 0)
+			iocb->ki_pos += got;
+		return got;
+	}
 	while (iov_iter_count(to) && pos + done < gen->size) {
 		copied = tm_model_gen_copy(gen, pos + done, to, &want);
 		done += copied;
@@ -207,7 +215,7 @@ static const struct vm_operations_struct tm_model_gen_vm_ops = {
 
 static int tm_model_gen_mmap(struct file *file, struct vm_area_struct *vma)
 {
-	const struct tm_model_gen *gen = file->private_data;
+	struct tm_model_gen *gen = file->private_data;
 	u64 pages = PFN_UP(gen->size);
 
 	if (vma->vm_flags & VM_WRITE)
@@ -219,6 +227,8 @@ static int tm_model_gen_mmap(struct file *file, struct vm_area_struct *vma)
 	/* Never to be writable: a private mapping is then no different from a shared one. */
 	vm_flags_mod(vma, VM_MIXEDMAP | VM_DONTEXPAND | VM_DONTDUMP,
 		     VM_MAYWRITE | VM_MAYEXEC);
+	if (gen->cached)
+		return tm_model_cached_mmap(gen->cached, file, vma);
 	vma->vm_ops = &tm_model_gen_vm_ops;
 	return 0;
 }

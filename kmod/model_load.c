@@ -25,6 +25,7 @@
 #include "client.h"
 #include "memory.h"
 #include "model.h"
+#include "model_cached.h"
 #include "model_load.h"
 #include "pages.h"
 #include "quarantine.h"
@@ -42,7 +43,7 @@
  * @hash: VERIFY: the SHA-256 of what was read so far, or NULL
  * @sha256: what it is to be
  * @memcg: the stager's memory cgroup
- * @task: the thread
+ * @task: the thread, or NULL when there is nothing to do
  * @spare: a chunk that was read and found to be the base's, or NULL
  */
 struct tm_model_load {
@@ -306,6 +307,44 @@ static int tm_model_load_all(struct tm_model_load *load)
 	return err ?: tm_model_verify(load);
 }
 
+/* Read all of it once, for its sum; what is read is in the page cache then. */
+static int tm_model_load_sum(struct tm_model_load *load)
+{
+	u64 size = load->gen->size, pos = 0;
+	void *buffer = kvmalloc(TM_MODEL_STEP, TM_GFP);
+	int err = buffer ? 0 : -ENOMEM;
+
+	while (!err && pos < size) {
+		size_t step = min_t(u64, size - pos, TM_MODEL_STEP);
+
+		vfs_fadvise(load->file, load->offset + pos,
+			    min_t(u64, size - pos, TM_CHUNK_SIZE),
+			    POSIX_FADV_WILLNEED);
+		err = tm_model_read(load, pos, buffer, step);
+		if (!err)
+			err = crypto_shash_update(load->hash, buffer, step);
+		pos += step;
+		if (!err)
+			WRITE_ONCE(load->gen->loaded, pos);
+		cond_resched();
+	}
+	kvfree(buffer);
+	return err ?: tm_model_verify(load);
+}
+
+static int tm_model_load_cached(struct tm_model_load *load)
+{
+	struct tm_model_gen *gen = load->gen;
+	int err = tm_model_cached_check(gen->cached);
+
+	if (!err && load->hash)
+		err = tm_model_load_sum(load);
+	if (!err)
+		WRITE_ONCE(gen->loaded, gen->size);
+	/* And once more: it is to be whole now that all can see it. */
+	return err ?: tm_model_cached_check(gen->cached);
+}
+
 static void tm_model_load_free(struct tm_model_load *load)
 {
 	tm_model_hash_free(load->hash);
@@ -321,7 +360,8 @@ static int tm_model_thread(void *data)
 
 	allow_kernel_signal(SIGKILL);
 	memcg = set_active_memcg(load->memcg);
-	err = tm_model_load_all(load);
+	err = load->gen->cached ? tm_model_load_cached(load) :
+				  tm_model_load_all(load);
 	set_active_memcg(memcg);
 	/* Now: a file that was loaded is not to keep its mount busy. */
 	__fput_sync(load->file);
@@ -361,12 +401,16 @@ struct tm_model_load *tm_model_load_create(struct tm_model_gen *gen,
 			goto err;
 		}
 	}
+	/* What is neither read nor copied needs no thread. */
+	if (gen->cached && !sha256)
+		goto out;
 	load->task = kthread_create(tm_model_thread, load, "tm-load/%s",
 				    kobject_name(&gen->model->kobj));
 	if (IS_ERR(load->task)) {
 		err = PTR_ERR(load->task);
 		goto err;
 	}
+out:
 	load->file = get_file(file);
 	return load;
 err:
@@ -378,7 +422,8 @@ err:
 void tm_model_load_discard(struct tm_model_load *load)
 {
 	/* It has not run, so it has nothing to say. */
-	kthread_stop(load->task);
+	if (load->task)
+		kthread_stop(load->task);
 	fput(load->file);
 	tm_model_load_free(load);
 }
@@ -394,6 +439,12 @@ int tm_model_load_stage(struct tm_model_load *load, u64 number,
 /* Let the load begin, which has been staged; it is not the caller's any more. */
 void tm_model_load_start(struct tm_model_load *load)
 {
+	if (!load->task) {
+		tm_model_finish(load->gen, load->base,
+				tm_model_load_cached(load));
+		tm_model_load_discard(load);
+		return;
+	}
 	/* Until the thread's last instruction. */
 	__module_get(THIS_MODULE);
 	wake_up_process(load->task);

@@ -115,24 +115,14 @@ static const char * const tm_gen_states[] = {
 	[TM_GENERATION_FAILED] = "failed",
 };
 
-static struct tm_slot_usage tm_gen_usage(struct tm_model_gen *gen)
-{
-	struct tm_slot_usage usage;
-
-	down_read(&gen->model->lock);
-	tm_slot_usage(&gen->model->slot, &gen->core, &usage);
-	up_read(&gen->model->lock);
-	return usage;
-}
-
 TM_GEN_SHOW(state, (void)0, "%s", tm_gen_states[READ_ONCE(gen->core.state)]);
 TM_GEN_SHOW(size, (void)0, "%llu", gen->size);
 TM_GEN_SHOW(loaded, (void)0, "%llu", READ_ONCE(gen->loaded));
 TM_GEN_SHOW(readers, (void)0, "%d", atomic_read(&gen->readers));
-TM_GEN_SHOW(private_bytes, struct tm_slot_usage usage = tm_gen_usage(gen),
-	    "%llu", usage.own << PAGE_SHIFT);
-TM_GEN_SHOW(shared_bytes, struct tm_slot_usage usage = tm_gen_usage(gen),
-	    "%llu", usage.shared << PAGE_SHIFT);
+TM_GEN_SHOW(private_bytes, struct tm_slot_usage u; tm_model_usage(gen, &u),
+	    "%llu", u.own << PAGE_SHIFT);
+TM_GEN_SHOW(shared_bytes, struct tm_slot_usage u; tm_model_usage(gen, &u),
+	    "%llu", u.shared << PAGE_SHIFT);
 TM_GEN_SHOW(error, (void)0, "%d", -READ_ONCE(gen->core.error));
 TM_GEN_SHOW(cached, (void)0, "%d", !!(gen->flags & TENSORMEM_MODEL_CACHED));
 

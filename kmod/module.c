@@ -4,6 +4,7 @@
 
 #include "client.h"
 #include "device.h"
+#include "model.h"
 #include "packer.h"
 #include "pages.h"
 #include "park.h"
@@ -29,11 +30,16 @@ static int __init tm_init(void)
 	err = tm_park_init();
 	if (err)
 		goto err_clients;
-	err = tm_device_init();
+	err = tm_models_init();
 	if (err)
 		goto err_park;
+	err = tm_device_init();
+	if (err)
+		goto err_models;
 	return 0;
 
+err_models:
+	tm_models_exit();
 err_park:
 	tm_park_exit();
 err_clients:
@@ -48,6 +54,7 @@ err_pages:
 static void __exit tm_exit(void)
 {
 	tm_device_exit();
+	tm_models_exit();
 	tm_packer_exit();
 	tm_park_exit();
 	/*

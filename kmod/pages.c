@@ -18,8 +18,18 @@
  *   tm_kv::lock                 a KV cache (kv.c)
  *   tm_packer::mutex            a set of buffers to pack or unpack with (packer.c)
  *
- * The last is a spinlock held for a bounded number of steps; no page or slab
- * allocator is called under it. These stand alone, nothing is taken inside them:
+ * and for model slots, none of which is held while memory is taken or given back:
+ *
+ *   tm_models_mutex             their names (model.c)
+ *   tm_model_cached::lock       which generation a file is behind (model_cached.c)
+ *   tm_model::lock              a slot and its generations (model.c)
+ *
+ * Their folders in sysfs are taken away under the first at most: who reads a file there
+ * takes the last. A fault in a cached generation takes tm_model_cached::fence inside of
+ * the kernel's page lock; one in a resident generation takes nothing.
+ *
+ * The last of the first list is a spinlock held for a bounded number of steps; no page
+ * or slab allocator is called under it. These stand alone, nothing is taken inside them:
  * tm_client::lock (a client's quota), tm_smalls::lock (its slabs), tm_park_lock,
  * tm_quarantine_lock, tm_runcache::lock. Nothing here runs in interrupt context.
  */

@@ -17,7 +17,8 @@
  * (RETIRED) and nothing else. tm_slot_remove() retires all.
  *
  * A generation is held by its place in the slot and by everyone who has called tm_slot_hold();
- * when nobody holds it, it is handed back with those of its pieces that no other has.
+ * when nobody holds it, it is handed back, and tm_slot_bury() hands back those of its pieces
+ * that no other has. That is a call of its own, so that no commit has to wait for it.
  *
  * A generation is made up of pieces, in the order of the model's bytes. A piece is the memory of one
  * chunk's worth, or of the tail; what it is made of is the caller's business. Equal pieces of two
@@ -25,7 +26,8 @@
  *
  * The memory of the structs is the caller's. Nothing here allocates, so nothing here fails
  * for want of memory. Each call takes a constant number of steps, and one for each piece of a
- * generation that loses its pieces by it. tm_slot_usage() and tm_slot_check() look at each.
+ * generation that it ends while that is LOADING. tm_slot_bury(), tm_slot_usage() and
+ * tm_slot_check() look at each piece.
  *
  * Context: all functions but the three that initialize need the lock and never sleep.
  */
@@ -99,8 +101,8 @@ struct tm_slot {
 };
 
 /**
- * struct tm_slot_dead - what nobody has any more, for the caller to free
- * @generations: linked by @next; they have no pieces any more
+ * struct tm_slot_dead - what nobody has any more, for the caller to free after tm_slot_bury()
+ * @generations: linked by @next
  * @pieces: linked by @next
  */
 struct tm_slot_dead {
@@ -236,6 +238,12 @@ void tm_slot_hold(struct tm_slot *slot, struct tm_generation *gen);
 /* Undo tm_slot_hold(). What nobody holds any more is added to @dead. */
 void tm_slot_release(struct tm_slot *slot, struct tm_generation *gen,
 		     struct tm_slot_dead *dead);
+
+/*
+ * Take the pieces of the dead generations from them; those that no other has are added to
+ * @dead. Until then they count as shared. As often as one likes.
+ */
+void tm_slot_bury(struct tm_slot *slot, struct tm_slot_dead *dead);
 
 /* What a generation takes, in pages. */
 void tm_slot_usage(const struct tm_slot *slot, const struct tm_generation *gen,

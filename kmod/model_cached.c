@@ -1,0 +1,394 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * A cached generation: a part of a file, mapped from the page cache.
+ *
+ * A read lease makes the kernel tell us before anybody opens the file for writing or
+ * truncates it, and makes him wait until we let go of it. By then no mapping of ours shows
+ * the file any more: what comes to be of it is not seen.
+ *
+ * That faults must not map what is being unmapped is seen to by the fence. They insert
+ * their pages themselves, under it and if the lease holds; whoever breaks the lease says so,
+ * waits for the fence to be passed, and then unmaps. (The file system's own handler leaves
+ * the inserting to the kernel, after it has returned.)
+ */
+#include <linux/cred.h>
+#include <linux/dcache.h>
+#include <linux/err.h>
+#include <linux/file.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <linux/mm.h>
+#include <linux/mutex.h>
+#include <linux/pagemap.h>
+#include <linux/rwsem.h>
+#include <linux/sched/mm.h>
+#include <linux/slab.h>
+#include <linux/uio.h>
+#include <linux/workqueue.h>
+
+#include "compat.h"
+#include "model.h"
+#include "model_cached.h"
+#include "pages.h"
+#include "vm.h"
+
+/**
+ * struct tm_model_cached - the file behind a generation
+ * @file: our own descriptor of it: the stager's locks and modes are not ours
+ * @offset: of the model in it; a multiple of the page size
+ * @size: bytes of the model
+ * @broken: somebody waits to write; set by who breaks the lease, never reset
+ * @fence: faults insert pages under it for reading
+ * @vm_ops: the file system's, once it is mapped
+ * @breaking: lets go of the file
+ * @closing: the same, for good
+ * @lock: guards @gen
+ * @gen: the generation, or NULL when it is gone
+ */
+struct tm_model_cached {
+	struct file *file;
+	u64 offset;
+	u64 size;
+	bool broken;
+	struct rw_semaphore fence;
+	const struct vm_operations_struct *vm_ops;
+	struct work_struct breaking;
+	struct work_struct closing;
+	struct mutex lock;
+	struct tm_model_gen *gen;
+};
+
+/* The file's lease goes; from then on nobody tells us of writers. Only for kernel threads. */
+static void tm_model_cached_let_go(struct tm_model_cached *cached)
+{
+	void *owner = cached;
+
+	/* It may be gone: nothing else can be wrong. */
+	if (vfs_setlease(cached->file, F_UNLCK, NULL, &owner))
+		return;
+}
+
+static void tm_model_cached_break_work(struct work_struct *work)
+{
+	struct tm_model_cached *cached =
+		container_of(work, struct tm_model_cached, breaking);
+
+	/* Who comes after this sees that it is broken. */
+	down_write(&cached->fence);
+	up_write(&cached->fence);
+	/* Not copies that others have made of their own mappings of the file. */
+	unmap_mapping_range(cached->file->f_mapping, cached->offset,
+			    cached->size, 0);
+	mutex_lock(&cached->lock);
+	if (cached->gen)
+		tm_model_fail(cached->gen, -ETXTBSY);
+	mutex_unlock(&cached->lock);
+	tm_model_cached_let_go(cached);
+}
+
+static void tm_model_cached_close_work(struct work_struct *work)
+{
+	struct tm_model_cached *cached =
+		container_of(work, struct tm_model_cached, closing);
+
+	tm_model_cached_let_go(cached);
+	/* Without a lease nobody queues it any more. */
+	cancel_work_sync(&cached->breaking);
+	/* Now: who lets go of a generation may unmount next. */
+	__fput_sync(cached->file);
+}
+
+/* Under the lease's spinlock. Return: false: the lease stays until the work is done. */
+static bool tm_model_cached_break(struct tm_lease *lease)
+{
+	struct tm_model_cached *cached = tm_lease_owner(lease);
+
+	/* For ever: who waits must not go on before we are ready. */
+	lease->fl_break_time = 0;
+	WRITE_ONCE(cached->broken, true);
+	tm_models_queue(&cached->breaking);
+	return false;
+}
+
+static const struct tm_lease_operations tm_model_cached_lease_ops = {
+	.lm_break = tm_model_cached_break,
+	.lm_change = lease_modify,
+	TM_LEASE_OPEN_CONFLICT
+};
+
+/* Return: 0, or why the file system cannot say when the file changes. */
+static int tm_model_cached_supported(const struct file *file)
+{
+	const struct inode *inode = file_inode(file);
+
+	if (!S_ISREG(inode->i_mode) || !tm_file_can_mmap(file))
+		return -EOPNOTSUPP;
+	/*
+	 * Nobody counts who has a memfd open for writing, nor a file of the kernel's own;
+	 * those are on mounts that no user can see.
+	 */
+	if (inode->i_sb->s_flags & SB_NOUSER)
+		return -EOPNOTSUPP;
+	/* Where overlayfs maps another file, that has no lease of ours. */
+	if (d_real_inode(file->f_path.dentry) != inode)
+		return -EOPNOTSUPP;
+	/* No page cache, or one that is not mapped by pages. */
+	if (IS_DAX(inode) || inode->i_sb->s_magic == HUGETLBFS_MAGIC)
+		return -EOPNOTSUPP;
+	return 0;
+}
+
+static int tm_model_cached_lease(struct tm_model_cached *cached)
+{
+	struct tm_lease *lease;
+	int err;
+
+	lease = tm_lease_alloc(cached->file, cached, &tm_model_cached_lease_ops);
+	if (!lease)
+		return -ENOMEM;
+	err = vfs_setlease(cached->file, F_RDLCK, &lease, NULL);
+	tm_lease_free(lease);
+	if (err == -EAGAIN)
+		return -ETXTBSY;
+	return err == -EINVAL ? -EOPNOTSUPP : err;
+}
+
+/**
+ * tm_model_cached_create - watch over the file of a generation
+ * @gen: the generation
+ * @from: a descriptor of the file
+ * @offset: of the model in it
+ *
+ * Context: may sleep. Return: it or an ERR_PTR: -EINVAL for an offset within a page, -ETXTBSY
+ * when the file is open for writing, -EACCES when it is another user's, -EOPNOTSUPP when nobody
+ * can say when it changes, -ENOMEM, or what the file system says to another descriptor.
+ */
+struct tm_model_cached *tm_model_cached_create(struct tm_model_gen *gen,
+					       const struct file *from,
+					       u64 offset)
+{
+	struct tm_model_cached *cached;
+	int err;
+
+	if (!IS_ALIGNED(offset, PAGE_SIZE))
+		return ERR_PTR(-EINVAL);
+	err = tm_model_cached_supported(from);
+	if (err)
+		return ERR_PTR(err);
+	cached = kzalloc(sizeof(*cached), TM_GFP);
+	if (!cached)
+		return ERR_PTR(-ENOMEM);
+	cached->offset = offset;
+	cached->size = gen->size;
+	cached->gen = gen;
+	init_rwsem(&cached->fence);
+	mutex_init(&cached->lock);
+	INIT_WORK(&cached->breaking, tm_model_cached_break_work);
+	INIT_WORK(&cached->closing, tm_model_cached_close_work);
+	cached->file = dentry_open(&from->f_path, O_RDONLY | O_LARGEFILE,
+				   current_cred());
+	if (IS_ERR(cached->file)) {
+		err = PTR_ERR(cached->file);
+		goto err_free;
+	}
+	err = tm_model_cached_lease(cached);
+	if (err)
+		goto err_file;
+	return cached;
+
+err_file:
+	fput(cached->file);
+err_free:
+	kfree(cached);
+	return ERR_PTR(err);
+}
+
+/* Context: may sleep; no descriptor and no mapping of the generation is left. */
+void tm_model_cached_destroy(struct tm_model_cached *cached)
+{
+	mutex_lock(&cached->lock);
+	cached->gen = NULL;
+	mutex_unlock(&cached->lock);
+	/* Only a kernel thread may always let go of a lease, and close a file now. */
+	tm_models_queue(&cached->closing);
+	flush_work(&cached->closing);
+	kfree(cached);
+}
+
+/**
+ * tm_model_cached_check - whether the file has all of the model, and as it was
+ * @cached: the file
+ *
+ * Context: any. Return: 0, -EBADMSG when it is too short, -ETXTBSY when the lease is broken.
+ */
+int tm_model_cached_check(const struct tm_model_cached *cached)
+{
+	u64 size = i_size_read(file_inode(cached->file));
+
+	if (READ_ONCE(cached->broken))
+		return -ETXTBSY;
+	return size < cached->offset || size - cached->offset < cached->size ?
+	       -EBADMSG : 0;
+}
+
+/**
+ * tm_model_cached_read - read from the file
+ * @cached: the file
+ * @pos: from which byte of the model on; below its size
+ * @to: where to
+ *
+ * Context: may sleep. Return: bytes read, -ESTALE when the lease was broken before or
+ * meanwhile, or what the file system returns.
+ */
+ssize_t tm_model_cached_read(struct tm_model_cached *cached, u64 pos,
+			     struct iov_iter *to)
+{
+	size_t left = iov_iter_count(to);
+	loff_t from = cached->offset + pos;
+	ssize_t got;
+
+	iov_iter_truncate(to, cached->size - pos);
+	left -= iov_iter_count(to);
+	got = vfs_iter_read(cached->file, to, &from, 0);
+	iov_iter_reexpand(to, iov_iter_count(to) + left);
+	/* What was read while the lease held is as it was promised. */
+	smp_rmb();
+	return READ_ONCE(cached->broken) ? -ESTALE : got;
+}
+
+static struct tm_model_cached *
+tm_model_cached_of(const struct vm_area_struct *vma)
+{
+	const struct file *reader = vma->vm_private_data;
+	const struct tm_model_gen *gen = reader->private_data;
+
+	return gen->cached;
+}
+
+/* Map @page, which is locked and up to date, unless the lease is broken. */
+static vm_fault_t tm_model_cached_insert(struct tm_model_cached *cached,
+					 struct vm_fault *vmf,
+					 struct page *page)
+{
+	unsigned int flags;
+	int err = -ESTALE;
+
+	down_read(&cached->fence);
+	/* For a page table: reclaim must not wait for pages that wait for this one. */
+	flags = memalloc_nofs_save();
+	if (!READ_ONCE(cached->broken))
+		err = vm_insert_page(vmf->vma, vmf->address, page);
+	memalloc_nofs_restore(flags);
+	up_read(&cached->fence);
+	/* Another has mapped it; or the page table went away meanwhile (vm.c). */
+	if (!err || err == -EBUSY || err == -EFAULT)
+		return VM_FAULT_NOPAGE;
+	return vmf_error(err);
+}
+
+static vm_fault_t tm_model_cached_fault(struct vm_fault *vmf)
+{
+	struct tm_model_cached *cached = tm_model_cached_of(vmf->vma);
+	vm_fault_t got, result = VM_FAULT_NOPAGE;
+	struct page *page;
+
+	if (tm_vm_marked(vmf) || READ_ONCE(cached->broken))
+		return VM_FAULT_SIGBUS;
+	got = cached->vm_ops->fault(vmf);
+	if (got & (VM_FAULT_ERROR | VM_FAULT_NOPAGE | VM_FAULT_RETRY))
+		return got;
+	page = vmf->page;
+	if (!(got & VM_FAULT_LOCKED))
+		lock_page(page);
+	/* Reclaimed meanwhile: the fault comes again. */
+	if (page_folio(page)->mapping)
+		result = tm_model_cached_insert(cached, vmf, page);
+	unlock_page(page);
+	put_page(page);
+	vmf->page = NULL;
+	return result | (got & VM_FAULT_MAJOR);
+}
+
+/* What is in the page cache already; under RCU. */
+static vm_fault_t tm_model_cached_map_pages(struct vm_fault *vmf,
+					    pgoff_t first, pgoff_t last)
+{
+	struct tm_model_cached *cached = tm_model_cached_of(vmf->vma);
+	vm_fault_t result = 0;
+
+	if (!cached->vm_ops->map_pages || !down_read_trylock(&cached->fence))
+		return 0;
+	if (!READ_ONCE(cached->broken))
+		result = cached->vm_ops->map_pages(vmf, first, last);
+	up_read(&cached->fence);
+	return result;
+}
+
+/* Each mapping has its reader's descriptor, and through that the generation. */
+static void tm_model_cached_open(struct vm_area_struct *vma)
+{
+	struct tm_model_cached *cached = tm_model_cached_of(vma);
+
+	get_file((struct file *)vma->vm_private_data);
+	if (cached->vm_ops->open)
+		cached->vm_ops->open(vma);
+}
+
+static void tm_model_cached_close(struct vm_area_struct *vma)
+{
+	struct tm_model_cached *cached = tm_model_cached_of(vma);
+
+	if (cached->vm_ops->close)
+		cached->vm_ops->close(vma);
+	fput(vma->vm_private_data);
+}
+
+static const struct vm_operations_struct tm_model_cached_vm_ops = {
+	.open = tm_model_cached_open,
+	.close = tm_model_cached_close,
+	.fault = tm_model_cached_fault,
+	.map_pages = tm_model_cached_map_pages,
+	.mremap = tm_vm_mremap,
+};
+
+/* Whether we can stand between @vma and its file system. */
+static bool tm_model_cached_fits(struct tm_model_cached *cached,
+				 const struct vm_area_struct *vma)
+{
+	const struct vm_operations_struct *old;
+
+	if (vma->vm_file != cached->file || !vma->vm_ops ||
+	    !vma->vm_ops->fault || vma->vm_private_data)
+		return false;
+	old = cmpxchg(&cached->vm_ops, NULL, vma->vm_ops);
+	return !old || old == vma->vm_ops;
+}
+
+/**
+ * tm_model_cached_mmap - map a part of the file
+ * @cached: the file
+ * @reader: a descriptor of the generation
+ * @vma: what the kernel is about to map; its pages are the model's
+ *
+ * Context: process context with mmap_lock held for writing; may sleep.
+ * Return: 0, -EOPNOTSUPP, or what the file system says.
+ */
+int tm_model_cached_mmap(struct tm_model_cached *cached, struct file *reader,
+			 struct vm_area_struct *vma)
+{
+	int err;
+
+	vma_set_file(vma, cached->file);
+	vma->vm_pgoff += cached->offset >> PAGE_SHIFT;
+	err = tm_file_mmap(cached->file, vma);
+	if (err)
+		return err;
+	if (!tm_model_cached_fits(cached, vma)) {
+		if (vma->vm_ops && vma->vm_ops->close)
+			vma->vm_ops->close(vma);
+		return -EOPNOTSUPP;
+	}
+	vma->vm_private_data = get_file(reader);
+	vma->vm_ops = &tm_model_cached_vm_ops;
+	return 0;
+}
