@@ -421,12 +421,13 @@ def test_creators_and_removers_race(raw: Raw) -> None:
     def work(number: int) -> None:
         dice = random.Random(number)
         for _ in range(150):
-            result, request = raw.try_slot("race", NEW if dice.random() < 0.5 else WRITE, mode=0o600)
+            make = dice.random() < 0.5
+            result, request = raw.try_slot("race", NEW if make else WRITE, mode=0o600 if make else 0)
             if result not in (0, errno.EEXIST, errno.ENOENT):
                 failures.append(result)
             if result:
                 continue
-            made[number] += request.flags == NEW
+            made[number] += make
             with Slot(request.fd, "race") as slot:
                 result = slot.remove()
                 removed[number] += result == 0

@@ -91,7 +91,7 @@ def test_contents(slot: Slot, size: int, flags: int) -> None:
         assert (info.size, info.loaded, info.error, info.flags) == (size, size, 0, flags)
         assert gen.memory() == (round_up(size, PAGE), 0)
         becomes("model/held", round_up(size, PAGE))
-        becomes("chunk/used", size // CHUNK)
+        becomes("chunk/used", round_up(size, PAGE) // CHUNK)
         assert gen.contents() == data
         view = gen.view()
         assert view[:] == data
