@@ -28,7 +28,7 @@ GUEST = str(ROOT / "qemu/guest")
 
 SMOKE = ("6.12-16k", "6.12-rt", "6.1", "newest")
 #: Seconds a guest may take: the debug kernel runs everything some ten times slower.
-GUEST_TIMEOUT = {"debug": 4500}
+GUEST_TIMEOUT = {"debug": 7200}
 #: A guest spends half its time on one CPU, so two of them share a machine well.
 LANES = 2
 
@@ -71,7 +71,8 @@ PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "tensors": ((), 1),
     "objects": (OBJECTS, 1),
     "numa": (("numa",), 2),
-    "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "reuse", "small", "sysfs"), 1),
+    "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "model_*",
+               "reuse", "small", "sysfs"), 1),
 }
 
 
@@ -89,7 +90,7 @@ def guest(kernel: str, select: str, part: str = "guest") -> Stage:
     inside = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
               f"--junitxml=/share/{name}/junit.xml", *where)  # fmt: skip
     options = ("--kernel", kernel, "--cpus", "2", "--memory", "1G", "--numa", str(nodes),
-               "--timeout", str(GUEST_TIMEOUT.get(kernel, 2400)),
+               "--timeout", str(GUEST_TIMEOUT.get(kernel, 3600)),
                "--share", str(RESULTS / name))  # fmt: skip
     chosen = ("-k", select) if select else ()
     return Stage(name, (GUEST, "run", *options, "--", *inside, *chosen), junit=True)

@@ -8,6 +8,7 @@ whole log once more after the module is gone.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import time
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from device import TRACING, Raw, read, write
+from device import TRACING, Raw, Slot, read, write
+from tensormem import abi
 
 KMEMLEAK = Path("/sys/kernel/debug/kmemleak")
 COMPLAINTS = (
@@ -29,7 +31,7 @@ COMPLAINTS = (
 USAGE = (
     "clients/count", "clients/tensors", "clients/bytes", "clients/kept",
     "buddy/used_pages", "chunk/used", "chunk/quarantined", "chunk/charged",
-    "kv/caches", "kv/held",
+    "kv/caches", "kv/held", "model/slots", "model/generations", "model/held",
 )  # fmt: skip
 
 
@@ -96,6 +98,15 @@ def no_leak() -> Iterator[None]:
 def raw() -> Iterator[Raw]:
     with Raw() as client:
         yield client
+
+
+@pytest.fixture
+def slot(raw: Raw) -> Iterator[Slot]:
+    """An empty model slot, which would outlive the test."""
+    new = abi.OpenFlag.CREATE | abi.OpenFlag.EXCL | abi.OpenFlag.WRITE
+    with raw.slot("test", new, mode=0o600) as opened:
+        yield opened
+        assert opened.remove() in (0, errno.ENOENT)
 
 
 @pytest.fixture

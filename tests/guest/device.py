@@ -12,7 +12,9 @@ import errno
 import fcntl
 import mmap
 import os
+import random
 import re
+import select
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Self
 
+from process import FAILED, libc
 from tensormem import abi
 
 DEVICE = "/dev/tensormem"
@@ -141,6 +144,17 @@ class Raw(Descriptor):
         result, request = self.try_kv(groups, **fields)
         assert result == 0, errno.errorcode.get(result, result)
         return KV(request.fd)
+
+    def try_slot(self, name: str | bytes, flags: int = 0, **fields: int) -> tuple[int, abi.ModelOpen]:
+        request = abi.ModelOpen(flags=flags, fd=-1, **fields)
+        data = name.encode() if isinstance(name, str) else name
+        ctypes.memmove(ctypes.addressof(request), data, min(len(data), abi.MODEL_NAME))
+        return self.ioctl(abi.IOC_MODEL_OPEN, request), request
+
+    def slot(self, name: str, flags: int = abi.OpenFlag.WRITE, **fields: int) -> Slot:
+        result, request = self.try_slot(name, flags, **fields)
+        assert result == 0, errno.errorcode.get(result, result)
+        return Slot(request.fd, name)
 
     def set_quota(self, value: int) -> int:
         return self.ioctl(abi.IOC_SET_QUOTA, abi.Quota(bytes=value))
@@ -331,6 +345,178 @@ class View:
                 assert data == expected, (seq, group, plane, token, value)
 
 
+#: What poll(2) may say of a slot or a generation.
+POLLED = select.POLLIN | select.POLLPRI | select.POLLERR | select.POLLHUP
+
+
+class Slot(Descriptor):
+    """One descriptor of a model slot."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(fd)
+        self.name = name
+
+    def info(self) -> abi.ModelSlot:
+        info = abi.ModelSlot()
+        assert self.ioctl(abi.IOC_MODEL_SLOT, info) == 0
+        return info
+
+    def places(self) -> tuple[int, int, int]:
+        """Numbers of the active, the previous and the staged generation."""
+        info = self.info()
+        return info.active, info.previous, info.staged
+
+    def try_stage(self, file: int, flags: int = 0, **fields: int) -> tuple[int, abi.ModelStage]:
+        request = abi.ModelStage(file=file, flags=flags, fd=-1, **fields)
+        return self.ioctl(abi.IOC_MODEL_STAGE, request), request
+
+    def stage(self, file: int, flags: int = 0, sha256: bytes = b"", **fields: int) -> Generation:
+        request = abi.ModelStage(file=file, flags=flags, fd=-1, **fields)
+        request.sha256[: len(sha256)] = sha256
+        result = self.ioctl(abi.IOC_MODEL_STAGE, request)
+        assert result == 0, errno.errorcode.get(result, result)
+        return Generation(request.fd, request.generation)
+
+    def load(self, data: bytes, flags: int = 0, **fields: int) -> Generation:
+        """Stage a file of these bytes, and wait for it."""
+        file = file_of(data)
+        try:
+            return self.stage(file, flags, **fields).loaded()
+        finally:
+            os.close(file)
+
+    def swap(self, data: bytes, flags: int = 0) -> int:
+        """Load and commit; the number of what is active now."""
+        with self.load(data, flags) as gen:
+            assert self.commit(gen.number) == 0
+            return gen.number
+
+    def commit(self, number: int) -> int:
+        return self.ioctl(abi.IOC_MODEL_COMMIT, abi.ModelWhich(generation=number))
+
+    def abort(self, number: int) -> int:
+        return self.ioctl(abi.IOC_MODEL_ABORT, abi.ModelWhich(generation=number))
+
+    def rollback(self, number: int = 0) -> tuple[int, int]:
+        item = abi.ModelWhich(generation=number)
+        return self.ioctl(abi.IOC_MODEL_ROLLBACK, item), item.generation
+
+    def try_acquire(self, number: int = 0, **fields: int) -> tuple[int, abi.ModelAcquire]:
+        item = abi.ModelAcquire(generation=number, fd=-1, **fields)
+        return self.ioctl(abi.IOC_MODEL_ACQUIRE, item), item
+
+    def acquire(self, number: int = 0) -> Generation:
+        result, item = self.try_acquire(number)
+        assert result == 0, errno.errorcode.get(result, result)
+        return Generation(item.fd, item.generation)
+
+    def remove(self) -> int:
+        return self.ioctl(abi.IOC_MODEL_REMOVE, abi.ModelRemove())
+
+    def events(self, seconds: float = 0) -> int:
+        return polled(self.fd, seconds)
+
+    def buried(self) -> Self:
+        """Wait until what nobody has any more is freed; there is no other slot."""
+        wait_for(lambda: read("model/generations") == self.info().generations)
+        return self
+
+    def read(self, name: str) -> int:
+        """One value of its folder in sysfs."""
+        return read(f"model/{self.name}/{name}")
+
+    def told(self) -> dict[int, str]:
+        """Its generations' states by number, as sysfs has them."""
+        folder = SYSFS / "model" / self.name
+        return {int(path.parent.name): path.read_text().strip() for path in folder.glob("*/state")}
+
+
+class Generation(Descriptor):
+    """One descriptor of a generation of a model slot."""
+
+    def __init__(self, fd: int, number: int) -> None:
+        super().__init__(fd)
+        self.number = number
+
+    def info(self) -> abi.ModelInfo:
+        info = abi.ModelInfo()
+        assert self.ioctl(abi.IOC_MODEL_INFO, info) == 0
+        return info
+
+    def state(self) -> abi.ModelState:
+        return abi.ModelState(self.info().state)
+
+    def events(self, seconds: float = 0) -> int:
+        return polled(self.fd, seconds)
+
+    def settled(self) -> Self:
+        """Wait until it is not being loaded any more."""
+        ready = select.poll()
+        ready.register(self.fd, select.POLLIN)
+        assert ready.poll(120_000), "still being loaded"
+        return self
+
+    def loaded(self) -> Self:
+        info = self.settled().info()
+        assert info.state != abi.ModelState.FAILED, errno.errorcode.get(info.error, info.error)
+        return self
+
+    def failed(self) -> int:
+        """Wait for it to fail; why it did."""
+        info = self.settled().info()
+        assert info.state == abi.ModelState.FAILED
+        return info.error
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes that it has alone, and that it shares."""
+        info = self.info()
+        return info.private_bytes, info.shared_bytes
+
+    def contents(self) -> bytes:
+        """All of it, by pread()."""
+        data = bytearray()
+        while part := os.pread(self.fd, 1 << 20, len(data)):
+            data += part
+        return bytes(data)
+
+    def view(self, length: int = 0, offset: int = 0, **how: int) -> mmap.mmap:
+        length = length or os.fstat(self.fd).st_size - offset
+        return self.map(length, offset, **{"prot": mmap.PROT_READ, **how})
+
+    def behind(self) -> bytes:
+        """What is behind its end in the last page, which a view does not show."""
+        size = os.fstat(self.fd).st_size
+        start = (size - 1) // PAGE * PAGE
+        at = libc.mmap(None, PAGE, mmap.PROT_READ, mmap.MAP_SHARED, self.fd, start)
+        assert at != FAILED
+        data = ctypes.string_at(at + size - start, start + PAGE - size)
+        assert libc.munmap(at, PAGE) == 0
+        return data
+
+
+def polled(fd: int, seconds: float = 0) -> int:
+    poll = select.poll()
+    poll.register(fd, POLLED)
+    return sum(events for _, events in poll.poll(seconds * 1000))
+
+
+def weights(tag: object, size: int) -> bytes:
+    """Bytes of a model: no two pages of it are alike."""
+    return random.Random(repr(tag)).randbytes(size)
+
+
+def file_of(data: bytes) -> int:
+    fd = os.memfd_create("model")
+    write_all(fd, data)
+    return fd
+
+
+def write_all(fd: int, data: bytes, offset: int = 0) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, memoryview(data)[done:], offset + done)
+
+
 def pattern(value: object, plane: int, size: int) -> bytes:
     if value is None:
         return bytes(size)
@@ -357,6 +543,11 @@ def read(name: str) -> int:
     return int((SYSFS / name).read_text())
 
 
+def becomes(name: str, value: int) -> None:
+    """Wait for a value of sysfs: memory is given back soon, but nobody waits for that."""
+    wait_for(lambda: read(name) == value, told=lambda: f"{name} is {read(name)}, not {value}")
+
+
 def write(name: str, value: object) -> int:
     try:
         (SYSFS / name).write_text(str(value))
@@ -379,10 +570,14 @@ def events(name: str) -> list[dict[str, str]]:
     return [dict(field.split("=", 1) for field in line.split()) for line in lines]
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+def wait_for(
+    condition: Callable[[], object],
+    seconds: float = 30,
+    told: Callable[[], str] = lambda: "did not come about",
+) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "did not come about"
+        assert time.monotonic() < end, told()
         time.sleep(0.02)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import mmap
 import os
 import resource
@@ -23,8 +24,10 @@ from device import (
     KV,
     PAGE,
     SYSFS,
+    Generation,
     Raw,
     Seq,
+    Slot,
     View,
     chain,
     full,
@@ -32,6 +35,8 @@ from device import (
     read,
     state,
     tokens,
+    wait_for,
+    weights,
     window,
     write,
 )
@@ -708,3 +713,268 @@ def test_kv_faults(raw: Raw, how: str, settings: None) -> None:
         touched[1].close()
         os.close(zero)
         view.close()
+
+
+NEW = abi.OpenFlag.CREATE | abi.OpenFlag.EXCL | abi.OpenFlag.WRITE
+MODEL = CHUNK + 3 * PAGE + 5
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def summary(slot: Slot) -> tuple[object, ...]:
+    """What a call that fails leaves as it was; the number given out last is no promise."""
+    names = ("model/slots", "model/generations", "model/held", "clients/bytes", "chunk/used")
+    info = slot.buried().info()
+    values = tuple(map(read, names))
+    return slot.places(), info.generations, values, tuple(slot.told().items()), descriptors()
+
+
+@pytest.fixture
+def filled(slot: Slot) -> Slot:
+    """Generations 1 and 2 are previous and active, 3 is staged."""
+    for number in (1, 2):
+        assert slot.swap(weights(number, MODEL)) == number
+    slot.load(weights(3, MODEL), abi.StageFlag.KEEP).close()
+    assert slot.places() == (2, 1, 3)
+    return slot
+
+
+def test_model_open(raw: Raw) -> None:
+    """Made and opened, or neither."""
+    request = abi.ModelOpen(flags=NEW, mode=0o600, fd=-1)
+    ctypes.memmove(ctypes.addressof(request), b"made", 4)
+    before = descriptors()
+
+    def check(result: int) -> None:
+        assert read("model/slots") == (result == 0)
+        assert (SYSFS / "model/made").exists() == (result == 0)
+        if result == 0:
+            with Slot(request.fd, "made") as slot:
+                assert slot.remove() == 0
+        request.fd = -1
+        assert descriptors() == before + 1  # fail-nth's own
+
+    assert {errno.ENOMEM, errno.EFAULT} <= sweep(lambda: raw.ioctl(abi.IOC_MODEL_OPEN, request), check)
+
+
+def test_model_open_again(raw: Raw, filled: Slot) -> None:
+    request = abi.ModelOpen(flags=abi.OpenFlag.WRITE, fd=-1)
+    ctypes.memmove(ctypes.addressof(request), filled.name.encode(), len(filled.name))
+    before = descriptors()
+
+    def check(result: int) -> None:
+        if result == 0:
+            with Slot(request.fd, filled.name) as slot:
+                assert slot.places() == (2, 1, 3)
+        assert descriptors() == before + 1
+        assert read("model/slots") == 1
+
+    assert {errno.ENOMEM, errno.EFAULT} <= sweep(lambda: raw.ioctl(abi.IOC_MODEL_OPEN, request), check)
+
+
+@pytest.mark.parametrize("flags", [0, abi.StageFlag.VERIFY, abi.StageFlag.CACHED, abi.StageFlag.KEEP])
+def test_model_stage(filled: Slot, flags: int, settings: None) -> None:
+    """The slot has it and it is loaded, or nothing is left of it and another can be staged."""
+    assert filled.abort(3) == 0
+    data = weights("staged", MODEL)
+    path = Path("/var/tmp/staged.bin")
+    path.write_bytes(data)
+    file = os.open(path, os.O_RDONLY)
+    request = abi.ModelStage(file=file, flags=flags, fd=-1)
+    if flags & abi.StageFlag.VERIFY:
+        request.sha256[:] = hashlib.sha256(data).digest()
+    before = summary(filled)
+
+    def check(result: int) -> None:
+        if result == 0:
+            with Generation(request.fd, request.generation) as gen:
+                assert gen.loaded().contents() == data
+                assert filled.abort(gen.number) == 0
+        request.fd = -1
+        wait_for(lambda: filled.info().generations == 2)
+        after = summary(filled)
+        assert after == (*before[:-1], before[-1] + 1)
+
+    results = sweep(lambda: filled.ioctl(abi.IOC_MODEL_STAGE, request), check)
+    assert {errno.ENOMEM, errno.EFAULT} <= results
+    # nobody holds the file
+    path.write_bytes(b"changed")
+    os.close(file)
+    path.unlink()
+
+
+def test_model_load(slot: Slot) -> None:
+    """The thread that loads meets a failure here and there: it fails as a whole, or has got over it."""
+    slot.swap(weights("active", MODEL))
+    fd = os.memfd_create("long")
+    os.truncate(fd, 24 * CHUNK)
+    held, results = read("model/held"), set()
+    for n in (*range(1, 24), 30, 50, 80):
+        gen = slot.stage(fd, abi.StageFlag.VERIFY)
+        for thread in Path("/proc").glob("[0-9]*"):
+            try:
+                if (thread / "comm").read_text().startswith("tm-load"):
+                    (thread / "fail-nth").write_text(str(n))
+            except OSError:
+                continue  # it has ended
+        error = gen.failed()  # the checksum is wrong in any case
+        results.add(error)
+        assert error in (errno.ENOMEM, errno.EBADMSG, errno.EFAULT)
+        assert read("model/held") == held
+        gen.close()
+    assert errno.ENOMEM in results
+    with slot.acquire() as active:
+        assert active.contents() == weights("active", MODEL)
+    os.close(fd)
+
+
+def test_model_acquire(filled: Slot) -> None:
+    for number in (0, 1, 2, 3):
+        item = abi.ModelAcquire(generation=number, fd=-1)
+        before = summary(filled)
+
+        def check(result: int, item: abi.ModelAcquire = item, wanted: int = number or 2, old: tuple = before) -> None:
+            if result == 0:
+                with Generation(item.fd, item.generation) as gen:
+                    assert gen.contents() == weights(wanted, MODEL)
+            else:
+                assert item.fd == -1
+            assert summary(filled) == (*old[:-1], old[-1] + 1)
+            item.fd, item.generation = -1, wanted
+
+        assert {errno.ENOMEM, errno.EFAULT} <= sweep(lambda i=item: filled.ioctl(abi.IOC_MODEL_ACQUIRE, i), check)
+
+
+def test_model_commit_and_rollback(filled: Slot) -> None:
+    """Done or not done, and in constant time: nothing is allocated."""
+    item = abi.ModelWhich(generation=3)
+
+    def committed(result: int) -> None:
+        done = filled.places() == (item.generation, item.generation - 1, 0)
+        # the last copy tells nothing new: it may fail when all is done
+        assert done or result
+        if done:
+            filled.load(weights("next", PAGE), abi.StageFlag.KEEP).close()
+            item.generation = filled.info().staged
+        assert filled.info().generations == 3
+
+    results = sweep(lambda: filled.ioctl(abi.IOC_MODEL_COMMIT, item), committed)
+    assert errno.EFAULT in results
+    assert errno.ENOMEM not in results
+    turn = abi.ModelWhich()
+    places = [filled.places()]
+
+    def rolled(result: int) -> None:
+        now = filled.places()
+        active, previous, staged = places[0]
+        assert now == ((previous, active, staged) if result == 0 else places[0])
+        assert result or turn.generation == now[0]
+        turn.generation = 0
+        places[0] = now
+
+    results = sweep(lambda: filled.ioctl(abi.IOC_MODEL_ROLLBACK, turn), rolled)
+    assert results == {errno.EFAULT}
+
+
+def test_model_abort_and_remove(raw: Raw, filled: Slot) -> None:
+    item = abi.ModelWhich(generation=3)
+
+    def aborted(result: int) -> None:
+        staged = filled.info().staged
+        assert staged == 0 or result
+        if not staged:
+            filled.load(weights("next", PAGE), abi.StageFlag.KEEP).close()
+            item.generation = filled.info().staged
+        assert filled.info().generations == 3
+
+    assert errno.EFAULT in sweep(lambda: filled.ioctl(abi.IOC_MODEL_ABORT, item), aborted)
+    slots = [raw.slot("gone", NEW, mode=0o600)]
+    slots[0].swap(weights("gone", MODEL))
+
+    def removed(result: int) -> None:
+        there = read("model/slots") == 2
+        assert not there or result
+        if not there:
+            slots.pop().close()
+            slots.append(raw.slot("gone", NEW, mode=0o600))
+            slots[0].swap(weights("gone", MODEL))
+
+    results = sweep(lambda: slots[0].ioctl(abi.IOC_MODEL_REMOVE, abi.ModelRemove()), removed)
+    assert errno.EFAULT in results
+    assert slots[0].remove() == 0
+    slots[0].close()
+
+
+def test_model_calls_that_need_no_memory(filled: Slot) -> None:
+    assert sweep(lambda: filled.ioctl(abi.IOC_MODEL_SLOT, abi.ModelSlot())) == {errno.EFAULT}
+    with filled.acquire() as gen:
+        assert sweep(lambda: gen.ioctl(abi.IOC_MODEL_INFO, abi.ModelInfo())) == {errno.EFAULT}
+
+
+def test_model_read(filled: Slot) -> None:
+    """What is read is right; an error has moved nothing."""
+    data, place = weights(2, MODEL), bytearray(3 * PAGE)
+    with filled.acquire() as gen:
+        done = [0]
+
+        def call() -> int:
+            try:
+                done[0] = os.preadv(gen.fd, [place], CHUNK - PAGE)
+            except OSError as error:
+                done[0] = 0
+                return error.errno or -1
+            return 0
+
+        def check(_: int) -> None:
+            assert place[: done[0]] == data[CHUNK - PAGE : CHUNK - PAGE + done[0]]
+            place[:] = bytes(len(place))
+
+        assert errno.EFAULT in sweep(call, check)
+        assert gen.contents() == data
+
+
+@pytest.mark.parametrize("part", ["block", "tail"])
+def test_model_faults(filled: Slot, part: str) -> None:
+    """A touch that fails works the next time."""
+    data = weights(2, MODEL)
+    at = 5 * PAGE if part == "block" else CHUNK + PAGE
+    with filled.acquire() as gen:
+        copy = os.memfd_create("copy")
+        views: list[mmap.mmap] = [gen.view()]
+
+        def call() -> int:
+            try:
+                return 0 if os.pwrite(copy, memoryview(views[0])[at : at + PAGE], 0) == PAGE else errno.EFAULT
+            except OSError as error:
+                return error.errno or -1
+
+        def check(result: int) -> None:
+            assert result or os.pread(copy, PAGE, 0) == data[at : at + PAGE]
+            assert views[0][at : at + PAGE] == data[at : at + PAGE]
+            views.pop().close()
+            views.append(gen.view())  # with no page table yet
+
+        assert errno.EFAULT in sweep(call, check)
+        views.pop().close()
+        os.close(copy)
+
+
+def test_model_mmap(filled: Slot) -> None:
+    with filled.acquire() as gen:
+        views: list[mmap.mmap] = []
+
+        def call() -> int:
+            try:
+                views.append(gen.view())
+            except OSError as error:
+                return error.errno or -1
+            return 0
+
+        assert errno.ENOMEM in sweep(call)
+        assert gen.info().readers == 1  # they are of the same open file
+        for view in views:
+            assert view[:] == weights(2, MODEL)
+            view.close()
+        assert gen.info().readers == 1
