@@ -211,20 +211,22 @@ static void tm_model_wake(struct tm_model *model)
  */
 int __init tm_models_init(void)
 {
-	tm_model_queue = alloc_workqueue("tensormem-model", WQ_UNBOUND, 0);
-	return tm_model_queue ? 0 : -ENOMEM;
-}
+	int err = tm_model_cached_init();
 
-/* Have @work done by ours. Context: any. */
-void tm_models_queue(struct work_struct *work)
-{
-	queue_work(tm_model_queue, work);
+	if (err)
+		return err;
+	tm_model_queue = alloc_workqueue("tensormem-model", WQ_UNBOUND, 0);
+	if (tm_model_queue)
+		return 0;
+	tm_model_cached_exit();
+	return -ENOMEM;
 }
 
 /* Context: may sleep; there is no slot any more. */
 void tm_models_exit(void)
 {
 	destroy_workqueue(tm_model_queue);
+	tm_model_cached_exit();
 }
 
 /**

@@ -118,7 +118,6 @@ typedef struct file *(*tm_model_opener)(struct tm_model *model, void *data,
 
 int __must_check tm_models_init(void);
 void tm_models_exit(void);
-void tm_models_queue(struct work_struct *work);
 void tm_models_start(struct kobject *device);
 struct file *tm_model_open(struct kobject *device, const char *name, u32 flags,
 			   umode_t mode, tm_model_opener opener, void *data);
