@@ -175,7 +175,8 @@
  *   boards where two copies do not fit. It is as good as its file: while it exists, who opens the file for writing
  *   or truncates it ends it first. Its mappings are emptied, touching them
  *   raises SIGBUS, read() gives ESTALE; changed contents are never seen. (Writes that bypass the
- *   file, to the disk below it or on another machine, cannot be noticed.)
+ *   file, to the disk below it or on another machine, cannot be noticed. Pages that were pinned
+ *   or spliced before, by O_DIRECT or vmsplice(2), stay the file's.)
  *
  *   mmap(2) of a generation fails with EACCES for PROT_WRITE, EPERM for PROT_EXEC, EINVAL for what
  *   lies behind the file's last page.
