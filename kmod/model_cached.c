@@ -9,7 +9,9 @@
  * That faults must not map what is being unmapped is seen to by the fence. They insert
  * their pages themselves, under it and if the lease holds; whoever breaks the lease says so,
  * waits for the fence to be passed, and then unmaps. (The file system's own handler leaves
- * the inserting to the kernel, after it has returned.)
+ * the inserting to the kernel, after it has returned.) Nothing is mapped around a fault: the
+ * kernel's means for that may map a whole folio as a block, as which it takes it out again
+ * in another way, because these areas are VM_MIXEDMAP.
  */
 #include <linux/cred.h>
 #include <linux/dcache.h>
@@ -57,6 +59,12 @@ struct tm_model_cached {
 	struct mutex lock;
 	struct tm_model_gen *gen;
 };
+
+/*
+ * Of its own: what is done here is waited for by those who free generations, also from
+ * the queue of slots.
+ */
+static struct workqueue_struct *tm_model_cached_queue;
 
 /* The file's lease goes; from then on nobody tells us of writers. Only for kernel threads. */
 static void tm_model_cached_let_go(struct tm_model_cached *cached)
@@ -106,7 +114,7 @@ static bool tm_model_cached_break(struct tm_lease *lease)
 	/* For ever: who waits must not go on before we are ready. */
 	lease->fl_break_time = 0;
 	WRITE_ONCE(cached->broken, true);
-	tm_models_queue(&cached->breaking);
+	queue_work(tm_model_cached_queue, &cached->breaking);
 	return false;
 }
 
@@ -115,6 +123,20 @@ static const struct tm_lease_operations tm_model_cached_lease_ops = {
 	.lm_change = lease_modify,
 	TM_LEASE_OPEN_CONFLICT
 };
+
+/* Context: may sleep. Return: 0 or -ENOMEM. */
+int __init tm_model_cached_init(void)
+{
+	tm_model_cached_queue = alloc_workqueue("tensormem-lease", WQ_UNBOUND,
+						0);
+	return tm_model_cached_queue ? 0 : -ENOMEM;
+}
+
+/* Context: may sleep; there is no generation any more. */
+void tm_model_cached_exit(void)
+{
+	destroy_workqueue(tm_model_cached_queue);
+}
 
 /* Return: 0, or why the file system cannot say when the file changes. */
 static int tm_model_cached_supported(const struct file *file)
@@ -210,7 +232,7 @@ void tm_model_cached_destroy(struct tm_model_cached *cached)
 	cached->gen = NULL;
 	mutex_unlock(&cached->lock);
 	/* Only a kernel thread may always let go of a lease, and close a file now. */
-	tm_models_queue(&cached->closing);
+	queue_work(tm_model_cached_queue, &cached->closing);
 	flush_work(&cached->closing);
 	kfree(cached);
 }
@@ -309,21 +331,6 @@ static vm_fault_t tm_model_cached_fault(struct vm_fault *vmf)
 	return result | (got & VM_FAULT_MAJOR);
 }
 
-/* What is in the page cache already; under RCU. */
-static vm_fault_t tm_model_cached_map_pages(struct vm_fault *vmf,
-					    pgoff_t first, pgoff_t last)
-{
-	struct tm_model_cached *cached = tm_model_cached_of(vmf->vma);
-	vm_fault_t result = 0;
-
-	if (!cached->vm_ops->map_pages || !down_read_trylock(&cached->fence))
-		return 0;
-	if (!READ_ONCE(cached->broken))
-		result = cached->vm_ops->map_pages(vmf, first, last);
-	up_read(&cached->fence);
-	return result;
-}
-
 /* Each mapping has its reader's descriptor, and through that the generation. */
 static void tm_model_cached_open(struct vm_area_struct *vma)
 {
@@ -347,9 +354,16 @@ static const struct vm_operations_struct tm_model_cached_vm_ops = {
 	.open = tm_model_cached_open,
 	.close = tm_model_cached_close,
 	.fault = tm_model_cached_fault,
-	.map_pages = tm_model_cached_map_pages,
 	.mremap = tm_vm_mremap,
 };
+
+/* Whether what we call of them is the same: shmem has others for a file without a name. */
+static bool tm_model_cached_alike(const struct vm_operations_struct *a,
+				  const struct vm_operations_struct *b)
+{
+	return a->fault == b->fault && a->open == b->open &&
+	       a->close == b->close;
+}
 
 /* Whether we can stand between @vma and its file system. */
 static bool tm_model_cached_fits(struct tm_model_cached *cached,
@@ -361,7 +375,7 @@ static bool tm_model_cached_fits(struct tm_model_cached *cached,
 	    !vma->vm_ops->fault || vma->vm_private_data)
 		return false;
 	old = cmpxchg(&cached->vm_ops, NULL, vma->vm_ops);
-	return !old || old == vma->vm_ops;
+	return !old || tm_model_cached_alike(old, vma->vm_ops);
 }
 
 /**

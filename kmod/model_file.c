@@ -218,6 +218,9 @@ static int tm_model_file_stage_from(struct tm_model_handle *handle,
 	err = tm_model_check_source(from);
 	if (!err)
 		err = tm_model_check_size(from, stage);
+	/* Before a thread and a lease are taken for nothing. */
+	if (!err)
+		err = tm_model_may_stage(handle->model);
 	if (err)
 		return err;
 	if (!cached && !tm_pages_could_hold(tm_client_numa(client).nodes,
