@@ -25,6 +25,9 @@
 #include "quarantine.h"
 #include "trace.h"
 
+/* What users can leave behind is bounded. */
+#define TM_MODELS_MAX	4096
+
 /* Of our own: a slot may end in its work, and until that returns the module stays. */
 static struct workqueue_struct *tm_model_queue;
 static DEFINE_MUTEX(tm_models_mutex);
@@ -299,9 +302,12 @@ static struct file *tm_model_make(struct kobject *device, const char *name,
 				  umode_t mode, tm_model_opener opener,
 				  void *data)
 {
-	struct tm_model *model = tm_model_create(device, name, mode);
+	struct tm_model *model;
 	struct file *file;
 
+	if (atomic64_read(&tm_nr_models) >= TM_MODELS_MAX)
+		return ERR_PTR(-ENOSPC);
+	model = tm_model_create(device, name, mode);
 	if (IS_ERR(model))
 		return ERR_CAST(model);
 	file = opener(model, data, true);
@@ -325,7 +331,7 @@ static struct file *tm_model_make(struct kobject *device, const char *name,
  * @data: for @opener
  *
  * Context: may sleep. Return: the descriptor or an ERR_PTR: -ENOENT, -EEXIST, -EINTR,
- * -ENOMEM, or what @opener returned.
+ * -ENOMEM, -ENOSPC for too many slots, or what @opener returned.
  */
 struct file *tm_model_open(struct kobject *device, const char *name, u32 flags,
 			   umode_t mode, tm_model_opener opener, void *data)
@@ -745,6 +751,7 @@ void tm_model_usage(struct tm_model_gen *gen, struct tm_slot_usage *usage)
 	down_write(&model->lock);
 	/* What nobody has any more is nobody's share either. */
 	tm_slot_bury(&model->slot, &model->dead);
+	downgrade_write(&model->lock);
 	tm_slot_usage(&model->slot, &gen->core, usage);
-	up_write(&model->lock);
+	up_read(&model->lock);
 }
