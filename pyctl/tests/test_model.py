@@ -442,6 +442,10 @@ def test_keep(models: Models, slot: Slot, one: Path) -> None:
     with slot.stage(one, keep=True):
         pass
     assert slot.info().staged == 0, "what is not loaded is not kept"
+    models.step, models.fail_load = 1 << 40, (0, errno.EIO)
+    with pytest.raises(errors.ReadFailed), slot.stage(one, keep=True) as staging:
+        staging.wait()
+    assert slot.info().staged == 0, "nor what has failed"
 
 
 def test_abort(slot: Slot, one: Path) -> None:

@@ -896,7 +896,7 @@ class Slot:
         while True:
             with self._session.calling():
                 events = self._session.device.poll(select.POLLIN, timeout)
-            if not events or events & select.POLLHUP:
+            if not events:
                 return
             try:
                 number = self.info().active
