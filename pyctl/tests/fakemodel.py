@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import mmap
 import os
@@ -337,10 +338,14 @@ class FakeSlot(_Descriptor):
         if slot.staged is not None:
             refuse(errno.EBUSY)
         status = os.fstat(a.file)
+        if fcntl.fcntl(a.file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+            refuse(errno.EACCES)
+        cached = abi.StageFlag.CACHED in abi.StageFlag(a.flags)
+        if cached and self.models.uid not in (None, status.st_uid):
+            refuse(errno.EACCES)
         if not stat.S_ISREG(status.st_mode):
             refuse(errno.EINVAL)
         size = a.size or max(0, status.st_size - a.offset)
-        cached = abi.StageFlag.CACHED in abi.StageFlag(a.flags)
         if not size or (cached and a.offset % mmap.PAGESIZE):
             refuse(errno.EINVAL)
         slot.last += 1

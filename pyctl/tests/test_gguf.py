@@ -212,10 +212,15 @@ def test_a_header_longer_than_one_read() -> None:
     rng = random.Random(5)
     words = ["".join(rng.choices("abcdefgh", k=rng.randrange(12))) for _ in range(250_000)]
     raw = model(
-        {"t": of(np.arange(5, dtype=np.float32))}, [pair("tokens", "array", Array("str", words))]
+        {"t": of(np.arange(5, dtype=np.float32))},
+        [
+            pair("scores", "array", Array("f32", [1.0, 2.0])),
+            pair("tokens", "array", Array("str", words)),
+        ],
     )
     assert len(raw) > 3 << 20
     header = parse(raw)
+    assert header.metadata["scores"].tolist() == [1, 2]
     assert header.metadata["tokens"] == words
     assert arrays(raw)["t"].tolist() == [0, 1, 2, 3, 4]
 
@@ -375,6 +380,13 @@ def test_wrong(case: str) -> None:
     assert str(copy) == str(error)
 
 
+def test_big_endian_is_called_so() -> None:
+    with pytest.raises(GGUFError, match="big endian"):
+        parse(pack(version=3 << 24))
+    with pytest.raises(GGUFError, match="is 0; 2 and 3 are known"):
+        parse(pack(version=0))
+
+
 def test_depth_and_size_that_are_allowed() -> None:
     assert parse(pack([pair("k", "array", nested(3))])).metadata["k"][0][0][0].tolist() == [1]
     raw = pack(infos=[info("t" * 65535, "I8", (1,), 0)], data=ONE)
@@ -391,6 +403,11 @@ def test_a_header_beyond_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     words = Array("str", ["a", "b"])
     with pytest.raises(GGUFError, match="at most 1 are allowed"):
         parse(pack([pair("k", "array", words), pair("l", "array", words)]))
+    monkeypatch.setattr(gguf, "MAX_HEADER", 1000)
+    monkeypatch.setattr(gguf, "MAX_COUNT", 3)
+    lists = Array("array", [Array("u8", [1]), Array("u8", [2])])
+    with pytest.raises(GGUFError, match="at most 1 are allowed"):
+        parse(pack([pair("k", "array", lists), pair("l", "array", lists)]))
 
 
 def test_a_file_that_ends_early() -> None:

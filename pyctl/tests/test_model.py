@@ -77,7 +77,7 @@ def sha(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", ".x", "a/b", "a b", "ä", "x" * 64, "a\0", "a\n", "a:b", 3]
+    "name", ["", ".", ".x", "a/b", "a b", "ä", "x" * 64, "a\0", "a\n", "a:b", "held", "slots", 3]
 )
 def test_bad_names(models: Models, name: Any) -> None:
     with pytest.raises(errors.InvalidArgument, match="name of a model slot"):
@@ -106,8 +106,6 @@ def test_open_and_create(models: Models) -> None:
     tensormem.slot("new", exclusive=True).close()
     with pytest.raises(errors.InvalidArgument, match="0777"):
         tensormem.slot("more", create=True, mode=0o777)
-    with pytest.raises(errors.InvalidArgument, match="'held'"):
-        tensormem.slot("held", create=True)
     for mode in (-1, 1 << 64):
         with pytest.raises(errors.InvalidArgument, match="a mode"):
             tensormem.slot("more", create=True, mode=mode)
@@ -322,6 +320,23 @@ def test_sources(slot: Slot, one: Path) -> None:
     assert slot.info().staged == 0
 
 
+def test_files_that_are_not_ours_to_stage(
+    models: Models, slot: Slot, one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd = os.open(one, os.O_WRONLY)
+    with pytest.raises(errors.SlotDenied, match="not open for reading"):
+        slot.stage(fd)
+    os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        slot.stage(fd)
+    owner = one.stat().st_uid
+    models.uid = owner + 1
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(errors.SlotDenied, match=r"another user's.*without cached=True"):
+        slot.stage(one, cached=True)
+    slot.stage(one).abort()
+
+
 def test_no_descriptor_is_left(slot: Slot, one: Path) -> None:
     before = os.listdir("/proc/self/fd")
     for _ in range(3):
@@ -427,6 +442,10 @@ def test_keep(models: Models, slot: Slot, one: Path) -> None:
     with slot.stage(one, keep=True):
         pass
     assert slot.info().staged == 0, "what is not loaded is not kept"
+    models.step, models.fail_load = 1 << 40, (0, errno.EIO)
+    with pytest.raises(errors.ReadFailed), slot.stage(one, keep=True) as staging:
+        staging.wait()
+    assert slot.info().staged == 0, "nor what has failed"
 
 
 def test_abort(slot: Slot, one: Path) -> None:

@@ -389,8 +389,6 @@ def _entry(cursor: _Cursor, number: int, alignment: int) -> Entry:
     start = cursor.u64("offset")
     if start % alignment:
         raise cursor.bad("offset", f"{start} is not a multiple of {alignment}")
-    if start > _MAX_DATA - size:
-        raise cursor.bad("offset", f"{start} overflows 63 bits")
     return Entry(name, kind.code, shape, start, start + size)
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import operator
 import os
@@ -66,6 +67,10 @@ Source = str | os.PathLike[str] | int | io.IOBase
 Report = Callable[[int, int], None]
 
 _NAME = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{abi.MODEL_NAME - 2}}}", re.ASCII)
+
+#: Files of sysfs beside the folders of slots.
+_TAKEN = ("slots", "generations", "held")
+
 _HEX = re.compile(rf"[0-9a-fA-F]{{{2 * abi.SHA256}}}", re.ASCII)
 _U64 = (1 << 64) - 1
 
@@ -244,6 +249,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def _opened(source: Source) -> Iterator[tuple[int, str]]:
     """Give a descriptor and a name of a file."""
     if isinstance(source, int):
+        os.fstat(source)  # what is not one is the caller's mistake and no affair of the slot's
         yield source, f"descriptor {source}"
     elif isinstance(source, io.IOBase):
         yield source.fileno(), str(getattr(source, "name", "file"))
@@ -253,6 +259,18 @@ def _opened(source: Source) -> Iterator[tuple[int, str]]:
             yield fd, os.fspath(source)
         finally:
             os.close(fd)
+
+
+def _denied(fd: int, cached: bool) -> tuple[str, str] | None:
+    """Return cause and remedy where it is for the file's sake that EACCES was given."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        return "the file is not open for reading", "open it for that"
+    if cached and os.geteuid() not in (0, os.fstat(fd).st_uid):
+        return (
+            "the file is another user's, and only its owner can have it watched",
+            "load it whole, without cached=True, or do it as its owner or root",
+        )
+    return None
 
 
 def _file_size(fd: int) -> int:
@@ -283,6 +301,11 @@ def _check_name(name: str) -> bytes:
         raise errors.InvalidArgument(
             f"{name!r} cannot be the name of a model slot",
             f"use up to {abi.MODEL_NAME - 1} letters, digits, '.', '_' and '-', and no '.' first",
+        )
+    if name in _TAKEN:
+        raise errors.InvalidArgument(
+            f"{name!r} cannot be the name of a model slot, sysfs has a file of that name there",
+            "choose another",
         )
     return name.encode()
 
@@ -873,7 +896,7 @@ class Slot:
         while True:
             with self._session.calling():
                 events = self._session.device.poll(select.POLLIN, timeout)
-            if not events or events & select.POLLHUP:
+            if not events:
                 return
             try:
                 number = self.info().active
@@ -942,7 +965,14 @@ class Slot:
         if keep:
             flags |= StageFlag.KEEP
         argument.flags = flags
-        self._call(abi.IOC_MODEL_STAGE, argument, f"cannot stage {what}")
+        cause = f"cannot stage {what}"
+        try:
+            self._call(abi.IOC_MODEL_STAGE, argument, cause)
+        except errors.SlotDenied:
+            reason = _denied(fd, cached)
+            if reason is None:
+                raise
+            raise errors.SlotDenied(f"{cause}, {reason[0]}", reason[1]) from None
         device = self._session.device.other(argument.fd)
         return Staging(self, device, argument.generation, keep, what)
 
@@ -1141,9 +1171,7 @@ def open_slot(
             ) from None
         if number == errno.EINVAL:
             raise errors.InvalidArgument(
-                f"cannot open {what} with mode {mode:04o}",
-                "a mode is one from 0 to 0666, and sysfs has files called 'slots', 'generations'"
-                " and 'held' beside the slots",
+                f"cannot open {what} with mode {mode:04o}", "a mode is one from 0 to 0666"
             ) from None
         cls = type(errors.from_errno(number, model=True))
         cause = None if cls is errors.TensormemError else f"cannot open {what}, {cls.default_cause}"
@@ -1163,7 +1191,8 @@ def slot(
     """Open a model slot, as a client of its own that what is staged is on the bill of.
 
     Args:
-        name: letters, digits, ``.``, ``_`` and ``-``, with no ``.`` first; at most 63.
+        name: letters, digits, ``.``, ``_`` and ``-``, with no ``.`` first; at most 63. Not
+            ``slots``, ``generations`` or ``held``.
         create: make it unless it exists; implies ``write``.
         exclusive: make it, and fail if it exists; implies ``create``.
         mode: the permissions of one that is made, less the umask: to read is to acquire,
