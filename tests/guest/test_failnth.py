@@ -941,7 +941,7 @@ def test_model_faults(filled: Slot, part: str) -> None:
     data = weights(2, MODEL)
     at = 5 * PAGE if part == "block" else CHUNK + PAGE
     with filled.acquire() as gen:
-        copy = os.memfd_create("copy")
+        copy = file_of(bytes(PAGE))
         views: list[mmap.mmap] = [gen.view()]
 
         def call() -> int:
@@ -956,7 +956,10 @@ def test_model_faults(filled: Slot, part: str) -> None:
             views.pop().close()
             views.append(gen.view())  # with no page table yet
 
-        assert errno.EFAULT in sweep(call, check)
+        # pages are mapped again if they could not be at first; a block's table is missed
+        results = sweep(call, check)
+        assert results
+        assert part == "tail" or errno.EFAULT in results
         views.pop().close()
         os.close(copy)
 
