@@ -30,6 +30,7 @@ from device import (
     Slot,
     View,
     chain,
+    file_of,
     full,
     pattern,
     read,
