@@ -13,6 +13,7 @@ import hashlib
 import mmap
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -804,6 +805,32 @@ def test_model_stage(filled: Slot, flags: int, settings: None) -> None:
     path.write_bytes(b"changed")
     os.close(file)
     path.unlink()
+
+
+def test_model_stage_while_somebody_looks(filled: Slot) -> None:
+    """Its folder comes and goes under readers of its files, and nobody waits for the other for ever."""
+    assert filled.abort(3) == 0
+    file = file_of(weights("staged", PAGE))
+    request = abi.ModelStage(file=file, fd=-1)
+    folder = SYSFS / "model" / filled.name
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            for path in folder.glob("*/*_bytes"):
+                try:
+                    path.read_text()
+                except OSError:
+                    continue  # it is gone
+
+    def check(result: int) -> None:
+        if result == 0:
+            Generation(request.fd, request.generation).settled().close()
+        wait_for(lambda: filled.info().generations == 2)
+
+    assert {errno.ENOMEM, errno.EFAULT} <= sweep(lambda: filled.ioctl(abi.IOC_MODEL_STAGE, request), check)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(file)
 
 
 def test_model_load(slot: Slot) -> None:
