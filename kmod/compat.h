@@ -188,6 +188,13 @@ static inline int tm_lease_open_conflict(struct file *file, int type)
 #define TM_LEASE_OPEN_CONFLICT
 #endif
 
+#ifndef TM_HAVE_INODE_MTIME /* 6.7 */
+static inline struct timespec64 inode_get_mtime(const struct inode *inode)
+{
+	return inode->i_mtime;
+}
+#endif
+
 static inline bool tm_file_can_mmap(const struct file *file)
 {
 #ifdef TM_HAVE_VFS_MMAP

@@ -25,6 +25,9 @@
 #include "quarantine.h"
 #include "trace.h"
 
+/* What users can leave behind is bounded. */
+#define TM_MODELS_MAX	4096
+
 /* Of our own: a slot may end in its work, and until that returns the module stays. */
 static struct workqueue_struct *tm_model_queue;
 static DEFINE_MUTEX(tm_models_mutex);
@@ -211,20 +214,22 @@ static void tm_model_wake(struct tm_model *model)
  */
 int __init tm_models_init(void)
 {
-	tm_model_queue = alloc_workqueue("tensormem-model", WQ_UNBOUND, 0);
-	return tm_model_queue ? 0 : -ENOMEM;
-}
+	int err = tm_model_cached_init();
 
-/* Have @work done by ours. Context: any. */
-void tm_models_queue(struct work_struct *work)
-{
-	queue_work(tm_model_queue, work);
+	if (err)
+		return err;
+	tm_model_queue = alloc_workqueue("tensormem-model", WQ_UNBOUND, 0);
+	if (tm_model_queue)
+		return 0;
+	tm_model_cached_exit();
+	return -ENOMEM;
 }
 
 /* Context: may sleep; there is no slot any more. */
 void tm_models_exit(void)
 {
 	destroy_workqueue(tm_model_queue);
+	tm_model_cached_exit();
 }
 
 /**
@@ -274,6 +279,7 @@ static struct tm_model *tm_model_create(struct kobject *device,
 		kfree(model);
 		return ERR_PTR(err);
 	}
+	mutex_init(&model->staging);
 	init_rwsem(&model->lock);
 	tm_slot_init(&model->slot, &model->lock);
 	init_waitqueue_head(&model->wait);
@@ -296,9 +302,12 @@ static struct file *tm_model_make(struct kobject *device, const char *name,
 				  umode_t mode, tm_model_opener opener,
 				  void *data)
 {
-	struct tm_model *model = tm_model_create(device, name, mode);
+	struct tm_model *model;
 	struct file *file;
 
+	if (atomic64_read(&tm_nr_models) >= TM_MODELS_MAX)
+		return ERR_PTR(-ENOSPC);
+	model = tm_model_create(device, name, mode);
 	if (IS_ERR(model))
 		return ERR_CAST(model);
 	file = opener(model, data, true);
@@ -322,7 +331,7 @@ static struct file *tm_model_make(struct kobject *device, const char *name,
  * @data: for @opener
  *
  * Context: may sleep. Return: the descriptor or an ERR_PTR: -ENOENT, -EEXIST, -EINTR,
- * -ENOMEM, or what @opener returned.
+ * -ENOMEM, -ENOSPC for too many slots, or what @opener returned.
  */
 struct file *tm_model_open(struct kobject *device, const char *name, u32 flags,
 			   umode_t mode, tm_model_opener opener, void *data)
@@ -370,14 +379,23 @@ u64 tm_model_next(struct tm_model *model)
 	return number;
 }
 
-/* Whether @gen can be staged now, as @number. */
-static int tm_model_may_stage(const struct tm_slot *slot, u64 number)
+/**
+ * tm_model_may_stage - whether a generation could be staged now
+ * @model: the slot
+ *
+ * Context: may sleep. Return: 0, -ENOENT when it was removed, -EBUSY.
+ */
+int tm_model_may_stage(struct tm_model *model)
 {
-	if (slot->removed)
-		return -ENOENT;
-	if (slot->staged)
-		return -EBUSY;
-	return slot->last + 1 == number ? 0 : -ESTALE;
+	int err = 0;
+
+	down_read(&model->lock);
+	if (model->slot.removed)
+		err = -ENOENT;
+	else if (model->slot.staged)
+		err = -EBUSY;
+	up_read(&model->lock);
+	return err;
 }
 
 /* What a load may share with, held for it; NULL: nothing. */
@@ -408,22 +426,27 @@ int tm_model_stage(struct tm_model_gen *gen, u64 number,
 	struct tm_model *model = gen->model;
 	int err;
 
-	if (down_write_killable(&model->lock))
+	/* Folders come and go without the slot's lock, which their readers take. */
+	if (mutex_lock_killable(&model->staging))
 		return -EINTR;
-	/* Asked before: a folder cannot be taken away under the lock. */
-	err = tm_model_may_stage(&model->slot, number);
+	err = tm_model_may_stage(model);
+	if (!err && tm_model_next(model) != number)
+		err = -ESTALE;
 	if (!err)
 		err = kobject_add(&gen->kobj, &model->kobj, "%llu", number);
-	if (!err)
-		err = tm_slot_stage(&model->slot, &gen->core);
 	if (!err) {
-		tm_slot_hold(&model->slot, &gen->core);
-		tm_slot_hold(&model->slot, &gen->core);
-		gen->loader = loader;
-		gen->stager = stager;
-		*base = tm_model_base(&model->slot, gen);
+		down_write(&model->lock);
+		err = tm_slot_stage(&model->slot, &gen->core);
+		if (!err) {
+			tm_slot_hold(&model->slot, &gen->core);
+			tm_slot_hold(&model->slot, &gen->core);
+			gen->loader = loader;
+			gen->stager = stager;
+			*base = tm_model_base(&model->slot, gen);
+		}
+		up_write(&model->lock);
 	}
-	up_write(&model->lock);
+	mutex_unlock(&model->staging);
 	if (!err)
 		trace_tensormem_model_stage(kobject_name(&model->kobj), number,
 					    gen->size);
@@ -685,6 +708,7 @@ int tm_model_remove(struct tm_model *model)
 
 	if (mutex_lock_killable(&tm_models_mutex))
 		return -EINTR;
+	mutex_lock(&model->staging);
 	down_write(&model->lock);
 	staged = model->slot.staged;
 	if (model->slot.removed)
@@ -698,6 +722,7 @@ int tm_model_remove(struct tm_model *model)
 		list_del(&model->all);
 		kobject_del(&model->kobj);
 	}
+	mutex_unlock(&model->staging);
 	mutex_unlock(&tm_models_mutex);
 	if (err)
 		return err;
@@ -726,6 +751,7 @@ void tm_model_usage(struct tm_model_gen *gen, struct tm_slot_usage *usage)
 	down_write(&model->lock);
 	/* What nobody has any more is nobody's share either. */
 	tm_slot_bury(&model->slot, &model->dead);
+	downgrade_write(&model->lock);
 	tm_slot_usage(&model->slot, &gen->core, usage);
-	up_write(&model->lock);
+	up_read(&model->lock);
 }

@@ -5,6 +5,7 @@
 #include <linux/atomic.h>
 #include <linux/kobject.h>
 #include <linux/list.h>
+#include <linux/mutex.h>
 #include <linux/rwsem.h>
 #include <linux/types.h>
 #include <linux/wait.h>
@@ -23,6 +24,7 @@ struct tm_model_cached;
  * struct tm_model - a model slot
  * @kobj: its name and its folder in sysfs; counts who has the struct: the list of
  *        all while the slot exists, each descriptor, each generation
+ * @staging: one at a time, with a folder made for it; none once the slot is removed
  * @lock: guards @slot, and of its generations what says so
  * @slot: which generations it has
  * @dead: what nobody has any more and nobody has freed yet; under @lock
@@ -33,6 +35,7 @@ struct tm_model_cached;
  */
 struct tm_model {
 	struct kobject kobj;
+	struct mutex staging;
 	struct rw_semaphore lock;
 	struct tm_slot slot;
 	struct tm_slot_dead dead;
@@ -118,7 +121,6 @@ typedef struct file *(*tm_model_opener)(struct tm_model *model, void *data,
 
 int __must_check tm_models_init(void);
 void tm_models_exit(void);
-void tm_models_queue(struct work_struct *work);
 void tm_models_start(struct kobject *device);
 struct file *tm_model_open(struct kobject *device, const char *name, u32 flags,
 			   umode_t mode, tm_model_opener opener, void *data);
@@ -133,6 +135,7 @@ struct tm_model_gen *tm_model_gen_create(struct tm_model *model,
 					 u32 flags);
 void tm_model_gen_discard(struct tm_model_gen *gen);
 
+int __must_check tm_model_may_stage(struct tm_model *model);
 u64 tm_model_next(struct tm_model *model);
 int __must_check tm_model_stage(struct tm_model_gen *gen, u64 number,
 				struct task_struct *loader,

@@ -9,10 +9,11 @@
  * That faults must not map what is being unmapped is seen to by the fence. They insert
  * their pages themselves, under it and if the lease holds; whoever breaks the lease says so,
  * waits for the fence to be passed, and then unmaps. (The file system's own handler leaves
- * the inserting to the kernel, after it has returned.)
+ * the inserting to the kernel, after it has returned.) Nothing is mapped around a fault: the
+ * kernel's means for that may map a whole folio as a block, as which it takes it out again
+ * in another way, because these areas are VM_MIXEDMAP.
  */
 #include <linux/cred.h>
-#include <linux/dcache.h>
 #include <linux/err.h>
 #include <linux/file.h>
 #include <linux/fs.h>
@@ -23,6 +24,7 @@
 #include <linux/rwsem.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
+#include <linux/time64.h>
 #include <linux/uio.h>
 #include <linux/workqueue.h>
 
@@ -37,7 +39,9 @@
  * @file: our own descriptor of it: the stager's locks and modes are not ours
  * @offset: of the model in it; a multiple of the page size
  * @size: bytes of the model
- * @broken: somebody waits to write; set by who breaks the lease, never reset
+ * @file_size: bytes of the file when it was staged
+ * @mtime: when it had been changed last by then
+ * @broken: somebody waits to write, or has; set once
  * @fence: faults insert pages under it for reading
  * @vm_ops: the file system's, once it is mapped
  * @breaking: lets go of the file
@@ -49,6 +53,8 @@ struct tm_model_cached {
 	struct file *file;
 	u64 offset;
 	u64 size;
+	loff_t file_size;
+	struct timespec64 mtime;
 	bool broken;
 	struct rw_semaphore fence;
 	const struct vm_operations_struct *vm_ops;
@@ -57,6 +63,12 @@ struct tm_model_cached {
 	struct mutex lock;
 	struct tm_model_gen *gen;
 };
+
+/*
+ * Of its own: what is done here is waited for by those who free generations, also from
+ * the queue of slots.
+ */
+static struct workqueue_struct *tm_model_cached_queue;
 
 /* The file's lease goes; from then on nobody tells us of writers. Only for kernel threads. */
 static void tm_model_cached_let_go(struct tm_model_cached *cached)
@@ -98,6 +110,65 @@ static void tm_model_cached_close_work(struct work_struct *work)
 	__fput_sync(cached->file);
 }
 
+/* Context: may sleep. Return: 0 or -ENOMEM. */
+int __init tm_model_cached_init(void)
+{
+	tm_model_cached_queue = alloc_workqueue("tensormem-lease", WQ_UNBOUND,
+						0);
+	return tm_model_cached_queue ? 0 : -ENOMEM;
+}
+
+/* Context: may sleep; there is no generation any more. */
+void tm_model_cached_exit(void)
+{
+	destroy_workqueue(tm_model_cached_queue);
+}
+
+/* Return: 0, or why nobody can say when the file changes. */
+static int tm_model_cached_supported(const struct file *file)
+{
+	const struct inode *inode = file_inode(file);
+	const struct super_block *sb = inode->i_sb;
+	bool disk = sb->s_type->fs_flags & FS_REQUIRES_DEV;
+
+	if (!S_ISREG(inode->i_mode) || !tm_file_can_mmap(file) || IS_DAX(inode))
+		return -EOPNOTSUPP;
+	/*
+	 * Those on a disk of this machine, and tmpfs. Not what shows other files (overlayfs),
+	 * makes up contents (sysfs), or asks others for them (FUSE, also of a disk).
+	 */
+	if (sb->s_magic == FUSE_SUPER_MAGIC ||
+	    (!disk && sb->s_magic != TMPFS_MAGIC))
+		return -EOPNOTSUPP;
+	/*
+	 * Nobody counts who has a memfd open for writing, nor a file of the kernel's own;
+	 * those are on mounts that no user can see.
+	 */
+	return sb->s_flags & SB_NOUSER ? -EOPNOTSUPP : 0;
+}
+
+/*
+ * Whether the file is as it was. The lease tells of writers beforehand; but who comes
+ * through a file system above (truncate(2) on overlayfs, NFS) may get past it. Context: any.
+ */
+static bool tm_model_cached_intact(const struct tm_model_cached *cached)
+{
+	const struct inode *inode = file_inode(cached->file);
+	struct timespec64 mtime = inode_get_mtime(inode);
+
+	return !READ_ONCE(cached->broken) &&
+	       i_size_read(inode) == cached->file_size &&
+	       timespec64_equal(&mtime, &cached->mtime);
+}
+
+/* End the generation, unless somebody does so already. Context: any. */
+static void tm_model_cached_spoil(struct tm_model_cached *cached)
+{
+	if (xchg(&cached->broken, true))
+		return;
+	queue_work(tm_model_cached_queue, &cached->breaking);
+}
+
 /* Under the lease's spinlock. Return: false: the lease stays until the work is done. */
 static bool tm_model_cached_break(struct tm_lease *lease)
 {
@@ -105,8 +176,7 @@ static bool tm_model_cached_break(struct tm_lease *lease)
 
 	/* For ever: who waits must not go on before we are ready. */
 	lease->fl_break_time = 0;
-	WRITE_ONCE(cached->broken, true);
-	tm_models_queue(&cached->breaking);
+	tm_model_cached_spoil(cached);
 	return false;
 }
 
@@ -115,28 +185,6 @@ static const struct tm_lease_operations tm_model_cached_lease_ops = {
 	.lm_change = lease_modify,
 	TM_LEASE_OPEN_CONFLICT
 };
-
-/* Return: 0, or why the file system cannot say when the file changes. */
-static int tm_model_cached_supported(const struct file *file)
-{
-	const struct inode *inode = file_inode(file);
-
-	if (!S_ISREG(inode->i_mode) || !tm_file_can_mmap(file))
-		return -EOPNOTSUPP;
-	/*
-	 * Nobody counts who has a memfd open for writing, nor a file of the kernel's own;
-	 * those are on mounts that no user can see.
-	 */
-	if (inode->i_sb->s_flags & SB_NOUSER)
-		return -EOPNOTSUPP;
-	/* Where overlayfs maps another file, that has no lease of ours. */
-	if (d_real_inode(file->f_path.dentry) != inode)
-		return -EOPNOTSUPP;
-	/* No page cache, or one that is not mapped by pages. */
-	if (IS_DAX(inode) || inode->i_sb->s_magic == HUGETLBFS_MAGIC)
-		return -EOPNOTSUPP;
-	return 0;
-}
 
 static int tm_model_cached_lease(struct tm_model_cached *cached)
 {
@@ -194,6 +242,8 @@ struct tm_model_cached *tm_model_cached_create(struct tm_model_gen *gen,
 	err = tm_model_cached_lease(cached);
 	if (err)
 		goto err_file;
+	cached->file_size = i_size_read(file_inode(cached->file));
+	cached->mtime = inode_get_mtime(file_inode(cached->file));
 	return cached;
 
 err_file:
@@ -210,7 +260,7 @@ void tm_model_cached_destroy(struct tm_model_cached *cached)
 	cached->gen = NULL;
 	mutex_unlock(&cached->lock);
 	/* Only a kernel thread may always let go of a lease, and close a file now. */
-	tm_models_queue(&cached->closing);
+	queue_work(tm_model_cached_queue, &cached->closing);
 	flush_work(&cached->closing);
 	kfree(cached);
 }
@@ -223,9 +273,9 @@ void tm_model_cached_destroy(struct tm_model_cached *cached)
  */
 int tm_model_cached_check(const struct tm_model_cached *cached)
 {
-	u64 size = i_size_read(file_inode(cached->file));
+	u64 size = cached->file_size;
 
-	if (READ_ONCE(cached->broken))
+	if (!tm_model_cached_intact(cached))
 		return -ETXTBSY;
 	return size < cached->offset || size - cached->offset < cached->size ?
 	       -EBADMSG : 0;
@@ -253,7 +303,10 @@ ssize_t tm_model_cached_read(struct tm_model_cached *cached, u64 pos,
 	iov_iter_reexpand(to, iov_iter_count(to) + left);
 	/* What was read while the lease held is as it was promised. */
 	smp_rmb();
-	return READ_ONCE(cached->broken) ? -ESTALE : got;
+	if (tm_model_cached_intact(cached))
+		return got;
+	tm_model_cached_spoil(cached);
+	return -ESTALE;
 }
 
 static struct tm_model_cached *
@@ -276,10 +329,12 @@ static vm_fault_t tm_model_cached_insert(struct tm_model_cached *cached,
 	down_read(&cached->fence);
 	/* For a page table: reclaim must not wait for pages that wait for this one. */
 	flags = memalloc_nofs_save();
-	if (!READ_ONCE(cached->broken))
+	if (tm_model_cached_intact(cached))
 		err = vm_insert_page(vmf->vma, vmf->address, page);
 	memalloc_nofs_restore(flags);
 	up_read(&cached->fence);
+	if (err == -ESTALE)
+		tm_model_cached_spoil(cached);
 	/* Another has mapped it; or the page table went away meanwhile (vm.c). */
 	if (!err || err == -EBUSY || err == -EFAULT)
 		return VM_FAULT_NOPAGE;
@@ -300,28 +355,15 @@ static vm_fault_t tm_model_cached_fault(struct vm_fault *vmf)
 	page = vmf->page;
 	if (!(got & VM_FAULT_LOCKED))
 		lock_page(page);
-	/* Reclaimed meanwhile: the fault comes again. */
-	if (page_folio(page)->mapping)
+	/* As the kernel would check; and reclaimed meanwhile: the fault comes again. */
+	if (PageHWPoison(page))
+		result = VM_FAULT_HWPOISON;
+	else if (page_folio(page)->mapping)
 		result = tm_model_cached_insert(cached, vmf, page);
 	unlock_page(page);
 	put_page(page);
 	vmf->page = NULL;
 	return result | (got & VM_FAULT_MAJOR);
-}
-
-/* What is in the page cache already; under RCU. */
-static vm_fault_t tm_model_cached_map_pages(struct vm_fault *vmf,
-					    pgoff_t first, pgoff_t last)
-{
-	struct tm_model_cached *cached = tm_model_cached_of(vmf->vma);
-	vm_fault_t result = 0;
-
-	if (!cached->vm_ops->map_pages || !down_read_trylock(&cached->fence))
-		return 0;
-	if (!READ_ONCE(cached->broken))
-		result = cached->vm_ops->map_pages(vmf, first, last);
-	up_read(&cached->fence);
-	return result;
 }
 
 /* Each mapping has its reader's descriptor, and through that the generation. */
@@ -347,9 +389,16 @@ static const struct vm_operations_struct tm_model_cached_vm_ops = {
 	.open = tm_model_cached_open,
 	.close = tm_model_cached_close,
 	.fault = tm_model_cached_fault,
-	.map_pages = tm_model_cached_map_pages,
 	.mremap = tm_vm_mremap,
 };
+
+/* Whether what we call of them is the same: shmem has others for a file without a name. */
+static bool tm_model_cached_alike(const struct vm_operations_struct *a,
+				  const struct vm_operations_struct *b)
+{
+	return a->fault == b->fault && a->open == b->open &&
+	       a->close == b->close;
+}
 
 /* Whether we can stand between @vma and its file system. */
 static bool tm_model_cached_fits(struct tm_model_cached *cached,
@@ -361,7 +410,7 @@ static bool tm_model_cached_fits(struct tm_model_cached *cached,
 	    !vma->vm_ops->fault || vma->vm_private_data)
 		return false;
 	old = cmpxchg(&cached->vm_ops, NULL, vma->vm_ops);
-	return !old || old == vma->vm_ops;
+	return !old || tm_model_cached_alike(old, vma->vm_ops);
 }
 
 /**

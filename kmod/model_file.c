@@ -218,6 +218,9 @@ static int tm_model_file_stage_from(struct tm_model_handle *handle,
 	err = tm_model_check_source(from);
 	if (!err)
 		err = tm_model_check_size(from, stage);
+	/* Before a thread and a lease are taken for nothing. */
+	if (!err)
+		err = tm_model_may_stage(handle->model);
 	if (err)
 		return err;
 	if (!cached && !tm_pages_could_hold(tm_client_numa(client).nodes,
@@ -300,25 +303,25 @@ static u64 tm_model_file_previous(struct tm_model *model)
 static int tm_model_file_rollback(struct tm_model_handle *handle,
 				  void __user *arg, size_t size)
 {
+	struct tensormem_model_which which, before;
 	struct tm_model *model = handle->model;
-	struct tensormem_model_which which;
-	bool any;
 	int err;
 
 	err = tm_model_in_which(&which, arg, size);
 	if (err)
 		return err;
-	any = !which.generation;
+	before = which;
 	do {
-		/* Told before it is so, as a number of a generation staged. */
-		if (any)
+		/* Told before it is so, as the number of a generation staged. */
+		if (!before.generation)
 			which.generation = tm_model_file_previous(model);
-		if (!which.generation)
-			return -ENOENT;
-		err = tm_args_out(arg, size, &which, sizeof(which));
+		err = which.generation ?
+		      tm_args_out(arg, size, &which, sizeof(which)) : -ENOENT;
 		if (!err)
 			err = tm_model_rollback(model, which.generation);
-	} while (any && err == -ENOENT);
+	} while (!before.generation && which.generation && err == -ENOENT);
+	if (err)
+		tm_model_untell(arg, size, &before, sizeof(before));
 	return err;
 }
 

@@ -8,6 +8,7 @@
 #include <linux/math64.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/nospec.h>
 #include <linux/poll.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
@@ -89,8 +90,10 @@ static long tm_model_gen_ioctl(struct file *file, unsigned int cmd,
 static size_t tm_model_gen_copy(const struct tm_model_gen *gen, u64 pos,
 				struct iov_iter *to, size_t *want)
 {
-	const struct tm_model_piece *piece =
-		tm_model_piece(&gen->core, pos >> TM_CHUNK_SHIFT);
+	/* Any position may be asked for, and this is below the end but for speculation. */
+	u32 index = array_index_nospec(pos >> TM_CHUNK_SHIFT,
+				       gen->core.nr_pieces);
+	const struct tm_model_piece *piece = tm_model_piece(&gen->core, index);
 	size_t room;
 	void *from = tm_model_span(piece->memory, pos & (TM_CHUNK_SIZE - 1),
 				   &room);

@@ -9,9 +9,11 @@
  * memory, and does not wait for it.
  */
 #include <crypto/hash.h>
+#include <linux/cred.h>
 #include <linux/err.h>
 #include <linux/fadvise.h>
 #include <linux/file.h>
+#include <linux/freezer.h>
 #include <linux/fs.h>
 #include <linux/kthread.h>
 #include <linux/memcontrol.h>
@@ -126,6 +128,7 @@ static int tm_model_read(struct tm_model_load *load, u64 pos, void *to,
 	while (size) {
 		ssize_t got;
 
+		try_to_freeze();
 		if (tm_model_given_up(load) || fatal_signal_pending(current))
 			return -EINTR;
 		got = kernel_read(load->file, to, size, &from);
@@ -355,14 +358,19 @@ static void tm_model_load_free(struct tm_model_load *load)
 static int tm_model_thread(void *data)
 {
 	struct tm_model_load *load = data;
+	const struct cred *cred;
 	struct mem_cgroup *memcg;
 	int err;
 
 	allow_kernel_signal(SIGKILL);
+	set_freezable();
+	/* What the one who opened the file may not read, we do not read for him. */
+	cred = override_creds(load->file->f_cred);
 	memcg = set_active_memcg(load->memcg);
 	err = load->gen->cached ? tm_model_load_cached(load) :
 				  tm_model_load_all(load);
 	set_active_memcg(memcg);
+	revert_creds(cred);
 	/* Now: a file that was loaded is not to keep its mount busy. */
 	__fput_sync(load->file);
 	tm_model_finish(load->gen, load->base, err);

@@ -21,11 +21,12 @@
  * and for model slots, none of which is held while memory is taken or given back:
  *
  *   tm_models_mutex             their names (model.c)
+ *   tm_model::staging           one stage at a time (model.c)
  *   tm_model_cached::lock       which generation a file is behind (model_cached.c)
  *   tm_model::lock              a slot and its generations (model.c)
  *
- * Their folders in sysfs are taken away under the first at most: who reads a file there
- * takes the last. A fault in a cached generation takes tm_model_cached::fence inside of
+ * Their folders in sysfs are made and taken away under the first two at most: who reads
+ * a file there takes the last. A fault in a cached generation takes tm_model_cached::fence inside of
  * the kernel's page lock; one in a resident generation takes nothing.
  *
  * The last of the first list is a spinlock held for a bounded number of steps; no page

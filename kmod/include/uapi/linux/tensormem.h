@@ -175,7 +175,10 @@
  *   boards where two copies do not fit. It is as good as its file: while it exists, who opens the file for writing
  *   or truncates it ends it first. Its mappings are emptied, touching them
  *   raises SIGBUS, read() gives ESTALE; changed contents are never seen. (Writes that bypass the
- *   file, to the disk below it or on another machine, cannot be noticed.)
+ *   file, to the disk below it or on another machine, cannot be noticed, nor writes to pages that
+ *   a process pinned for that before it closed the file. Pages of a mapping that were pinned or
+ *   spliced, by O_DIRECT or vmsplice(2), stay the file's.) A new time of modification ends it, too.
+ *   Where the model ends within a page, a mapping shows what of the file follows in that page.
  *
  *   mmap(2) of a generation fails with EACCES for PROT_WRITE, EPERM for PROT_EXEC, EINVAL for what
  *   lies behind the file's last page.
@@ -783,7 +786,7 @@ struct tensormem_kv_event {
  * @fd: out: the descriptor, close-on-exec
  * @pad: in: must be 0
  *
- * ENOENT for no such slot. What the descriptor stages is on the client's bill.
+ * ENOENT for no such slot, ENOSPC for more than 4096 of them. What the descriptor stages is on the client's bill.
  */
 struct tensormem_model_open {
 	__u8 name[TENSORMEM_MODEL_NAME];
@@ -844,7 +847,8 @@ struct tensormem_model_slot {
  * EACCES when it is not open for reading, EINVAL when it is neither a regular file nor a
  * block device, cannot be read by the kernel (files of /proc), or was opened with O_DIRECT.
  * ENOSPC when the chunk pool could not hold it even if it were empty. With CACHED also ETXTBSY, and EOPNOTSUPP for a file system that cannot
- * say when a file changes, or a block device: load it whole instead.
+ * say when a file changes (neither one on a disk of this machine nor tmpfs; memfds; DAX), or a
+ * block device: load it whole instead.
  */
 struct tensormem_model_stage {
 	__s32 file;
