@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from device import CHUNK, PAGE, Generation, Raw, Slot, becomes, file_of, read, round_up, wait_for, weights
-from process import FAILED, Iovec, dies, libc, minor_faults, status_of
+from process import FAILED, Iovec, dies, let_go, libc, minor_faults, status_of
 from tensormem import abi
 
 CACHED, VERIFY, KEEP = abi.StageFlag.CACHED, abi.StageFlag.VERIFY, abi.StageFlag.KEEP
@@ -448,16 +448,26 @@ def test_a_rename_over_it_is_harmless(gen: Generation, path: Path) -> None:
 
 
 def test_what_is_no_change(gen: Generation, path: Path) -> None:
-    """Reading it, its mode, its times, another name: none of that is a reason to fail."""
+    """Reading it, its mode, another name: none of that is a reason to fail."""
     path.read_bytes()
     path.chmod(0o600)
-    os.utime(path)
     link = path.with_name("link.bin")
     os.link(path, link)
     link.unlink()
     with stage_again(gen, path):
         assert gen.state() == State.ACTIVE
         assert gen.contents() == DATA
+
+
+def test_a_new_time_is_a_change(gen: Generation, path: Path) -> None:
+    """It is noticed by who looks next."""
+    at = at_of(gen)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(OSError, match="Stale"):
+        os.pread(gen.fd, 1, 0)
+    broken(gen)
+    assert dies(lambda: string(at, 1)) == signal.SIGBUS
+    libc.munmap(at, SIZE)
 
 
 def stage_again(gen: Generation, path: Path) -> Generation:
@@ -542,10 +552,14 @@ def test_the_writer_does_not_wait_for_readers(gen: Generation, path: Path) -> No
     """They may sleep or hold it for ever: it is taken from them."""
     at = at_of(gen)
     assert string(at, SIZE) == DATA
+    told, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
         string(at, SIZE)
+        os.write(tell, b"x")
         signal.pause()
+    assert os.read(told, 1) == b"x"
+    let_go((told, tell))
     begin = time.monotonic()
     rewrite(path)
     assert time.monotonic() - begin < 40  # lease-break-time is 45 s
