@@ -67,8 +67,10 @@ def usage() -> dict[str, int]:
 def settled(expected: dict[str, int], seconds: float = 10) -> dict[str, int]:
     """The usage, once it is down to what is expected or time is up: the last close is asynchronous."""
     end = time.monotonic() + seconds
-    while any((now := usage())[name] > expected[name] for name in USAGE) and time.monotonic() < end:
+    now = usage()
+    while any(now[name] > expected[name] for name in USAGE) and time.monotonic() < end:
         time.sleep(0.02)
+        now = usage()
     return now
 
 
