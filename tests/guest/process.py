@@ -18,6 +18,10 @@ libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
 libc.mremap.restype = ctypes.c_void_p
+#: The same with a place to go to: a function of its own, because argtypes are for all who call it.
+mremap_to = ctypes.CDLL(None, use_errno=True).mremap
+mremap_to.argtypes = (*libc.mremap.argtypes, ctypes.c_void_p)
+mremap_to.restype = ctypes.c_void_p
 libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
                       ctypes.c_long)  # fmt: skip
 libc.mmap.restype = ctypes.c_void_p
@@ -77,9 +81,7 @@ def fault(error: OSError) -> bool:
     return False
 
 
-def killed_at_random(
-    work: Callable[[int], object], dice: random.Random, least: float, most: float
-) -> None:
+def killed_at_random(work: Callable[[int], object], dice: random.Random, least: float, most: float) -> None:
     """Two children do endless work, with seeds of their own, until they are killed so many seconds later."""
     children = []
     for _ in range(2):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from device import CHUNK, KV, PAGE, Raw, View, address_of, full, pattern, read, state, tokens, window
-from process import FAILED, Iovec, dies, libc, minor_faults, readable, status_of, writable
+from process import FAILED, Iovec, dies, libc, minor_faults, mremap_to, readable, status_of, writable
 
 TOKEN = PAGE // 8
 READ, WRITE, EXEC = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
@@ -149,14 +149,8 @@ def test_mremap_shrinks_and_does_nothing_else(kv: KV) -> None:
     assert libc.mremap(at, 8 * PAGE, 9 * PAGE, MAYMOVE) == FAILED
     assert ctypes.get_errno() == errno.EFAULT
     spare = libc.mmap(None, 8 * PAGE, READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-    move = libc.mremap
-    arguments = move.argtypes
-    move.argtypes = (*arguments[:4], ctypes.c_void_p)
-    try:
-        assert move(at, 8 * PAGE, 8 * PAGE, MAYMOVE | FIXED, spare) == FAILED
-        assert ctypes.get_errno() == errno.EINVAL
-    finally:
-        move.argtypes = arguments
+    assert mremap_to(at, 8 * PAGE, 8 * PAGE, MAYMOVE | FIXED, spare) == FAILED
+    assert ctypes.get_errno() == errno.EINVAL
     assert ctypes.string_at(at, 8 * PAGE) == b"\7" * (8 * PAGE)
     assert libc.mremap(at, 8 * PAGE, 3 * PAGE, 0) == at
     assert ctypes.string_at(at, 3 * PAGE) == b"\7" * (3 * PAGE)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from device import CHUNK, PAGE, Raw, address_of, round_up
-from process import FAILED, dies, libc, minor_faults, smaps
+from process import FAILED, dies, libc, minor_faults, mremap_to, smaps
 from tensormem import abi
 
 READ, WRITE, EXEC = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
@@ -138,10 +138,12 @@ def test_fork_shares(raw: Raw) -> None:
     item = raw.alloc(4 * PAGE)
     mapping = raw.map_tensor(item)
     mapping[0] = 1
+
     def child() -> None:
         assert mapping[0] == 1
         mapping[0] = 2
         mapping[3 * PAGE] = 3
+
     assert dies(child) == 0
     assert (mapping[0], mapping[3 * PAGE]) == (2, 3)
     mapping.close()
@@ -164,8 +166,10 @@ def test_mprotect(raw: Raw) -> None:
     address = address_of(mapping)
     assert libc.mprotect(address + PAGE, PAGE, READ) == 0
     assert mapping[PAGE] == 5
+
     def poke() -> None:
         mapping[PAGE] = 6
+
     assert dies(poke) == signal.SIGSEGV
     assert libc.mprotect(address + 2 * PAGE, PAGE, 0) == 0
     assert dies(lambda: mapping[2 * PAGE]) == signal.SIGSEGV
@@ -232,12 +236,10 @@ def test_mremap_shrinks_and_does_nothing_else(raw: Raw) -> None:
     assert libc.mremap(at, 8 * PAGE, 9 * PAGE, MAYMOVE) == FAILED
     assert ctypes.get_errno() == errno.EFAULT
     spare = libc.mmap(None, 8 * PAGE, READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-    libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int,
-                            ctypes.c_void_p)  # fmt: skip
-    assert libc.mremap(at, 8 * PAGE, 8 * PAGE, MAYMOVE | FIXED, spare) == FAILED
+    assert mremap_to(at, 8 * PAGE, 8 * PAGE, MAYMOVE | FIXED, spare) == FAILED
     assert ctypes.get_errno() == errno.EINVAL
     assert ctypes.string_at(at, 8 * PAGE) == b"\7" * (8 * PAGE)
-    assert libc.mremap(at, 8 * PAGE, 3 * PAGE, 0, None) == at
+    assert libc.mremap(at, 8 * PAGE, 3 * PAGE, 0) == at
     assert ctypes.string_at(at, 3 * PAGE) == b"\7" * (3 * PAGE)
     libc.munmap(at, 3 * PAGE)
 
