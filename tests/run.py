@@ -64,7 +64,7 @@ def pytest(name: str, *where: str) -> Stage:
 
 
 #: What has descriptors of its own beside a client's.
-OBJECTS = ("kv_*",)
+OBJECTS = ("kv_*", "model_*")
 #: Parts of the guest suite: the files, or those not in OBJECTS when there are none, and the guest's memory nodes.
 PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "guest": (("*",), 1),
