@@ -20,9 +20,12 @@
 
 typedef spinlock_t tm_lock_t;
 typedef struct rw_semaphore tm_sleep_lock_t;
+typedef raw_spinlock_t tm_raw_lock_t;
 
 #define tm_assert_locked(lock)		lockdep_assert_held(lock)
 #define tm_assert_sleep_locked(lock)	lockdep_assert_held(lock)
+#define tm_assert_raw_locked(lock)	lockdep_assert_held(lock)
+#define tm_step()		do { } while (0)
 #define tm_warn_on(cond)	WARN_ON_ONCE(cond)
 #define tm_static_assert	static_assert
 

@@ -13,7 +13,9 @@
  *               is below it for speculation too; for what users choose
  *   memory      tm_table_alloc(), tm_table_free(): zeroed tables, may sleep
  *   locks       tm_lock_t, tm_assert_locked(); tm_sleep_lock_t, tm_assert_sleep_locked()
- *               for what may be held for long
+ *               for what may be held for long; tm_raw_lock_t, tm_assert_raw_locked() for
+ *               what is taken in interrupts
+ *   steps       tm_step(): the host library counts them; where a number of steps is promised
  *   time        tm_relax(): let others run, in loops under a tm_sleep_lock_t that are not
  *               bounded by a few hundred steps; may sleep
  *   assertions  tm_warn_on(), tm_static_assert()

@@ -9,6 +9,10 @@ static unsigned int expected_warnings;
 static unsigned int fail_table;
 static unsigned int tables;
 
+#ifndef NDEBUG
+u64 tm_host_steps;
+#endif
+
 void tm_host_die(const char *file, int line, const char *fmt, ...)
 {
 	va_list args;

@@ -52,9 +52,19 @@ typedef struct {
 } tm_lock_t;
 
 typedef tm_lock_t tm_sleep_lock_t;
+typedef tm_lock_t tm_raw_lock_t;
 
 #define tm_assert_locked(lock)		tm_host_require((lock)->held)
 #define tm_assert_sleep_locked(lock)	tm_host_require((lock)->held)
+#define tm_assert_raw_locked(lock)	tm_host_require((lock)->held)
+
+#ifdef NDEBUG
+#define tm_step()		((void)0)
+#else
+/* Steps so far; a test looks at the difference. */
+extern u64 tm_host_steps;
+#define tm_step()		((void)tm_host_steps++)
+#endif
 
 static inline void tm_host_lock(tm_lock_t *lock)
 {

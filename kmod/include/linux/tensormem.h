@@ -6,6 +6,7 @@
 #define _LINUX_TENSORMEM_H
 
 #include <linux/bits.h>
+#include <linux/ktime.h>
 #include <linux/types.h>
 #include <uapi/linux/tensormem.h>
 
@@ -159,5 +160,67 @@ int __must_check tensormem_slab_alloc_bulk(struct tensormem_slab *slab,
  */
 void tensormem_slab_free_bulk(struct tensormem_slab *slab,
 			      void *const *objects, u32 nr);
+
+/*
+ * The RT pool: memory in bounded time, for interrupt handlers too.
+ */
+struct tensormem_rt;
+
+/**
+ * tensormem_rt_open - make an arena of the RT pool with one client
+ * @size: bytes, rounded up to 2 MiB
+ * @priority: who is served first when several wait, 0 to 99
+ *
+ * Context: process context; may sleep.
+ * Return: the client, or an ERR_PTR: -EINVAL; -ENOSPC when the pool has no such room; -ENOMEM.
+ */
+struct tensormem_rt *tensormem_rt_open(size_t size, unsigned int priority);
+
+/**
+ * tensormem_rt_close - free all a client has, and its arena
+ * @rt: the client, which nobody uses any more
+ *
+ * Context: process context; may sleep.
+ */
+void tensormem_rt_close(struct tensormem_rt *rt);
+
+/**
+ * tensormem_rt_reserve - lay blocks aside
+ * @rt: for whom
+ * @size: bytes of each
+ * @count: how many; 0 gives up those of this size
+ *
+ * As long as fewer than @count blocks are allocated that only this size serves, allocating one cannot fail.
+ *
+ * Context: any, hard interrupts too.
+ * Return: 0; -EINVAL; -ENOSPC; -EEXIST, -EBUSY and -ENOENT as TENSORMEM_IOC_RT_RESERVE.
+ */
+int __must_check tensormem_rt_reserve(struct tensormem_rt *rt, size_t size,
+				      unsigned int count);
+
+/**
+ * tensormem_rt_alloc - allocate a block
+ * @rt: of whose arena
+ * @size: bytes
+ * @deadline: CLOCK_MONOTONIC: how long to compact and wait for it; 0: not at all
+ *
+ * Takes a constant number of steps under a raw spinlock of the arena, and more only when there is no memory and a
+ * @deadline.
+ *
+ * Context: any, hard interrupts too, if @deadline is 0; else process context, and it may sleep.
+ * Return: the block, aligned to ARCH_DMA_MINALIGN at least, with undefined contents; or an ERR_PTR: -EINVAL for a size of 0 or beyond the
+ * arena; -ENOSPC when there is none and no deadline; -ETIMEDOUT; -EINTR.
+ */
+void * __must_check tensormem_rt_alloc(struct tensormem_rt *rt, size_t size,
+				       ktime_t deadline);
+
+/**
+ * tensormem_rt_free - free a block
+ * @rt: whose it is
+ * @block: what tensormem_rt_alloc() returned; anything else is warned of and left alone
+ *
+ * Context: any, hard interrupts too.
+ */
+void tensormem_rt_free(struct tensormem_rt *rt, void *block);
 
 #endif

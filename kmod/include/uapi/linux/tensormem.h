@@ -108,6 +108,14 @@
  *   no such sequence, ENOBUFS for max_sequences open already, EBUSY for a reset
  *   while sequences hold blocks.
  *
+ *   and this from the RT pool only:
+ *
+ *     ETIMEDOUT  No memory was to be had by the deadline. It counts as a miss. Reserve, or free some.
+ *
+ *   where ENOSPC is: no memory now and no deadline to wait for it, or the pool has no room for
+ *   an arena or a reservation; ENOENT: no such block of this client's; ENFILE: more movable blocks
+ *   than the arena was made for.
+ *
  * A KV cache
  *
  *   TENSORMEM_IOC_KV_CREATE makes one for a model's geometry and returns a descriptor
@@ -182,6 +190,28 @@
  *
  *   mmap(2) of a generation fails with EACCES for PROT_WRITE, EPERM for PROT_EXEC, EINVAL for what
  *   lies behind the file's last page.
+ *
+ * The RT pool
+ *
+ *   Memory for what must not wait. It comes in arenas of whole chunks: zeroed, pinned, mapped with all of its pages when it
+ *   is mmapped, and given to nobody else until the last descriptor and mapping are
+ *   gone. All arenas together are bounded by rt/size in sysfs, which the board decides.
+ *
+ *   TENSORMEM_IOC_RT_OPEN makes an arena, or joins one, and returns a descriptor: an RT client. Clients of one arena
+ *   see each other's memory, as threads do; who must not be seen has an arena of its own. What a
+ *   client allocates is its own: only it can free it, and its last close does.
+ *
+ *   mmap(2) of the descriptor, MAP_SHARED, maps the arena or whole pages of it. Nothing in it faults afterwards
+ *   (MADV_DONTNEED gives that up, and a touch brings it back). Blocks lie at offsets
+ *   in it, aligned to tensormem_rt_info::granule, which no two CPUs' cache lines nor DMA buffers share. A block shows
+ *   what the arena's clients left there.
+ *
+ *   TENSORMEM_IOC_RT_RESERVE promises blocks: @count of up to @size bytes. As long as the client has fewer
+ *   than that, allocating one cannot fail, whatever anybody does; it takes a constant number of steps, and so does
+ *   freeing it. All other blocks come from what is left of the arena, also in constant time, while there is any.
+ *   When there is none, a deadline says what to do: blocks that may be moved are, one at a time, until there is a hole that fits;
+ *   then the call waits for somebody to free something. Those who wait are served by priority, then
+ *   in order. It returns by the deadline, plus a step: at most a copy of TENSORMEM_RT_STEP granules.
  */
 #ifndef _UAPI_LINUX_TENSORMEM_H
 #define _UAPI_LINUX_TENSORMEM_H
@@ -946,6 +976,155 @@ struct tensormem_model_remove {
 	__u32 pad;
 };
 
+/* Most granules of a movable block. */
+#define TENSORMEM_RT_STEP	128
+
+/* Most items of a batch of an RT client. */
+#define TENSORMEM_RT_MAX_BATCH	64
+
+/* Most sizes that a client may reserve. */
+#define TENSORMEM_RT_MAX_CLASSES	16
+
+/* Highest priority of a client. */
+#define TENSORMEM_RT_MAX_PRIORITY	99
+
+/**
+ * struct tensormem_rt_open - make an arena of the RT pool, or join one
+ * @size: in: bytes, rounded up to chunks; 0 to join
+ * @arena: in: to join: a descriptor of one of its clients; else -1
+ * @priority: in: who is served first when several wait, up to TENSORMEM_RT_MAX_PRIORITY;
+ *            above 0 it takes CAP_SYS_NICE
+ * @movable: in: movable blocks that may exist at a time, up to 65536; 0 to join
+ * @flags: in: must be 0
+ * @fd: out: the descriptor, close-on-exec
+ * @pad: in: must be 0
+ *
+ * An arena is on the quota of the client that makes it, and counts as locked: RLIMIT_MEMLOCK, or
+ * CAP_IPC_LOCK. Its memory belongs to the machine and not to a memory cgroup.
+ *
+ * ENOSPC when the pool has less than @size left (rt/size - rt/used in sysfs), or the arena has 255 clients; EINVAL also
+ * for an @arena that is no RT descriptor; EBADF when it is no descriptor.
+ */
+struct tensormem_rt_open {
+	__u64 size;
+	__s32 arena;
+	__u32 priority;
+	__u32 movable;
+	__u32 flags;
+	__s32 fd;
+	__u32 pad;
+};
+
+/**
+ * struct tensormem_rt_info - an arena and this client of it
+ * @size: out: bytes of the arena, and of the mapping
+ * @granule: out: bytes; all offsets are multiples of it
+ * @clients: out: of the arena
+ * @free: out: bytes of the arena that are neither reserved nor allocated
+ * @largest: out: bytes of a block that could be had now outside of reservations
+ * @reserved: out: bytes laid aside for this client
+ * @used: out: bytes that this client has allocated, also of what is reserved for it
+ * @blocks: out: blocks it has
+ * @priority: out: its priority
+ * @waiting: out: calls of it that wait now
+ * @pad: 0
+ * @allocs: out: blocks that it ever got
+ * @refused: out: ENOSPC and ENFILE
+ * @misses: out: ETIMEDOUT
+ * @waits: out: requests that had to wait
+ * @moves: out: blocks of the arena that were moved
+ */
+struct tensormem_rt_info {
+	__u64 size;
+	__u32 granule;
+	__u32 clients;
+	__u64 free;
+	__u64 largest;
+	__u64 reserved;
+	__u64 used;
+	__u32 blocks;
+	__u32 priority;
+	__u32 waiting;
+	__u32 pad;
+	__u64 allocs;
+	__u64 refused;
+	__u64 misses;
+	__u64 waits;
+	__u64 moves;
+};
+
+/**
+ * struct tensormem_rt_reserve - lay blocks aside for this client, or give them up
+ * @size: in: bytes of each, up to the arena's; rounded up to granules
+ * @count: in: how many; 0 gives up those of this size
+ * @flags: in: must be 0
+ *
+ * A request is inside the reservation when a class of at least its size exists and the one with the
+ * smallest blocks has one left.
+ *
+ * EPERM without CAP_SYS_NICE. ENOSPC when the arena has no room for it in one piece: reserve before anything is allocated.
+ * EEXIST when this size is reserved already. EBUSY to give up what is in use, ENOENT what is not reserved.
+ */
+struct tensormem_rt_reserve {
+	__u64 size;
+	__u32 count;
+	__u32 flags;
+};
+
+/*
+ * Flags of RT_ALLOC.
+ *
+ * ABSOLUTE: @deadline_ns is a time of CLOCK_MONOTONIC and not from now on. RESERVED: inside the reservation or
+ * ENOSPC at once. MOVABLE: the block, up to TENSORMEM_RT_STEP granules, may be moved while it is not
+ * pinned; it never comes from a reservation, and is pinned at first.
+ */
+#define TENSORMEM_RT_ABSOLUTE	(1u << 0)
+#define TENSORMEM_RT_RESERVED	(1u << 1)
+#define TENSORMEM_RT_MOVABLE	(1u << 2)
+
+/**
+ * struct tensormem_rt_alloc - allocate a block
+ * @size: in: bytes, from 1 to the arena's
+ * @deadline_ns: in: nanoseconds until it has to be there; 0: at once or ENOSPC. Up to 2^63 - 1
+ * @flags: in: TENSORMEM_RT_ABSOLUTE and the others
+ * @handle: out: its name, never 0; ignored on input
+ * @offset: out: where it lies in the arena; ignored on input
+ *
+ * A deadline that has passed (ABSOLUTE) is ETIMEDOUT unless the block can be had at once. EINTR when a signal comes
+ * while it waits; nothing was allocated.
+ */
+struct tensormem_rt_alloc {
+	__u64 size;
+	__u64 deadline_ns;
+	__u32 flags;
+	__u32 handle;
+	__u64 offset;
+};
+
+/**
+ * struct tensormem_rt_block - free, pin or unpin a block
+ * @handle: in: which
+ * @flags: in: must be 0
+ * @offset: out: RT_PIN: where it lies until it is unpinned as often as it was pinned
+ *
+ * RT_UNPIN: EINVAL for one that is not pinned; ENOENT for one that is not movable. RT_PIN of one that is not movable says where it is.
+ */
+struct tensormem_rt_block {
+	__u32 handle;
+	__u32 flags;
+	__u64 offset;
+};
+
+/**
+ * struct tensormem_rt_priority - change the priority of this client
+ * @priority: in: for requests that begin to wait from now on; raising it takes CAP_SYS_NICE
+ * @flags: in: must be 0
+ */
+struct tensormem_rt_priority {
+	__u32 priority;
+	__u32 flags;
+};
+
 #define TENSORMEM_IOC_MAGIC		0xB7
 
 #define TENSORMEM_IOC_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x00, struct tensormem_info)
@@ -960,6 +1139,7 @@ struct tensormem_model_remove {
 #define TENSORMEM_IOC_QUERY_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x22, struct tensormem_batch)
 #define TENSORMEM_IOC_KV_CREATE		_IOWR(TENSORMEM_IOC_MAGIC, 0x30, struct tensormem_kv_create)
 #define TENSORMEM_IOC_MODEL_OPEN	_IOWR(TENSORMEM_IOC_MAGIC, 0x31, struct tensormem_model_open)
+#define TENSORMEM_IOC_RT_OPEN		_IOWR(TENSORMEM_IOC_MAGIC, 0x32, struct tensormem_rt_open)
 
 /* Of a KV cache's descriptor. */
 #define TENSORMEM_IOC_KV_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x40, struct tensormem_kv_info)
@@ -988,5 +1168,17 @@ struct tensormem_model_remove {
 
 /* Of a generation's descriptor. */
 #define TENSORMEM_IOC_MODEL_INFO	_IOWR(TENSORMEM_IOC_MAGIC, 0x60, struct tensormem_model_info)
+
+/* Of an RT client's descriptor. */
+#define TENSORMEM_IOC_RT_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x70, struct tensormem_rt_info)
+#define TENSORMEM_IOC_RT_RESERVE	_IOWR(TENSORMEM_IOC_MAGIC, 0x71, struct tensormem_rt_reserve)
+#define TENSORMEM_IOC_RT_ALLOC		_IOWR(TENSORMEM_IOC_MAGIC, 0x72, struct tensormem_rt_alloc)
+#define TENSORMEM_IOC_RT_FREE		_IOWR(TENSORMEM_IOC_MAGIC, 0x73, struct tensormem_rt_block)
+#define TENSORMEM_IOC_RT_PIN		_IOWR(TENSORMEM_IOC_MAGIC, 0x74, struct tensormem_rt_block)
+#define TENSORMEM_IOC_RT_UNPIN		_IOWR(TENSORMEM_IOC_MAGIC, 0x75, struct tensormem_rt_block)
+#define TENSORMEM_IOC_RT_PRIORITY	_IOWR(TENSORMEM_IOC_MAGIC, 0x76, struct tensormem_rt_priority)
+/* Each takes a struct tensormem_batch of up to TENSORMEM_RT_MAX_BATCH items of the single call's struct. */
+#define TENSORMEM_IOC_RT_ALLOC_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x77, struct tensormem_batch)
+#define TENSORMEM_IOC_RT_FREE_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x78, struct tensormem_batch)
 
 #endif /* _UAPI_LINUX_TENSORMEM_H */

@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * An arena of the RT pool: clients that share one heap, what is reserved for each, who
+ * waits for memory, and which blocks may be moved to make room.
+ *
+ * Reserved means laid aside. A reservation is a list of classes (size, count); for each, a run is taken from the heap when
+ * it is admitted and divided into items. A client that has fewer than @count items of the class that serves a size gets one:
+ * a free item is on the class's own list, whatever anybody else does and however scattered the heap is. That
+ * is why a reservation is a list of sizes and not a number of bytes: with free choice of sizes, a promise of b bytes takes
+ * up to b * (1 + log2(largest / smallest) / 2) of memory to keep (J. M. Robson, "Bounds for Some Functions Concerning Dynamic Storage
+ * Allocation", J. ACM 21, 1974).
+ *
+ * An allocation is served by the first of these that can:
+ *
+ *   1. the class with the smallest items that are large enough; only that one, because the items of larger
+ *      classes are promised to larger blocks
+ *   2. the heap, unless somebody of the same or a higher priority waits for it
+ *
+ * and if the caller has time: compaction, a block at a time (tm_rt_move_begin()), then waiting (tm_rt_wait()).
+ * Who waits is served by priority, then in order of arrival; a first one that cannot be served yet is not overtaken by those behind it,
+ * or large requests would starve. What is freed is handed to the first waiter there and then (tm_rt_serve()): who comes along cannot
+ * take it. A call serves one at most, and who was served serves the next: so a free takes a constant number of steps.
+ *
+ * A block is named by a handle, never 0: that of a fixed block is its start + 1; that of a movable one is an entry of
+ * a table, which says where it is. Movable blocks are pinned while somebody knows their address.
+ *
+ * Every call takes a constant number of steps, but for init, exit and check. Memory is counted in granules (core/heap.h).
+ *
+ * Context: all functions but init and exit need the lock and never sleep.
+ */
+#ifndef TM_CORE_RT_H
+#define TM_CORE_RT_H
+
+#include "core/heap.h"
+
+#define TM_RT_CLIENTS		255
+#define TM_RT_CLASSES		16
+/* The higher the number the sooner served, as for SCHED_FIFO. */
+#define TM_RT_PRIORITIES	100
+#define TM_RT_MOVABLE		65536
+/* Granules of the longest movable block: what one step of compaction copies at most. */
+#define TM_RT_STEP		128
+
+/* Flags of an allocation. */
+#define TM_RT_ALLOC_MOVABLE	(1u << 0)	/* from the heap; born pinned */
+#define TM_RT_ALLOC_RESERVED	(1u << 1)	/* from the reservation or not at all */
+
+/**
+ * struct tm_rt_class - a part of a reservation: items of one size
+ * @size: granules of an item; 0: no such class
+ * @count: items
+ * @used: those allocated
+ * @fresh: items that were never allocated are the last @count - @fresh
+ * @run: the block that they lie in; its first granule and its last are not an item's
+ * @free: an item on the list of free ones, linked by their nodes; or TM_HEAP_NONE
+ */
+struct tm_rt_class {
+	u32 size;
+	u32 count;
+	u32 used;
+	u32 fresh;
+	u32 run;
+	u32 free;
+};
+
+/**
+ * struct tm_rt_client - one who allocates; embedded in what has it
+ * @index: its place in tm_rt::client
+ * @priority: below TM_RT_PRIORITIES
+ * @class: its reservation, in no order
+ * @blocks: its first block in the heap, runs too, or TM_HEAP_NONE; linked both ways by their nodes
+ * @nr_blocks: blocks and items allocated
+ * @used: granules in them, and not in what is reserved and unused
+ * @reserved: granules in runs
+ */
+struct tm_rt_client {
+	u32 index;
+	u32 priority;
+	struct tm_rt_class class[TM_RT_CLASSES];
+	u32 blocks;
+	u32 nr_blocks;
+	u32 used;
+	u32 reserved;
+};
+
+/* Where a block is. */
+struct tm_rt_block {
+	u32 handle;
+	u32 start;
+	u32 length;	/* granules */
+};
+
+enum tm_rt_waiter_state {
+	TM_RT_IDLE,
+	TM_RT_WAITING,
+	TM_RT_SERVED,		/* @block is its client's */
+};
+
+/**
+ * struct tm_rt_waiter - a request that waits; its owner's memory
+ * @client: who
+ * @size: granules
+ * @flags: TM_RT_ALLOC_MOVABLE
+ * @state: enum tm_rt_waiter_state
+ * @priority: its client's when it began to wait
+ * @frees: tm_rt::frees when it last compacted in vain
+ * @block: what it got
+ * @next: @prev: those of the same priority, in a ring
+ */
+struct tm_rt_waiter {
+	struct tm_rt_client *client;
+	u32 size;
+	u32 flags;
+	u32 state;
+	u32 priority;
+	u32 frees;
+	struct tm_rt_block block;
+	struct tm_rt_waiter *next;
+	struct tm_rt_waiter *prev;
+};
+
+/* An entry of the table of movable blocks. */
+struct tm_rt_movable {
+	u32 start;	/* or the next unused entry */
+	u16 pins;
+	u8 state;
+	u8 client;
+};
+
+/**
+ * struct tm_rt - an arena
+ * @heap: its memory
+ * @client: by index; NULL: nobody
+ * @movable: the table of movable blocks, @max_movable long
+ * @max_movable: how many there may be
+ * @nr_movable: how many there are
+ * @unused: first entry of @movable that nobody has
+ * @waiting: first of those that wait, by priority; NULL: none
+ * @levels: bit p: somebody of priority p waits
+ * @frees: counts what might let compaction succeed that failed before: frees and unpins
+ * @moving: somebody copies a block
+ * @moves: blocks that were moved, ever
+ */
+struct tm_rt {
+	struct tm_heap heap;
+	struct tm_rt_client *client[TM_RT_CLIENTS];
+	struct tm_rt_movable *movable;
+	u32 max_movable;
+	u32 nr_movable;
+	u32 unused;
+	struct tm_rt_waiter *waiting[TM_RT_PRIORITIES];
+	u64 levels[2];
+	u32 frees;
+	bool moving;
+	u64 moves;
+};
+
+/* Return: 0, -EINVAL for sizes that cannot be, -ENOMEM. Context: may sleep; no lock. */
+int __must_check tm_rt_init(struct tm_rt *rt, tm_raw_lock_t *lock, u32 size,
+			    u32 max_movable);
+void tm_rt_exit(struct tm_rt *rt);
+
+/* Return: 0, -ENOSPC for more than TM_RT_CLIENTS. */
+int __must_check tm_rt_join(struct tm_rt *rt, struct tm_rt_client *client,
+			    u32 priority);
+/*
+ * Take one thing of a client that is going: a block, an item's run, or its place. Its waiters have to be cancelled before. Return: whether
+ * there is more. A block that is being moved goes when that ends.
+ */
+bool __must_check tm_rt_leave(struct tm_rt *rt, struct tm_rt_client *client);
+
+/* Return: the class, -EINVAL for sizes that cannot be, -EEXIST for a class of that size, -ENOSPC for no room in the heap or more than TM_RT_CLASSES. */
+int __must_check tm_rt_reserve(struct tm_rt *rt, struct tm_rt_client *client,
+			       u32 size, u32 count);
+/* Return: 0, -ENOENT for no class of that size, -EBUSY while an item of it is allocated. */
+int __must_check tm_rt_unreserve(struct tm_rt *rt, struct tm_rt_client *client,
+				 u32 size);
+
+/*
+ * Return: 0; -EINVAL for a size of 0 or beyond the arena, a movable one beyond TM_RT_STEP; -ENOSPC for no room now: compact, wait or give up;
+ * -ENFILE for more than max_movable.
+ */
+int __must_check tm_rt_alloc(struct tm_rt *rt, struct tm_rt_client *client,
+			     u32 size, u32 flags, struct tm_rt_block *block);
+/* Return: 0, or -ENOENT for what is no block of this client's. */
+int __must_check tm_rt_free(struct tm_rt *rt, struct tm_rt_client *client,
+			    u32 handle);
+/* Return: 0; -ENOENT; -EAGAIN while it is being copied; -EOVERFLOW for 65535 pins. A fixed block is always pinned: no more than 0 or -ENOENT. */
+int __must_check tm_rt_pin(struct tm_rt *rt, struct tm_rt_client *client,
+			   u32 handle, struct tm_rt_block *block);
+/* Return: 0; -ENOENT for what is no movable block of this client's; -EINVAL when it is not pinned. */
+int __must_check tm_rt_unpin(struct tm_rt *rt, struct tm_rt_client *client,
+			     u32 handle);
+
+/* Join those who wait. */
+void tm_rt_wait(struct tm_rt *rt, struct tm_rt_waiter *waiter);
+/* Stop waiting. Return: whether it had been served meanwhile: then the block is its client's. */
+bool __must_check tm_rt_cancel(struct tm_rt *rt, struct tm_rt_waiter *waiter);
+/*
+ * To be called after whatever frees memory, and by who was served or stops waiting. Return: whom to wake: SERVED; or still WAITING, because
+ * enough is free, but in pieces, and it should compact; or NULL.
+ */
+struct tm_rt_waiter *tm_rt_serve(struct tm_rt *rt);
+
+enum tm_rt_step {
+	TM_RT_STEP_NOTHING,	/* looked at a block; go on */
+	TM_RT_STEP_MOVE,	/* copy what @move says, then tm_rt_move_end() */
+	TM_RT_STEP_ROUND,	/* that was the arena's last block: begin again, or wait */
+	TM_RT_STEP_BUSY,	/* somebody else is copying */
+};
+
+/* Copy @length granules from @from to @to; they may overlap. */
+struct tm_rt_move {
+	u32 from;
+	u32 to;
+	u32 length;
+};
+
+/*
+ * A step of compaction: look at one block. Movable blocks that are not pinned slide down into the hole before them, so that a
+ * round over the arena leaves one hole between any two blocks that stay. Nobody sees a block while it is copied.
+ */
+enum tm_rt_step tm_rt_move_begin(struct tm_rt *rt, struct tm_rt_move *move);
+void tm_rt_move_end(struct tm_rt *rt, const struct tm_rt_move *move);
+
+/* Everything by tm_warn_on(), in as many steps as there are granules. For tests. */
+void tm_rt_check(const struct tm_rt *rt);
+
+#endif
