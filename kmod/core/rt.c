@@ -193,11 +193,13 @@ int tm_rt_join(struct tm_rt *rt, struct tm_rt_client *client, u32 priority)
 	tm_assert_raw_locked(rt->heap.lock);
 	if (priority >= TM_RT_PRIORITIES)
 		return -EINVAL;
-	while (word < TM_RT_CLIENTS / 64 && !~rt->places[word])
+	while (word < TM_RT_CLIENTS / 64 && !~rt->places[word]) {
+		tm_step();
 		word++;
-	/* The last word has a place less than it has bits. */
-	index = word * 64;
-	index += ~rt->places[word] ? tm_ctz64(~rt->places[word]) : 64;
+	}
+	tm_step();
+	/* The last word has a bit more than there are places. */
+	index = word * 64 + tm_ctz64(~rt->places[word]);
 	if (index >= TM_RT_CLIENTS)
 		return -ENOSPC;
 	memset(client, 0, sizeof(*client));
@@ -226,6 +228,7 @@ static bool tm_rt_must_wait(const struct tm_rt *rt, u32 priority)
 {
 	u32 word = priority / 64;
 
+	tm_step();
 	return rt->levels[word] >> priority % 64 || (!word && rt->levels[1]);
 }
 
