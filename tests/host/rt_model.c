@@ -317,6 +317,17 @@ static int heap_result(const struct rt_model *m, u32 size, u32 flags)
 	return 0;
 }
 
+int rt_model_handed(const struct rt_model *m)
+{
+	int first = -1;
+
+	for (u32 w = 0; w < RT_MODEL_WAITERS; w++)
+		if (m->waiter[w].handed &&
+		    (first < 0 || m->waiter[w].handed < m->waiter[first].handed))
+			first = (int)w;
+	return first;
+}
+
 bool rt_model_could_serve(const struct rt_model *m)
 {
 	int w = rt_model_first(m);
@@ -536,16 +547,40 @@ int rt_do_alloc(struct rt_model *m, u32 c, u32 size, u32 flags, u32 *t)
 	return 0;
 }
 
+/* An item of the run is left: who has waited longest for one has it now. */
+static void hand(struct rt_model *m, u32 run)
+{
+	int first = -1;
+
+	for (u32 w = 0; w < RT_MODEL_WAITERS; w++)
+		if (m->waiter[w].waiting &&
+		    m->waiter[w].run == m->thing[run].start &&
+		    (first < 0 || m->waiter[w].since < m->waiter[first].since))
+			first = (int)w;
+	if (first < 0)
+		return;
+	m->waiter[first].waiting = false;
+	m->waiter[first].handed = ++m->now;
+	CHECK_EQ(m->waiter[first].core.state, TM_RT_SERVED);
+	CHECK(m->waiter[first].core.block.length >= m->waiter[first].size);
+	given_item(m, run, &m->waiter[first].core.block);
+}
+
 int rt_do_free(struct rt_model *m, u32 c, u32 handle)
 {
 	int t = named(m, c, handle), got;
+	u32 run;
 
 	tm_op("free %u: %x", c, handle);
 	got = STEPS(m, tm_rt_free(&m->rt, &m->client[c].core, handle));
 	CHECK_EQ(got, t < 0 ? -ENOENT : 0);
-	if (!got)
-		drop(m, (u32)t);
-	return got;
+	if (got)
+		return got;
+	run = m->thing[t].kind == MODEL_ITEM ? m->thing[t].run : TM_HEAP_NONE;
+	drop(m, (u32)t);
+	if (run != TM_HEAP_NONE)
+		hand(m, m->owner[run] - 1);
+	return 0;
 }
 
 int rt_do_pin(struct rt_model *m, u32 c, u32 handle)
@@ -591,6 +626,7 @@ int rt_do_unpin(struct rt_model *m, u32 c, u32 handle)
 void rt_do_wait(struct rt_model *m, u32 w, u32 c, u32 size, u32 flags)
 {
 	struct model_waiter *waiter = &m->waiter[w];
+	int run = flags ? -1 : run_for(m, c, size, false);
 
 	tm_op("wait %u: client %u size %u flags %x", w, c, size, flags);
 	CHECK(!waiter->waiting);
@@ -602,11 +638,16 @@ void rt_do_wait(struct rt_model *m, u32 w, u32 c, u32 size, u32 flags)
 	waiter->priority = m->client[c].priority;
 	waiter->since = ++m->now;
 	waiter->told = false;
+	waiter->handed = 0;
+	waiter->run = run < 0 ? TM_HEAP_NONE : m->thing[run].start;
 	waiter->core.client = &m->client[c].core;
 	waiter->core.size = size;
 	waiter->core.flags = flags;
 	STEPS(m, (tm_rt_wait(&m->rt, &waiter->core), 0));
-	CHECK_EQ(waiter->core.state, TM_RT_WAITING);
+	if (run >= 0 && items_of(m, (u32)run) < m->thing[run].count)
+		hand(m, (u32)run);
+	CHECK_EQ(waiter->core.state,
+		 waiter->waiting ? TM_RT_WAITING : TM_RT_SERVED);
 }
 
 bool rt_do_cancel(struct rt_model *m, u32 w)
@@ -622,6 +663,16 @@ bool rt_do_cancel(struct rt_model *m, u32 w)
 	return served;
 }
 
+/* Somebody got an item and has not been told. */
+static int serve_handed(struct rt_model *m, u32 w)
+{
+	tm_op("serve: %u got an item", w);
+	CHECK(STEPS(m, tm_rt_serve(&m->rt)) == &m->waiter[w].core);
+	CHECK_EQ(m->waiter[w].core.state, TM_RT_SERVED);
+	m->waiter[w].handed = 0;
+	return (int)w;
+}
+
 int rt_do_serve(struct rt_model *m)
 {
 	int first = rt_model_first(m);
@@ -629,6 +680,8 @@ int rt_do_serve(struct rt_model *m)
 	struct model_waiter *waiter = &m->waiter[first < 0 ? 0 : first];
 	struct tm_rt_waiter *got;
 
+	if (rt_model_handed(m) >= 0)
+		return serve_handed(m, (u32)rt_model_handed(m));
 	tm_op("serve: %d %s", first, serve ? "gets it" : tell ? "is told" : "");
 	got = STEPS(m, tm_rt_serve(&m->rt));
 	if (!serve && !tell) {
@@ -807,7 +860,7 @@ static void compare_waiters(const struct rt_model *m)
 			CHECK(waiter->since > since);
 			since = waiter->since;
 			found++;
-			w = w->next == first ? NULL : w->next;
+			w = w->next[0] == first ? NULL : w->next[0];
 		}
 	}
 	CHECK_EQ(found, nr);

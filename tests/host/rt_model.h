@@ -53,6 +53,8 @@ struct model_waiter {
 	u32 flags;
 	u32 priority;
 	u32 since;
+	u32 run;		/* whose items serve it, too; TM_HEAP_NONE: none */
+	u32 handed;		/* when it got one that nobody was told of; or 0 */
 	bool told;
 	u32 told_at;
 	struct tm_rt_waiter core;
@@ -106,6 +108,8 @@ u32 rt_model_count(const struct rt_model *m, u32 kind);
 u32 rt_model_left(const struct rt_model *m, u32 c, u32 size);
 /* The first of those that wait, or -1. */
 int rt_model_first(const struct rt_model *m);
+/* The first of those that got an item and have not been named, or -1. */
+int rt_model_handed(const struct rt_model *m);
 /* Whether the heap has to be able to give a block to the first of those that wait. */
 bool rt_model_could_serve(const struct rt_model *m);
 /* Whether compaction may help it and it has not been told so. */
