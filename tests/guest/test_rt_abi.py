@@ -155,8 +155,9 @@ def test_the_descriptor(raw: Raw) -> None:
         with open(f"/proc/self/fdinfo/{rt.fd}") as file:
             lines = dict(line.split(":\t", 1) for line in file.read().splitlines() if ":\t" in line)
         for name, value in rt.counts().items():
-            assert name == "pad" or int(lines[name]) == value, name
-        assert int(lines["tensormem-rt"]) > 0
+            assert name in ("granule", "clients", "pad") or int(lines[name]) == value, name
+        assert rt.folder().name == lines["tensormem-rt"]
+        assert rt.read("arena") == int(lines["arena"])
         for move in (lambda: os.read(rt.fd, 8), lambda: os.write(rt.fd, bytes(8))):
             with pytest.raises(OSError, match="Invalid argument"):
                 move()
@@ -185,12 +186,12 @@ def block(rt: RT, flags: int = 0) -> int:
 #: Number, struct, the least of it that every version has had, and how to fill it so that it succeeds.
 CALLS: list[tuple[int, type[abi.Struct], int, Callable[[RT], abi.Struct]]] = [
     (0x70, abi.RTInfo, 0, lambda rt: abi.RTInfo()),
-    (0x71, abi.RTReserve, 12, lambda rt: abi.RTReserve(size=(rt.info().reserved + 1) * 2, count=1)),
+    (0x71, abi.RTReserve, 16, lambda rt: abi.RTReserve(size=(rt.info().reserved + 1) * 2, count=1)),
     (0x72, abi.RTAlloc, 32, lambda rt: abi.RTAlloc(size=300)),
-    (0x73, abi.RTBlock, 4, lambda rt: abi.RTBlock(handle=block(rt))),
+    (0x73, abi.RTBlock, 8, lambda rt: abi.RTBlock(handle=block(rt))),
     (0x74, abi.RTBlock, 16, lambda rt: abi.RTBlock(handle=block(rt))),
-    (0x75, abi.RTBlock, 4, lambda rt: abi.RTBlock(handle=block(rt, MOVABLE))),
-    (0x76, abi.RTPriority, 4, lambda rt: abi.RTPriority(priority=(rt.info().priority + 1) % 100)),
+    (0x75, abi.RTBlock, 8, lambda rt: abi.RTBlock(handle=block(rt, MOVABLE))),
+    (0x76, abi.RTPriority, 8, lambda rt: abi.RTPriority(priority=(rt.info().priority + 1) % 100)),
 ]
 IDS = ["info", "reserve", "alloc", "free", "pin", "unpin", "priority"]
 
@@ -292,9 +293,7 @@ def test_addresses_that_lead_nowhere(
         assert result == -1 or not told
         if result:
             assert ctypes.get_errno() == errno.EFAULT
-            after = rt.counts()
-            # it was had, and given back
-            assert {**after, "allocs": 0} == {**before, "allocs": 0}
+            assert rt.counts() == before
             assert rt.ioctl(abi.iowr(number, ctypes.sizeof(struct)), value) == 0
         assert read("rt/used") == CHUNK
 
@@ -406,14 +405,16 @@ def test_handles_of_nothing(raw: Raw) -> None:
     with raw.rt(movable=16) as rt, raw.join(rt) as other:
         mine, its = set(), set()
         for client, handles in ((rt, mine), (other, its)):
-            assert client.reserve(5 * PAGE, 3) == 0
+            assert client.reserve(20_000, 3) == 0
             assert client.reserve(600, 4) == 0
-            sizes = [(600, 0), (600, 0), (5 * PAGE, 0), (9 * PAGE, 0), (64 * PAGE, 0), (256, MOVABLE), (2000, MOVABLE)]
+            sizes = [(600, 0), (600, 0), (20_000, 0), (36_000, 0), (260_000, 0), (256, MOVABLE), (2000, MOVABLE)]
             handles |= {client.alloc(size, flags=flags).handle for size, flags in sizes}
         assert not mine & its
         before, its_before = rt.counts(), other.counts()
-        for handle in everything_else(rt, mine):
-            assert rt.free(handle) == rt.pin(handle)[0] == rt.unpin(handle) == errno.ENOENT, hex(handle)
+        for i, handle in enumerate(everything_else(rt, mine)):
+            assert rt.free(handle) == errno.ENOENT, hex(handle)
+            if i % 3 == 0:
+                assert rt.pin(handle)[0] == rt.unpin(handle) == errno.ENOENT, hex(handle)
         assert (rt.counts(), other.counts()) == (before, its_before)
         for handle in mine:
             assert rt.free(handle) == 0
@@ -596,7 +597,7 @@ def test_batches_that_lead_nowhere(raw: Raw) -> None:
             assert libc.mprotect(place + PAGE, PAGE, protection) == 0
             batch = abi.Batch(items=place + start, count=8, item_size=size)
             assert rt.ioctl(abi.IOC_RT_ALLOC_BATCH, batch) == errno.EFAULT
-            assert {**rt.counts(), "allocs": 0} == {**before, "allocs": 0}
+            assert rt.counts() == before
 
 
 def test_items_of_another_age(raw: Raw) -> None:

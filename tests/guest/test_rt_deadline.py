@@ -70,7 +70,7 @@ def bucket(nanoseconds: int) -> int:
 def test_not_before_the_deadline(rt: RT, flags: int) -> None:
     """ETIMEDOUT, and not a nanosecond too early; each is counted, in the histogram of what time it had."""
     rt.alloc(CHUNK)
-    deadlines = (100_000, MS, 10 * MS, 100 * MS)
+    deadlines = (100_000, MS, 10 * MS, (1 << 27) - 1)
     for number, deadline in enumerate(deadlines, 1):
         before, counts = rt.histogram("missed"), rt.counts()
         begin = time.monotonic_ns()
@@ -78,13 +78,12 @@ def test_not_before_the_deadline(rt: RT, flags: int) -> None:
         end = time.monotonic_ns()
         assert result == errno.ETIMEDOUT
         assert end >= begin + deadline
-        after = rt.counts()
-        assert after["waits"] - counts["waits"] in (0, 1)  # it may have been too late for that
-        assert {**after, "waits": 0} == {**counts, "misses": number, "waits": 0}
+        assert rt.counts() == {**counts, "misses": number, "waits": number}
         new = [now - old for now, old in zip(rt.histogram("missed"), before, strict=True)]
         assert sum(new) == 1
         assert new.index(1) <= bucket(deadline)
-        assert flags & ABSOLUTE or new.index(1) == bucket(deadline)
+    # half of the last one is not lost on the way to it
+    assert new.index(1) >= bucket(deadline) - 1
     assert sum(rt.histogram("missed")) == rt.read("misses") == len(deadlines)
 
 
@@ -93,7 +92,8 @@ def test_a_deadline_that_has_passed(rt: RT) -> None:
     past = time.monotonic_ns() - SECOND
     block = rt.alloc(CHUNK, past, ABSOLUTE)
     assert rt.alloc_errno(256, past, ABSOLUTE) == errno.ETIMEDOUT
-    assert (rt.info().misses, rt.info().waits) == (1, 0)
+    assert (rt.info().misses, rt.info().blocks) == (1, 1)
+    assert rt.histogram("missed")[0] == 1  # it had no time at all
     assert rt.free(block.handle) == 0
     assert rt.alloc_errno(256, past, ABSOLUTE) == 0
 
@@ -176,6 +176,22 @@ def test_a_close_serves(raw: Raw, rt: RT) -> None:
         other.close()
         assert request.block().offset % rt.info().granule == 0
         assert rt.info().clients == 1
+
+
+def test_an_item_serves_its_client(raw: Raw, rt: RT) -> None:
+    """Who waits because what is reserved for it is in use gets it when it is freed, whoever else waits."""
+    assert rt.reserve(1000, 1) == 0
+    item = rt.alloc(1000)
+    rt.fill_up()
+    with raw.join(rt, 99) as other:
+        first = Request(other, 1000)
+        second = Request(rt, 700)
+        assert rt.free(item.handle) == 0
+        assert second.block().offset == item.offset
+        assert first.is_alive()
+        assert rt.free(second.item.handle) == 0
+        assert rt.reserve(1000, 0) == 0
+        first.block()
 
 
 def test_by_priority_then_in_order(raw: Raw, rt: RT) -> None:

@@ -542,3 +542,26 @@ def test_folders_come_and_go_under_readers(raw: Raw) -> None:
             rt.alloc(256)
     os.kill(pid, signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+
+def test_totals_outlive_clients(raw: Raw) -> None:
+    names = ("allocs", "refused", "misses", "waits")
+
+    def totals() -> dict[str, int]:
+        return {name: read(f"rt/{name}") for name in names}
+
+    def times(name: str) -> int:
+        return sum(map(int, (SYSFS / "rt" / name).read_text().split()))
+
+    before, latency, missed = totals(), times("latency"), times("missed")
+    with raw.rt() as rt:
+        blocks = rt.fill(CHUNK // 4)
+        assert rt.free(blocks[0].handle) == 0
+        rt.alloc(CHUNK // 4, 10**9)
+        for _ in range(3):
+            assert rt.alloc_errno(1, 10**6) == errno.ETIMEDOUT
+        expected = {name: before[name] + rt.read(name) for name in names}
+        assert totals() == expected
+    assert totals() == expected
+    assert expected == {name: before[name] + n for name, n in zip(names, (5, 1, 3, 3), strict=True)}
+    assert (times("latency"), times("missed")) == (latency + 1, missed + 3)
