@@ -602,6 +602,6 @@ def test_traced(raw: Raw, rt: RT, trace: None) -> None:
     assert len(events("rt_free")) == info.allocs - info.blocks
     assert len(events("rt_move")) == info.moves
     assert len(events("rt_miss")) == info.misses == 1
-    assert len(events("rt_wait")) == info.waits == 1
+    assert len(events("rt_wait")) == info.waits == 2
     assert read("rt/used") == CHUNK
     look_at(rt, contents)
