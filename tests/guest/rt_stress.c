@@ -253,8 +253,8 @@ static u32 class_of(const struct thread *t, u32 size)
 
 static u32 any_size(struct thread *t, bool movable)
 {
-	static const u32 limits[] = { 64, 256, 1000, 4096, 16000, 60000 };
-	u32 limit = limits[roll(t) % (movable ? 5 : 6)];
+	static const u32 limits[] = { 64, 256, 4096, 16000, 60000, 250000 };
+	u32 limit = limits[roll(t) % (movable ? 4 : 6)];
 
 	return 8 + roll(t) % (limit / 8) * 8;
 }

@@ -423,7 +423,7 @@ def test_no_cgroup_pays(raw: Raw, cgroup: Path) -> None:
         return [current(cgroup) - before, read("chunk/charged"), pool()[0]]
 
     grown, charged, held = in_child(inside)
-    assert grown < 4 * MIB
+    assert grown < 10 * MIB  # for its books, and Python
     assert (charged, held) == (0, 20)
     assert happened(cgroup)["oom_kill"] == 0
     wait_for(lambda: pool() == (0, 0, 0))

@@ -14,7 +14,7 @@ from conftest import USAGE, settled
 PROGRAM = Path(__file__).parent / "rt_stress"
 #: Of each thread; fewer where every access is checked (KASAN).
 KASAN = any(line.split()[2] == "kasan_report" for line in Path("/proc/kallsyms").open())
-DEEDS = 1500 if KASAN else 12_000
+DEEDS = 1000 if KASAN else 8000
 
 
 @pytest.mark.parametrize(
