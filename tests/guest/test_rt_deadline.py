@@ -268,6 +268,18 @@ def test_small_ones_do_not_starve_a_large_one(raw: Raw, rt: RT) -> None:
         assert {r.block().offset for r in small} == {b.offset for b in blocks[8:12]}
 
 
+def test_what_cannot_be_served_does_not_wait(raw: Raw) -> None:
+    """No movable block where there may be none, whoever waits: nobody is held up by one that asks for it."""
+    with raw.rt() as rt, raw.join(rt) as other:
+        blocks = rt.fill_up()
+        assert rt.alloc_errno(256, LONG, MOVABLE) == errno.ENFILE
+        request = Request(other, 256)
+        assert rt.alloc_errno(256, 2 * SECOND, MOVABLE) == errno.ENFILE
+        assert (rt.info().waits, rt.info().misses) == (0, 0)
+        assert rt.free_batch([b.handle for b in blocks])[0] == 0
+        request.block()
+
+
 def test_one_that_gives_up_lets_the_next_in(raw: Raw, rt: RT) -> None:
     """By its deadline or a signal: who waited behind it for less gets what there is."""
     with raw.join(rt, 9) as large:

@@ -330,6 +330,26 @@ def test_ready_memory_that_is_held(raw: Raw) -> None:
     assert pool() == (0, 0, 0)
 
 
+def test_what_was_held_is_replaced_at_last(raw: Raw) -> None:
+    """At the capacity there is no other chunk until it is let go; then what is ready is whole again."""
+    size_is(4)
+    assert write("rt/ready", 2 * CHUNK) == 0
+    assert write("chunk/reserve", 0) == 0
+    assert write("chunk/capacity", 2) == 0
+    rt = raw.rt(2 * CHUNK)
+    view = rt.view()
+    pipe = hold(address_of(view), PAGE)
+    view.close()
+    rt.close()
+    assert read("rt/held") == CHUNK
+    assert raw.try_rt(2 * CHUNK)[0] == errno.ENOSPC
+    time.sleep(0.3)
+    let_go(pipe)
+    becomes("rt/held", 2 * CHUNK)
+    raw.rt(2 * CHUNK).close()
+    assert write("rt/ready", 0) == 0
+
+
 # On whose bill
 
 
