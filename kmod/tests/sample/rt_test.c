@@ -15,7 +15,7 @@
 #include "compat.h"
 
 #define TEST_BLOCKS	12
-#define TEST_FIRINGS	1000
+#define TEST_FIRINGS	400
 #define TEST_PERIOD	(500 * NSEC_PER_USEC)
 #define TEST_THREADS	2
 
@@ -295,30 +295,32 @@ static int waiting_thread(void *data)
 
 static void an_interrupt_serves_who_waits(struct kunit *test)
 {
-	struct waiting w = { .rt = open_rt(test, SZ_2M) };
+	struct waiting *w = kunit_kzalloc(test, sizeof(*w), GFP_KERNEL);
 	struct task_struct *task;
 	void *half;
 
-	init_completion(&w.done);
-	hrtimer_setup(&w.timer, waiting_fire, CLOCK_MONOTONIC,
+	KUNIT_ASSERT_NOT_NULL(test, w);
+	w->rt = open_rt(test, SZ_2M);
+	init_completion(&w->done);
+	hrtimer_setup(&w->timer, waiting_fire, CLOCK_MONOTONIC,
 		      HRTIMER_MODE_REL_HARD);
-	half = tensormem_rt_alloc(w.rt, SZ_1M, 0);
+	half = tensormem_rt_alloc(w->rt, SZ_1M, 0);
 	KUNIT_ASSERT_FALSE(test, IS_ERR(half));
 	for (u32 i = 0; i < 50; i++) {
-		w.block = tensormem_rt_alloc(w.rt, SZ_1M, 0);
-		KUNIT_ASSERT_FALSE(test, IS_ERR(w.block));
+		w->block = tensormem_rt_alloc(w->rt, SZ_1M, 0);
+		KUNIT_ASSERT_FALSE(test, IS_ERR(w->block));
 		/* From before the thread begins to wait to long after. */
-		hrtimer_start(&w.timer, ns_to_ktime(i * 20 * NSEC_PER_USEC),
+		hrtimer_start(&w->timer, ns_to_ktime(i * 20 * NSEC_PER_USEC),
 			      HRTIMER_MODE_REL_HARD);
-		task = kthread_run(waiting_thread, &w, "tm_rt_test");
+		task = kthread_run(waiting_thread, w, "tm_rt_test");
 		KUNIT_ASSERT_FALSE(test, IS_ERR(task));
-		wait_for_completion(&w.done);
-		KUNIT_ASSERT_PTR_EQ(test, w.got, w.block);
-		tensormem_rt_free(w.rt, w.got);
+		wait_for_completion(&w->done);
+		KUNIT_ASSERT_PTR_EQ(test, w->got, w->block);
+		tensormem_rt_free(w->rt, w->got);
 	}
-	hrtimer_cancel(&w.timer);
-	tensormem_rt_free(w.rt, half);
-	close_rt(test, w.rt, SZ_2M);
+	hrtimer_cancel(&w->timer);
+	tensormem_rt_free(w->rt, half);
+	close_rt(test, w->rt, SZ_2M);
 }
 
 static struct kunit_case tensormem_rt_cases[] = {
