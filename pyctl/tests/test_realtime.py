@@ -736,7 +736,7 @@ def test_a_view_that_is_still_in_use(rt: RTClient, use: Callable[[memoryview], A
             part = use(view)
         assert block.pins == 1
         part[0] = 1
-        kept = []
+        kept: list[Any] = []
         with pytest.raises(ZeroDivisionError), block.pinned() as view:
             kept.append((use(view), 1 // 0))
         assert kept == []

@@ -44,13 +44,22 @@ from typing import Any, NamedTuple, SupportsIndex, cast
 import numpy as np
 import numpy.typing as npt
 
-from . import abi, errors
+from . import abi, errors, histogram
 from .abi import RTFlag
 from .device import DEFAULT_PATH, Device, KernelDevice
 from .session import Event, Export, Held, Session, address
 from .units import format_size, parse_size
 
-__all__ = ["RTBlock", "RTBuffer", "RTClient", "RTInfo", "open_rt", "rt"]
+__all__ = [
+    "RTBlock",
+    "RTBuffer",
+    "RTClient",
+    "RTInfo",
+    "SelfTest",
+    "open_rt",
+    "rt",
+    "self_test",
+]
 
 #: Bytes, or a text such as ``"4M"``.
 Size = SupportsIndex | str
@@ -947,6 +956,69 @@ def open_rt(
         except OSError as error:
             raise _refused(error.errno or 0, argument.size, argument.priority) from None
         return RTClient(device.other(argument.fd), opener)
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What :func:`self_test` found.
+
+    Attributes:
+        count: blocks that were asked for.
+        refused: those refused.
+        misses: those that did not come by their deadline.
+        taking: how long it took to get each, in the buckets of :mod:`tensormem.histogram`.
+        giving: likewise to free it.
+        kept: none was refused, none late.
+    """
+
+    count: int
+    refused: int
+    misses: int
+    taking: list[int]
+    giving: list[int]
+    kept: bool
+
+
+def self_test(
+    count: int, size: int, deadline_ns: int, *, now: Callable[[], int] = time.perf_counter_ns
+) -> SelfTest:
+    """Allocate and free in a reservation of an arena of its own, and note how long it took.
+
+    Args:
+        count: how often.
+        size: bytes of each block.
+        deadline_ns: nanoseconds until it has to be there.
+        now: a clock in nanoseconds.
+
+    Raises:
+        NotPermitted: reservations take CAP_SYS_NICE.
+        As :func:`rt`.
+    """
+    taking, giving, refused, misses = [0] * count, [0] * count, 0, 0
+    # there is more than the block in it: where its class begins and ends
+    with rt(size + (64 << 10)) as arena:
+        arena.reserve(size, 1)
+        with arena.buffer(size, deadline_ns, reserved=True) as buffer:
+            for turn in range(count):
+                begin = now()
+                try:
+                    buffer.take()
+                except errors.ArenaFull:
+                    refused += 1
+                except errors.DeadlineMissed:
+                    misses += 1
+                taken = now()
+                if buffer.offset is not None:
+                    buffer.give()
+                taking[turn], giving[turn] = taken - begin, now() - taken
+    return SelfTest(
+        count=count,
+        refused=refused,
+        misses=misses,
+        taking=histogram.count(taking),
+        giving=histogram.count(giving),
+        kept=not refused and not misses,
+    )
 
 
 def _opener(path: str | os.PathLike[str]) -> Opener:
