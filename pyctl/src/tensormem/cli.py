@@ -21,11 +21,12 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, histogram, system
-from .demo import CHECKPOINTS, PROMPT, REQUESTS, SWAPS, TOKENS
-from .units import format_quota, format_size, parse_size
+from .demo import CHECKPOINTS, PERIOD_US, PROMPT, REQUESTS, SECONDS, SWAPS, TOKENS
+from .units import format_ns, format_quota, format_size, parse_size
 
 if TYPE_CHECKING:
     from . import model as model_module
+    from .demo import control as control_module
     from .demo import swap as swap_module
     from .demo.requests import Moment, Report, Trace
     from .demo.run import Holding, Result
@@ -1353,6 +1354,24 @@ class _Printer:
     metavar="[N]",
     help=f"Write texts while another process swaps the model N times.  [{SWAPS} if not said]",
 )
+@click.option(
+    "--rt",
+    "control",
+    is_flag=True,
+    help="Run a control loop in the RT pool, and one with malloc, while all else drowns.",
+)
+@click.option(
+    "--period-us",
+    type=click.IntRange(100, 1_000_000),
+    metavar="N",
+    help=f"Of the control loop: from tick to tick.  [default: {PERIOD_US}]",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.01, 3600),
+    metavar="S",
+    help=f"Likewise: how long each goes on.  [default: {SECONDS}]",
+)
 @json_option
 def demo(
     tokens: int | None,
@@ -1360,6 +1379,9 @@ def demo(
     checkpoint: str,
     requests: int | None,
     swap: int | None,
+    control: bool,
+    period_us: int | None,
+    seconds: float | None,
     as_json: bool,
 ) -> None:
     """Run a small language model on memory from the module.
@@ -1374,7 +1396,22 @@ def demo(
 
     With --swap it writes text after text from a model slot that another process swaps
     between two checkpoints. Each text must be that of one of them, as numpy alone writes it.
+
+    With --rt a loop allocates and frees its messages each millisecond, in a reservation of
+    the RT pool and then with malloc, while a model generates, memory is taken and given back and
+    every CPU is busy. In the RT pool no message may be refused. It takes CAP_SYS_NICE.
     """
+    if control:
+        if not all(option is None for option in (tokens, prompt, requests, swap)):
+            raise click.UsageError("there is no text: --rt goes without")
+        _demo_control(
+            SECONDS if seconds is None else seconds,
+            PERIOD_US if period_us is None else period_us,
+            as_json,
+        )
+        return
+    if period_us is not None or seconds is not None:
+        raise click.UsageError("--period-us and --seconds go with --rt")
     if swap is not None:
         if tokens is not None or prompt is not None or requests is not None:
             raise click.UsageError("the texts are given: --swap goes without")
@@ -1630,6 +1667,67 @@ def _swap_report(report: swap_module.Report, pid: int) -> None:
         verdict = click.style("DIFFERENT", fg="red", bold=True)
         count = len(report.different)
         click.echo(f"  verdict      {verdict}: {count} texts are of neither checkpoint")
+
+
+def _demo_control(seconds: float, period_us: int, as_json: bool) -> None:
+    from .demo import control
+
+    if as_json:
+        report = control.run(seconds, period_us)
+        emit(asdict(report))
+    else:
+        with click.progressbar(
+            length=round(20 * seconds), label="running", file=sys.stderr, show_pos=False
+        ) as bar:
+            report = control.run(
+                seconds, period_us, each=lambda passed: bar.update(round(10 * passed))
+            )
+            bar.update(bar.length or 0)
+        _control_report(report)
+    if not report.kept:
+        click.get_current_context().exit(1)
+
+
+def _control_report(report: control_module.Report) -> None:
+    pool, malloc = report.pool, report.malloc
+    kind = "SCHED_FIFO" if pool.fifo else "an ordinary task"
+    locked = "locked in memory" if pool.locked else "not locked in memory"
+    click.echo(f"a loop with a tick each {format_ns(report.period_ns)}, {kind}, {locked}")
+    click.echo(
+        f"beside it: a model that generates, up to {format_size(report.hog)} taken and given"
+        f" back,\nand {report.busy} busy processes\n"
+    )
+    rows: list[Sequence[str]] = [("", "RT pool", "malloc")]
+    for what, name in (
+        ("ticks", "ticks"),
+        ("not done when the next was due", "missed"),
+        ("messages refused", "refused"),
+        ("messages that had changed", "wrong"),
+        ("page faults", "minor"),
+        ("page faults that read something", "major"),
+    ):
+        rows.append((what, str(getattr(pool, name)), str(getattr(malloc, name))))
+    for what, name in (
+        ("time of a tick, median", "median"),
+        ("time of a tick, longest", "longest"),
+        ("woken late, at most", "latest"),
+    ):
+        rows.append((what, format_ns(getattr(pool, name)), format_ns(getattr(malloc, name))))
+    for line in table(rows):
+        click.echo(line)
+    click.echo()
+    _draw([("a tick in the RT pool", pool.work), ("with malloc", malloc.work)])
+    click.echo(f"\n  model        {report.tokens} tokens meanwhile")
+    if report.kept:
+        verdict = click.style("kept", fg="green", bold=True)
+        click.echo(f"  promise      {verdict}: each message had its memory, and none changed")
+    else:
+        verdict = click.style("BROKEN", fg="red", bold=True)
+        wrong = pool.wrong + malloc.wrong
+        click.echo(
+            f"  promise      {verdict}: {pool.refused} messages refused in the RT pool,"
+            f" {wrong} changed"
+        )
 
 
 # -- completion ------------------------------------------------------------------------
