@@ -22,6 +22,8 @@
 #include "model_file.h"
 #include "model_sysfs.h"
 #include "pages.h"
+#include "rt_file.h"
+#include "rt_sysfs.h"
 #include "sysfs.h"
 #include "tensor.h"
 #include "vm.h"
@@ -242,6 +244,8 @@ static long tm_device_ioctl(struct file *file, unsigned int cmd,
 	case _IOC_NR(TENSORMEM_IOC_MODEL_OPEN):
 		return tm_model_file_open(client, &tm_device.this_device->kobj,
 					  user, size);
+	case _IOC_NR(TENSORMEM_IOC_RT_OPEN):
+		return tm_rt_file_open(client, user, size);
 	default:
 		return -ENOTTY;
 	}
@@ -290,15 +294,18 @@ int __init tm_device_init(void)
 	if (!tm_device.groups)
 		return -ENOMEM;
 	err = misc_register(&tm_device);
-	if (err)
+	if (err) {
 		tm_sysfs_exit();
-	else
-		tm_models_start(&tm_device.this_device->kobj);
-	return err;
+		return err;
+	}
+	tm_models_start(&tm_device.this_device->kobj);
+	tm_rt_sysfs_start(&tm_device.this_device->kobj);
+	return 0;
 }
 
 void tm_device_exit(void)
 {
+	tm_rt_sysfs_exit();
 	tm_model_sysfs_exit();
 	misc_deregister(&tm_device);
 	tm_sysfs_exit();

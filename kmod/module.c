@@ -2,6 +2,7 @@
 #include <linux/init.h>
 #include <linux/module.h>
 
+#include "board.h"
 #include "client.h"
 #include "device.h"
 #include "model.h"
@@ -9,6 +10,7 @@
 #include "pages.h"
 #include "park.h"
 #include "quarantine.h"
+#include "rt_pool.h"
 #include "runcache.h"
 
 #define CREATE_TRACE_POINTS
@@ -18,6 +20,7 @@ static int __init tm_init(void)
 {
 	int err;
 
+	tm_board_init();
 	err = tm_pages_init();
 	if (err)
 		return err;
@@ -33,12 +36,14 @@ static int __init tm_init(void)
 	err = tm_models_init();
 	if (err)
 		goto err_park;
+	tm_rt_pool_init();
 	err = tm_device_init();
 	if (err)
-		goto err_models;
+		goto err_rt;
 	return 0;
 
-err_models:
+err_rt:
+	tm_rt_pool_exit();
 	tm_models_exit();
 err_park:
 	tm_park_exit();
@@ -54,6 +59,7 @@ err_pages:
 static void __exit tm_exit(void)
 {
 	tm_device_exit();
+	tm_rt_pool_exit();
 	tm_models_exit();
 	tm_packer_exit();
 	tm_park_exit();

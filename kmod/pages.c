@@ -43,13 +43,14 @@
 #include <linux/slab.h>
 #include <linux/workqueue.h>
 
+#include "board.h"
 #include "compat.h"
 #include "core/buddy.h"
 #include "core/chunk.h"
 #include "pages.h"
 #include "trace.h"
 
-/* What the module may take of the machine unless told otherwise, in percent. */
+/* What the module may take of a machine that no board is known for, in percent. */
 #define TM_DEFAULT_CAPACITY_PERCENT	60
 /* The reserve unless told otherwise: little, but enough for a first burst. */
 #define TM_DEFAULT_RESERVE_CHUNKS	4
@@ -57,7 +58,7 @@
 
 static unsigned int capacity;
 module_param(capacity, uint, 0444);
-MODULE_PARM_DESC(capacity, "chunks of 2 MiB the module may hold (0: 60 % of RAM)");
+MODULE_PARM_DESC(capacity, "chunks of 2 MiB the module may hold (0: by the board, else 60 % of RAM)");
 
 static int reserve = -1;
 module_param(reserve, int, 0444);
@@ -961,14 +962,19 @@ static int __init tm_nodes_create(void)
 
 static void __init tm_pages_defaults(void)
 {
-	u32 chunks = div_u64((u64)tm_pools.slots * TM_DEFAULT_CAPACITY_PERCENT,
+	const struct tm_board *board = tm_board();
+	u64 chunks = div_u64((u64)tm_pools.slots * TM_DEFAULT_CAPACITY_PERCENT,
 			     100);
 	u32 ready;
 
+	/* Arenas of the RT pool are made of chunks as well. */
+	if (board->matched)
+		chunks = (board->model + board->protocol) >> TM_CHUNK_SHIFT;
 	if (capacity)
-		chunks = min(capacity, tm_pools.slots);
+		chunks = capacity;
+	chunks = min_t(u64, chunks, tm_pools.slots);
 	ready = min_t(u32, TM_DEFAULT_RESERVE_CHUNKS,
-		      chunks / TM_DEFAULT_RESERVE_DIVISOR);
+		      (u32)chunks / TM_DEFAULT_RESERVE_DIVISOR);
 	if (reserve >= 0)
 		ready = min_t(u32, reserve, chunks);
 	WARN_ON(tm_pages_set_capacity(chunks));

@@ -3,6 +3,7 @@
  * Memory for a client: on its bill, and, when there is none, at the cost of what is
  * parked, or after compaction. The way back is tm_quarantine_free().
  */
+#include <linux/atomic.h>
 #include <linux/err.h>
 #include <linux/math.h>
 #include <linux/mm.h>
@@ -16,6 +17,8 @@
 #include "runcache.h"
 #include "supply.h"
 
+static atomic_t tm_supply_turn = ATOMIC_INIT(0);
+
 static struct tm_memory *
 tm_supply_try(struct tm_client *client, const struct tm_memory_request *request)
 {
@@ -23,6 +26,8 @@ tm_supply_try(struct tm_client *client, const struct tm_memory_request *request)
 	struct tm_memory *memory;
 	int err;
 
+	if (!client)
+		return tm_memory_alloc(request);
 	/* Charged before it is taken: a quota is never exceeded, not even briefly. */
 	err = tm_client_charge(client, bytes);
 	if (err)
@@ -37,9 +42,10 @@ tm_supply_try(struct tm_client *client, const struct tm_memory_request *request)
 static bool tm_supply_possible(struct tm_client *client,
 			       const struct tm_memory_request *request)
 {
-	struct tm_client_usage usage;
+	struct tm_client_usage usage = { .quota = U64_MAX };
 
-	tm_client_usage(client, &usage);
+	if (client)
+		tm_client_usage(client, &usage);
 	return (u64)request->nr_pages << PAGE_SHIFT <= usage.quota &&
 	       tm_pages_could_hold(request->numa.nodes, request->nr_pages);
 }
@@ -73,7 +79,7 @@ static bool tm_supply_relieve(struct tm_client *client,
 
 /**
  * tm_supply - allocate and charge memory for a client
- * @client: who is charged
+ * @client: who is charged; NULL: nobody, and no cgroup either
  * @request: pages, policy, placement; whose turn it is and what cgroup pays are
  *           filled in here
  *
@@ -89,9 +95,9 @@ struct tm_memory *tm_supply(struct tm_client *client,
 	if (request->policy == TM_MEMORY_CHUNKS)
 		request->nr_pages = round_up(request->nr_pages,
 					     TM_CHUNK_SIZE >> PAGE_SHIFT);
-	if (tm_limits_in_cgroup())
+	if (client && tm_limits_in_cgroup())
 		request->flags |= TM_PAGES_CHARGED;
-	request->turn = &client->turn;
+	request->turn = client ? &client->turn : &tm_supply_turn;
 
 	do {
 		memory = tm_supply_try(client, request);

@@ -10,6 +10,7 @@
 #include <linux/sysfs.h>
 #include <uapi/linux/tensormem.h>
 
+#include "board.h"
 #include "client.h"
 #include "codec.h"
 #include "compact.h"
@@ -213,6 +214,35 @@ static struct attribute *tm_clients_attrs[] = {
 	NULL
 };
 
+#define TM_BOARD_RO(file, format, value)					\
+static ssize_t tm_board_##file##_show(struct device *dev,		\
+				      struct device_attribute *attr,	\
+				      char *buf)			\
+{									\
+	return sysfs_emit(buf, format "\n", value);			\
+}									\
+TM_RO(board, file)
+
+TM_BOARD_RO(name, "%s", tm_board()->name);
+TM_BOARD_RO(matched, "%d", tm_board()->matched);
+TM_BOARD_RO(ram, "%llu", tm_board()->ram);
+TM_BOARD_RO(model_bytes, "%llu", tm_board()->model);
+TM_BOARD_RO(protocol_bytes, "%llu", tm_board()->protocol);
+
+static struct attribute *tm_board_attrs[] = {
+	&tm_attr_board_name.attr,
+	&tm_attr_board_matched.attr,
+	&tm_attr_board_ram.attr,
+	&tm_attr_board_model_bytes.attr,
+	&tm_attr_board_protocol_bytes.attr,
+	NULL
+};
+
+static const struct attribute_group tm_board_group = {
+	.name = "board",
+	.attrs = tm_board_attrs,
+};
+
 static const struct attribute_group tm_chunk_group = {
 	.name = "chunk",
 	.attrs = tm_chunk_attrs,
@@ -315,6 +345,7 @@ static const struct attribute_group *const tm_fixed_groups[] = {
 	&tm_kv_group,
 	&tm_clients_group,
 	&tm_dispatch_group,
+	&tm_board_group,
 };
 
 static struct tm_node_group *tm_node_groups;

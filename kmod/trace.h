@@ -357,6 +357,95 @@ DEFINE_EVENT(tensormem_model, tensormem_model_retire,
 	TP_ARGS(slot, generation)
 );
 
+/*
+ * The RT pool. client: its folder in sysfs. size: bytes. latency_ns: from the call until the
+ * block is there.
+ */
+TRACE_EVENT(tensormem_rt_alloc,
+	TP_PROTO(u32 client, u64 size, u32 handle, u64 offset, u64 latency_ns),
+	TP_ARGS(client, size, handle, offset, latency_ns),
+	TP_STRUCT__entry(
+		__field(u64, size)
+		__field(u64, offset)
+		__field(u64, latency_ns)
+		__field(u32, client)
+		__field(u32, handle)
+	),
+	TP_fast_assign(
+		__entry->size = size;
+		__entry->offset = offset;
+		__entry->latency_ns = latency_ns;
+		__entry->client = client;
+		__entry->handle = handle;
+	),
+	TP_printk("client=%u size=%llu handle=%#x offset=%#llx latency_ns=%llu",
+		  __entry->client, __entry->size, __entry->handle,
+		  __entry->offset, __entry->latency_ns)
+);
+
+TRACE_EVENT(tensormem_rt_free,
+	TP_PROTO(u32 client, u32 handle),
+	TP_ARGS(client, handle),
+	TP_STRUCT__entry(
+		__field(u32, client)
+		__field(u32, handle)
+	),
+	TP_fast_assign(
+		__entry->client = client;
+		__entry->handle = handle;
+	),
+	TP_printk("client=%u handle=%#x", __entry->client, __entry->handle)
+);
+
+DECLARE_EVENT_CLASS(tensormem_rt_deadline,
+	TP_PROTO(u32 client, u64 size, u64 had_ns),
+	TP_ARGS(client, size, had_ns),
+	TP_STRUCT__entry(
+		__field(u64, size)
+		__field(u64, had_ns)
+		__field(u32, client)
+	),
+	TP_fast_assign(
+		__entry->size = size;
+		__entry->had_ns = had_ns;
+		__entry->client = client;
+	),
+	TP_printk("client=%u size=%llu had_ns=%llu", __entry->client,
+		  __entry->size, __entry->had_ns)
+);
+
+/* There was no memory. had_ns: the time that the request has from its beginning on. */
+DEFINE_EVENT(tensormem_rt_deadline, tensormem_rt_wait,
+	TP_PROTO(u32 client, u64 size, u64 had_ns),
+	TP_ARGS(client, size, had_ns)
+);
+
+/* There was none by the deadline. */
+DEFINE_EVENT(tensormem_rt_deadline, tensormem_rt_miss,
+	TP_PROTO(u32 client, u64 size, u64 had_ns),
+	TP_ARGS(client, size, had_ns)
+);
+
+/* Compaction has moved a block. from, to: offsets; length: bytes. */
+TRACE_EVENT(tensormem_rt_move,
+	TP_PROTO(u32 arena, u64 from, u64 to, u32 length),
+	TP_ARGS(arena, from, to, length),
+	TP_STRUCT__entry(
+		__field(u64, from)
+		__field(u64, to)
+		__field(u32, arena)
+		__field(u32, length)
+	),
+	TP_fast_assign(
+		__entry->from = from;
+		__entry->to = to;
+		__entry->arena = arena;
+		__entry->length = length;
+	),
+	TP_printk("arena=%u from=%#llx to=%#llx length=%u", __entry->arena,
+		  __entry->from, __entry->to, __entry->length)
+);
+
 #endif
 
 #undef TRACE_INCLUDE_PATH

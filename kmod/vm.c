@@ -31,18 +31,22 @@
 /* Pages handed to the kernel at a time: half a KiB of stack. */
 #define TM_VM_BATCH	64
 
-/*
+/**
+ * tm_vm_born_dirty - let the entries that are made from now on be dirty
+ * @vma: of which area
+ *
  * CPUs without hardware dirty tracking (Cortex-A53, A72) fault once more on the
- * first write to a clean entry. Nobody writes tensor pages back, so a writable
+ * first write to a clean entry. Nobody writes our pages back, so a writable
  * entry is born dirty. vm_page_prot is recomputed after ->mmap and by mprotect(),
- * hence here; racing faults store the same value.
+ * hence before each time that entries are made; racing faults store the same value.
+ *
+ * Context: of a fault or of ->mmap.
  */
-static void tm_vm_born_dirty(struct vm_area_struct *vma)
+void tm_vm_born_dirty(struct vm_area_struct *vma)
 {
 	pte_t entry = pte_mkdirty(__pte(pgprot_val(vma->vm_page_prot)));
 
-	if (vma->vm_flags & VM_WRITE)
-		WRITE_ONCE(vma->vm_page_prot, __pgprot(pte_val(entry)));
+	WRITE_ONCE(vma->vm_page_prot, __pgprot(pte_val(entry)));
 }
 
 /* Map @count pages of @memory from @index on; entries already there stay. */
@@ -228,7 +232,8 @@ static vm_fault_t tm_vm_fault(struct vm_fault *vmf)
 	if (tm_vm_marked(vmf))
 		return VM_FAULT_SIGBUS;
 
-	tm_vm_born_dirty(vmf->vma);
+	if (vmf->vma->vm_flags & VM_WRITE)
+		tm_vm_born_dirty(vmf->vma);
 	filemap_invalidate_lock_shared(mapping);
 	range = tm_window_find(&client->window, vmf->pgoff);
 	if (range)

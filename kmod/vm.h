@@ -12,6 +12,7 @@ struct vm_fault;
 
 u32 tm_vm_mapping_chunk(bool block);
 u32 tm_vm_mapping(const struct tm_region *region);
+void tm_vm_born_dirty(struct vm_area_struct *vma);
 bool tm_vm_marked(const struct vm_fault *vmf);
 vm_fault_t tm_vm_map(struct vm_fault *vmf, const struct tm_region *region,
 		     u32 *mapped);

@@ -16,8 +16,9 @@
  *     | owner's         |             | owner's          |   link
  *     +-----------------+- - - - - - -+------------------+
  *
- * All nodes between are INSIDE, unless the owner of a block puts ITEMs there. So whether a block begins at a number
- * that somebody claims is known at once, and so are its neighbours.
+ * All nodes between are INSIDE, unless the owner of a block has put ITEMs there, which stay behind when the block goes: to clear
+ * them would take as many steps as there are. So whether a block begins at a number that somebody claims is known at
+ * once, and so are its neighbours; whether an item does, its owner has to know better.
  *
  * Free blocks are in lists by length: 32 for each power of two. An allocation takes the first block of the first list all of
  * whose blocks are long enough; failing that, the first of its own list if that is. So what a list has
@@ -37,7 +38,7 @@ enum tm_heap_type {
 	TM_HEAP_FREE_LAST,
 	TM_HEAP_USED_FIRST,
 	TM_HEAP_USED_LAST,
-	TM_HEAP_ITEM_FREE,	/* inside a used block: its owner's */
+	TM_HEAP_ITEM_FREE,	/* inside a used block: its owner's, or an earlier one's */
 	TM_HEAP_ITEM_USED,
 };
 
@@ -60,6 +61,11 @@ struct tm_heap_node {
 	u32 tag;
 	u32 link;
 };
+
+static inline u32 tm_heap_tag(u32 type, u32 value)
+{
+	return type << TM_HEAP_TYPE_SHIFT | value;
+}
 
 /**
  * struct tm_heap - the books of a heap
@@ -103,7 +109,8 @@ u32 tm_heap_largest(const struct tm_heap *heap);
 
 /*
  * Slide: the used block right behind the free block at @hole moves down to it, in two parts, so that
- * the caller may copy in between without the lock. From begin to end both count as used: nobody else gets at either. Returns the block.
+ * the caller may copy in between without the lock. From begin to end both count as used, the hole without a note: nobody
+ * else gets at either, and the block must not be freed. There has to be a used block. Returns its start.
  */
 u32 tm_heap_slide_begin(struct tm_heap *heap, u32 hole);
 /* The block is at @hole now, with its note and links; what is behind it is free and merged. Return: the length of that free block. */

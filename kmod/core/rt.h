@@ -14,15 +14,22 @@
  *
  *   1. the class with the smallest items that are large enough; only that one, because the items of larger
  *      classes are promised to larger blocks
- *   2. the heap, unless somebody of the same or a higher priority waits for it
+ *   2. the heap, unless somebody of the same or a higher priority waits for it; a reservation's run comes from there, too
  *
- * and if the caller has time: compaction, a block at a time (tm_rt_move_begin()), then waiting (tm_rt_wait()).
+ * and if the caller has time, he joins those who wait (tm_rt_wait()), compacts when told to, a block at a time (tm_rt_move_begin()), and
+ * sleeps. He waits before he compacts: what room he makes is then his and not of whoever comes along.
  * Who waits is served by priority, then in order of arrival; a first one that cannot be served yet is not overtaken by those behind it,
  * or large requests would starve. What is freed is handed to the first waiter there and then (tm_rt_serve()): who comes along cannot
  * take it. A call serves one at most, and who was served serves the next: so a free takes a constant number of steps.
  *
- * A block is named by a handle, never 0: that of a fixed block is its start + 1; that of a movable one is an entry of
- * a table, which says where it is. Movable blocks are pinned while somebody knows their address.
+ * A block is named by a handle, never 0: that of a fixed block or an item is its start + 1; that of a movable one is
+ * TM_RT_HANDLE_MOVABLE and an entry of a table, which says where it is. Movable blocks are pinned while somebody knows their address.
+ * Entries are used in a circle, so that an old handle is nobody's for as long as possible.
+ *
+ * A movable block that is freed while it is being moved is nobody's from then on; its memory is free when the move ends.
+ *
+ * Items are tagged when they are first allocated, and the tags stay when a reservation goes: so that neither takes a step for
+ * each item. An item's tag counts if the class it names has an item there that was ever allocated.
  *
  * Every call takes a constant number of steps, but for init, exit and check. Memory is counted in granules (core/heap.h).
  *
@@ -41,7 +48,10 @@
 /* Granules of the longest movable block: what one step of compaction copies at most. */
 #define TM_RT_STEP		128
 
-/* Flags of an allocation. */
+/* A handle's bit; below it the entry. */
+#define TM_RT_HANDLE_MOVABLE	(1u << 31)
+
+/* Flags of an allocation; one of them or none. */
 #define TM_RT_ALLOC_MOVABLE	(1u << 0)	/* from the heap; born pinned */
 #define TM_RT_ALLOC_RESERVED	(1u << 1)	/* from the reservation or not at all */
 
@@ -83,11 +93,16 @@ struct tm_rt_client {
 	u32 reserved;
 };
 
-/* Where a block is. */
+/**
+ * struct tm_rt_block - where a block is
+ * @handle: its name
+ * @start: its first granule
+ * @length: granules that are the caller's: what was asked for or more
+ */
 struct tm_rt_block {
 	u32 handle;
 	u32 start;
-	u32 length;	/* granules */
+	u32 length;
 };
 
 enum tm_rt_waiter_state {
@@ -98,12 +113,12 @@ enum tm_rt_waiter_state {
 
 /**
  * struct tm_rt_waiter - a request that waits; its owner's memory
- * @client: who
+ * @client: who; set by the owner, as are
  * @size: granules
- * @flags: TM_RT_ALLOC_MOVABLE
+ * @flags: TM_RT_ALLOC_MOVABLE or 0: what tm_rt_alloc() has just refused with -ENOSPC
  * @state: enum tm_rt_waiter_state
  * @priority: its client's when it began to wait
- * @frees: tm_rt::frees when it last compacted in vain
+ * @frees: tm_rt::frees when it was last told to compact
  * @block: what it got
  * @next: @prev: those of the same priority, in a ring
  */
@@ -119,9 +134,22 @@ struct tm_rt_waiter {
 	struct tm_rt_waiter *prev;
 };
 
-/* An entry of the table of movable blocks. */
+enum tm_rt_movable_state {
+	TM_RT_UNUSED,
+	TM_RT_RESTING,
+	TM_RT_MOVING,
+	TM_RT_ABANDONED,	/* freed while it was being moved */
+};
+
+/**
+ * struct tm_rt_movable - an entry of the table of movable blocks
+ * @start: where the block is; of an unused entry the next one in their ring
+ * @pins: how often it is pinned
+ * @state: enum tm_rt_movable_state
+ * @client: whose it is
+ */
 struct tm_rt_movable {
-	u32 start;	/* or the next unused entry */
+	u32 start;
 	u16 pins;
 	u8 state;
 	u8 client;
@@ -131,19 +159,22 @@ struct tm_rt_movable {
  * struct tm_rt - an arena
  * @heap: its memory
  * @client: by index; NULL: nobody
+ * @places: bit i of the whole: @client[i] is somebody
  * @movable: the table of movable blocks, @max_movable long
  * @max_movable: how many there may be
- * @nr_movable: how many there are
- * @unused: first entry of @movable that nobody has
+ * @nr_movable: how many entries are in use
+ * @unused: the entry that nobody has since the shortest time; the next in the ring is the one that nobody has since the longest.
+ *          Without meaning when all are in use
  * @waiting: first of those that wait, by priority; NULL: none
  * @levels: bit p: somebody of priority p waits
- * @frees: counts what might let compaction succeed that failed before: frees and unpins
+ * @frees: counts what might let compaction succeed that failed before: what is freed in the heap, and last unpins
  * @moving: somebody copies a block
  * @moves: blocks that were moved, ever
  */
 struct tm_rt {
 	struct tm_heap heap;
 	struct tm_rt_client *client[TM_RT_CLIENTS];
+	u64 places[TM_RT_CLIENTS / 64 + 1];
 	struct tm_rt_movable *movable;
 	u32 max_movable;
 	u32 nr_movable;
@@ -160,16 +191,19 @@ int __must_check tm_rt_init(struct tm_rt *rt, tm_raw_lock_t *lock, u32 size,
 			    u32 max_movable);
 void tm_rt_exit(struct tm_rt *rt);
 
-/* Return: 0, -ENOSPC for more than TM_RT_CLIENTS. */
+/* Return: 0, -EINVAL for no such priority, -ENOSPC for more than TM_RT_CLIENTS. */
 int __must_check tm_rt_join(struct tm_rt *rt, struct tm_rt_client *client,
 			    u32 priority);
 /*
- * Take one thing of a client that is going: a block, an item's run, or its place. Its waiters have to be cancelled before. Return: whether
- * there is more. A block that is being moved goes when that ends.
+ * Take one thing of a client that is going: a block, a run with its items, or its place. Its waiters have to be cancelled before. Return: whether
+ * there is more.
  */
 bool __must_check tm_rt_leave(struct tm_rt *rt, struct tm_rt_client *client);
 
-/* Return: the class, -EINVAL for sizes that cannot be, -EEXIST for a class of that size, -ENOSPC for no room in the heap or more than TM_RT_CLASSES. */
+/*
+ * Return: 0; -EINVAL for a count of 0, or a size of 0 or beyond the arena; -EEXIST for a class of that size; -ENOSPC for no room in the heap,
+ * others that wait for it, or more than TM_RT_CLASSES.
+ */
 int __must_check tm_rt_reserve(struct tm_rt *rt, struct tm_rt_client *client,
 			       u32 size, u32 count);
 /* Return: 0, -ENOENT for no class of that size, -EBUSY while an item of it is allocated. */
@@ -177,8 +211,8 @@ int __must_check tm_rt_unreserve(struct tm_rt *rt, struct tm_rt_client *client,
 				 u32 size);
 
 /*
- * Return: 0; -EINVAL for a size of 0 or beyond the arena, a movable one beyond TM_RT_STEP; -ENOSPC for no room now: compact, wait or give up;
- * -ENFILE for more than max_movable.
+ * Return: 0; -EINVAL for a size of 0 or beyond the arena, a movable one beyond TM_RT_STEP, or flags that cannot be; -ENOSPC for no room now: wait or
+ * give up; -ENFILE for more than max_movable.
  */
 int __must_check tm_rt_alloc(struct tm_rt *rt, struct tm_rt_client *client,
 			     u32 size, u32 flags, struct tm_rt_block *block);
@@ -192,13 +226,18 @@ int __must_check tm_rt_pin(struct tm_rt *rt, struct tm_rt_client *client,
 int __must_check tm_rt_unpin(struct tm_rt *rt, struct tm_rt_client *client,
 			     u32 handle);
 
-/* Join those who wait. */
+/*
+ * Join those who wait; then tm_rt_serve(), which may tell the caller itself to compact. Who is told so does steps of compaction up to the second
+ * TM_RT_STEP_ROUND (the first may end a round that somebody else began), calls tm_rt_serve() after each tm_rt_move_end(), and stops once it is SERVED. If @frees is
+ * another one than when it began, it has been told again meanwhile, and begins again; else it sleeps.
+ */
 void tm_rt_wait(struct tm_rt *rt, struct tm_rt_waiter *waiter);
 /* Stop waiting. Return: whether it had been served meanwhile: then the block is its client's. */
 bool __must_check tm_rt_cancel(struct tm_rt *rt, struct tm_rt_waiter *waiter);
 /*
- * To be called after whatever frees memory, and by who was served or stops waiting. Return: whom to wake: SERVED; or still WAITING, because
- * enough is free, but in pieces, and it should compact; or NULL.
+ * To be called after tm_rt_wait() and whatever may make room (free, unpin, unreserve, leave, move_end), and by who was served or stops waiting.
+ * Return: whom to wake: SERVED; or still WAITING, because enough is free, but in pieces, and it should compact: it is told once for each value of
+ * tm_rt::frees; or NULL. One that waits for a movable block while all entries are in use is first like any other.
  */
 struct tm_rt_waiter *tm_rt_serve(struct tm_rt *rt);
 
@@ -209,7 +248,7 @@ enum tm_rt_step {
 	TM_RT_STEP_BUSY,	/* somebody else is copying */
 };
 
-/* Copy @length granules from @from to @to; they may overlap. */
+/* Copy @length granules, TM_RT_STEP at most, from @from to @to; they may overlap. */
 struct tm_rt_move {
 	u32 from;
 	u32 to;
