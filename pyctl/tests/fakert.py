@@ -142,7 +142,7 @@ class Arena:
     def taken(self) -> list[tuple[int, int]]:
         """Return starts and lengths of what the heap has given, sorted."""
         found = [(b.start, b.length) for b in self.blocks.values() if b.size_class is None]
-        found += [(c.start, c.length) for client in self.clients for c in client.classes]
+        found += [(c.start - 1, c.length + 2) for client in self.clients for c in client.classes]
         return sorted(found)
 
     def holes(self) -> list[tuple[int, int]]:
@@ -346,7 +346,7 @@ class FakeRT:
         a.free = sum(room for _, room in arena.holes()) * GRANULE
         # a single granule is too small for a block of the heap
         a.largest = max((room for _, room in arena.holes() if room > 1), default=0) * GRANULE
-        a.reserved = sum(c.length for c in self.classes) * GRANULE
+        a.reserved = sum(c.length + 2 for c in self.classes) * GRANULE
         a.used = sum(b.length for b in self._mine()) * GRANULE
         a.blocks, a.priority = len(self._mine()), self.priority
         a.waiting = sum(w.client is self for w in arena.waiters)

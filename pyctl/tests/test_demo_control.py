@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import json
 import mmap
@@ -21,11 +22,11 @@ import pytest
 
 import tensormem
 from fake import FakeDevice
-from fakert import RTPool
+from fakert import GRANULE, RTPool
 from tensormem import client as client_module
 from tensormem import errors, histogram, realtime
 from tensormem.cli import cli
-from tensormem.demo import control
+from tensormem.demo import control, load
 from test_cli import narrow, runner
 
 SRC = Path(control.__file__).parents[2]
@@ -157,7 +158,7 @@ def test_in_the_rt_pool(pool: RTPool) -> None:
         assert (run.refused, run.wrong) == (0, 0)
         info = rt.info()
         assert (info.allocs, info.blocks, info.refused, info.misses) == (150, 0, 0, 0)
-        assert info.reserved == control.KEPT * sum(control.CLASSES)
+        assert info.reserved == control.KEPT * sum(control.CLASSES) + 3 * 2 * GRANULE
 
         # somebody else's write into the arena is a change
         class Writer(FakeClock):
@@ -212,7 +213,7 @@ def test_the_clock() -> None:
 
 def test_hog() -> None:
     size = 64 * mmap.PAGESIZE
-    found = [next(hog) for hog in [control._hog(size)] for _ in range(200)]
+    found = [next(hog) for hog in [load.hog(size)] for _ in range(200)]
     assert max(found) > 3
     assert 0 < control._hog_size() < 1 << 50
 
@@ -226,28 +227,53 @@ def said(capsys: pytest.CaptureFixture[str]) -> list[Any]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+def twenty(*_: int) -> Iterator[int]:
+    yield from range(20)
+
+
 def test_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    given: list[tuple[int, ...]] = []
-
-    def work(*arguments: int) -> Iterator[int]:
-        given.append(arguments)
-        yield from range(20)
-
-    for role in control._MEANWHILE:
-        monkeypatch.setitem(control._MEANWHILE, role, work)
+    monkeypatch.setattr(control, "_generate", twenty)
     control._work("generate")
-    assert said(capsys) == [{}] * 3, "one in eight tokens"
-    control._work("hog", "123")
-    control._work("spin")
-    assert given == [(), (123,), ()]
+    assert said(capsys) == [{}] * 3, "one for eight tokens"
 
     def fail() -> Iterator[int]:
         raise errors.DeviceMissing
         yield 0
 
-    monkeypatch.setitem(control._MEANWHILE, "generate", fail)
+    monkeypatch.setattr(control, "_generate", fail)
     control._work("generate")
     assert "modprobe" in said(capsys)[-1]["remedy"]
+
+
+def test_work_of_a_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[tuple[int, ...]] = []
+
+    def work(*arguments: int) -> Iterator[int]:
+        given.append(arguments)
+        return twenty()
+
+    monkeypatch.setattr(load, "hog", work)
+    monkeypatch.setattr(load, "spin", work)
+    load.work("hog", "123")
+    load.work("spin")
+    assert given == [(123,), ()]
+    assert said(capsys) == [{}] * 2, "once each"
+
+    def fail(size: int) -> Iterator[int]:
+        raise OSError(errno.ENOMEM, "no more")
+        yield 0
+
+    monkeypatch.setattr(load, "hog", fail)
+    load.work("hog", "1")
+    assert "no more" in said(capsys)[0]["error"]
+
+
+def test_loads_are_light() -> None:
+    code = "import sys, tensormem.demo.load; sys.exit('numpy' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(SRC)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
 def test_measure(
@@ -294,7 +320,7 @@ def process(monkeypatch: pytest.MonkeyPatch, script: str) -> control.Process:
     popen = subprocess.Popen
 
     def other(command: list[str], **options: Any) -> Any:
-        assert command[1:] == ["-m", "tensormem.demo.control", "hog", str(os.getpid()), "12"]
+        assert command[1:] == ["-m", "tensormem.demo.load", "hog", str(os.getpid()), "12"]
         return popen([command[0], "-c", SCRIPTS[script]], **options)
 
     with monkeypatch.context() as patch:
@@ -371,11 +397,11 @@ def test_a_process_whose_parent_is_gone_already(monkeypatch: pytest.MonkeyPatch)
             self.asked = arguments
 
     quiet = Quiet()
-    monkeypatch.setattr(control, "_libc", quiet)
-    control._die_with(os.getppid())
+    monkeypatch.setattr(load, "_libc", quiet)
+    load.die_with(os.getppid())
     assert quiet.asked == (1, signal.SIGKILL)
     with pytest.raises(SystemExit):
-        control._die_with(os.getppid() + 1)
+        load.die_with(os.getppid() + 1)
 
 
 # -- all of it -------------------------------------------------------------------------------------

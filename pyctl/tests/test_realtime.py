@@ -484,7 +484,7 @@ def test_reserve(rt: RTClient) -> None:
     rt.reserve("1K", 4)
     rt.reserve(200, 2)
     info = rt.info()
-    assert (info.reserved, info.used) == (4 * 1024 + 2 * 256, 0)
+    assert (info.reserved, info.used) == (4 * 1024 + 2 * 256 + 2 * 2 * GRANULE, 0)
     with rt.join() as hog:
         rest = []
         while hog.info().largest:

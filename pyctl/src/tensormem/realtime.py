@@ -81,7 +81,7 @@ class RTInfo:
         clients: of the arena.
         free: bytes of the arena that are neither reserved nor allocated.
         largest: bytes of a block that could be had now outside of reservations.
-        reserved: bytes laid aside for this client.
+        reserved: bytes laid aside for this client, with two granules for each size.
         used: bytes that it has allocated, also of what is reserved for it.
         blocks: blocks it has.
         priority: its priority.
@@ -785,7 +785,7 @@ class RTClient:
 
         Args:
             sizes: up to 64.
-            deadline_ns: for each of them.
+            deadline_ns: for all of them.
             absolute: as for :meth:`alloc`, and so are the others.
             reserved: see there.
             movable: see there.

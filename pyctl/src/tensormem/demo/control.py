@@ -14,17 +14,15 @@ import ctypes
 import errno
 import gc
 import json
-import mmap
 import os
 import random
 import re
 import resource
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +34,7 @@ from .. import errors, histogram
 from ..realtime import RTClient, rt
 from ..safetensors import load_into
 from . import PROMPT
+from .load import die_with
 from .model import Decoder, encode
 from .run import opened
 
@@ -65,7 +64,6 @@ _ARENA = 2 * KEPT * sum(CLASSES)
 #: What a generating process tells in a line.
 _TOKENS = 8
 
-_PR_SET_PDEATHSIG = 1
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 _TIMER_ABSTIME = 1
 _FIFO_PRIORITY = 50
@@ -316,34 +314,6 @@ def _generate() -> Generator[int, None, None]:
             yield from decoder.generate(prompt, config.context - len(prompt))
 
 
-def _hog(size: int) -> Iterator[int]:
-    """Take memory up to a size and let go of it, over and over; yield with each piece."""
-    pieces: list[mmap.mmap] = []
-    chance = random.Random(2)
-    while True:
-        piece = mmap.mmap(-1, chance.randint(1, max(1, size // 8)))
-        for place in range(0, len(piece), mmap.PAGESIZE):
-            piece[place] = 1
-        pieces.append(piece)
-        while sum(map(len, pieces)) > size - size // 8:
-            pieces.pop(chance.randrange(len(pieces))).close()
-        yield len(pieces)
-
-
-def _spin() -> Iterator[int]:
-    """Keep a CPU busy."""
-    while True:
-        yield sum(range(10_000))
-
-
-#: What a process does until it is ended.
-_MEANWHILE: dict[str, Callable[..., Iterator[int]]] = {
-    "generate": _generate,
-    "hog": _hog,
-    "spin": _spin,
-}
-
-
 def _hog_size() -> int:
     """Return what a hog may take: a quarter of what there is."""
     text = Path("/proc/meminfo").read_text()
@@ -360,9 +330,10 @@ class Process:
     def __init__(self, role: str, *arguments: object) -> None:
         """Start it."""
         self.role = role
+        module = "load" if role in ("hog", "spin") else "control"
         words = [role, str(os.getpid()), *map(str, arguments)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tensormem.demo.control", *words],
+            [sys.executable, "-m", f"tensormem.demo.{module}", *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             # who interrupts the demo interrupts this process, which ends the others
@@ -491,23 +462,15 @@ def run(
     return Report(1000 * period_us, pool, malloc, tokens, hog, busy, kept)
 
 
-def _die_with(parent: int) -> None:
-    """End when the parent does, whatever ends it."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
 def _work(role: str, *arguments: str) -> None:
-    """Do what a process of the demo does, and tell in lines of JSON."""
+    """Be the loop, or generate; tell in lines of JSON."""
     try:
         if role == "loop":
             memory, ticks, period = arguments
             print(json.dumps(_measure(memory, int(ticks), int(period))), flush=True)
             return
-        for number, _ in enumerate(_MEANWHILE[role](*map(int, arguments))):
-            step = _TOKENS if role == "generate" else number + 1
-            if number % step == 0:
+        for number, _ in enumerate(_generate()):
+            if number % _TOKENS == 0:
                 print("{}", flush=True)
     except (errors.TensormemError, OSError) as error:
         remedy = getattr(error, "remedy", None)
@@ -516,5 +479,5 @@ def _work(role: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    _die_with(int(sys.argv[2]))
+    die_with(int(sys.argv[2]))
     _work(sys.argv[1], *sys.argv[3:])
