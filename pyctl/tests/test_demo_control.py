@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import io
 import json
 import mmap
 import os
@@ -282,8 +283,10 @@ def test_measure(
     monkeypatch.setattr(control, "Clock", FakeClock)
     monkeypatch.setattr(control, "_become_realtime", lambda: {"fifo": True, "locked": False})
     for memory in ("pool", "malloc"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
         control._work("loop", memory, "10", str(MS))
-        (found,) = said(capsys)
+        ready, found = said(capsys)
+        assert ready == {}
         run = control.Run(**found)
         assert (run.ticks, run.refused, run.fifo, run.locked) == (10, 0, True, False)
     assert pool.arenas == []
@@ -312,6 +315,8 @@ SCRIPTS = {
     "good": "import time\nprint('{}\\n{}\\n{}', flush=True)\ntime.sleep(1000)",
     "error": 'print(\'{"error": "no more", "remedy": "get some"}\', flush=True)',
     "death": "",
+    "waits": "import sys\nprint('{}', flush=True)\nassert sys.stdin.readline() == '\\n'\n"
+    "print('{\"a\": 1}', flush=True)",
     "late": 'print(\'{}\\n{"error": "no more"}\', flush=True)',
 }
 
@@ -337,6 +342,16 @@ def test_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with process(monkeypatch, "good") as other:
         other.answer()
     assert other._process.returncode == -signal.SIGKILL
+
+
+def test_process_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    with process(monkeypatch, "waits") as other:
+        assert other.answer() == {}
+        assert not other.wait(0)
+        other.go()
+        assert other.answer() == {"a": 1}
+        assert other.wait(60)
+        other.go()
 
 
 @pytest.mark.parametrize(
@@ -413,6 +428,7 @@ class Stage:
     def __init__(self) -> None:
         self.started: list[tuple[object, ...]] = []
         self.ended: list[str] = []
+        self.ran: list[object] = []
         self.left = 0
         self.refused = self.wrong = 0
         self.fail: str | None = None
@@ -422,7 +438,7 @@ class Stage:
         stage = self
 
         class Actor:
-            looked = 0
+            looked, going = 0, False
 
             def __enter__(self) -> Actor:
                 stage.left += 1
@@ -434,14 +450,20 @@ class Stage:
             def answer(self) -> dict[str, Any]:
                 if stage.fail == role:
                     raise errors.TensormemError(f"{role} failed")
-                if role != "loop":
+                if not self.going:
                     return {}
+                stage.ran.append(arguments[0])
                 pool = arguments[0] == "pool"
                 clock = FakeClock() if pool else FakeClock(0, 7 * MS)
                 run = control.turns(Memory(clock), int(str(arguments[1])), MS, clock)
                 changes = {"refused": stage.refused if pool else 0, "wrong": stage.wrong}
                 fields = {n: getattr(run, n) for n in control.Run.__dataclass_fields__}
                 return {**fields, **changes, "fifo": True, "locked": True, "minor": 3}
+
+            def go(self) -> None:
+                assert role == "loop"
+                assert stage.left == 6, "all are there"
+                self.going = True
 
             def wait(self, seconds: float) -> bool:
                 self.looked += 1
@@ -469,9 +491,10 @@ def test_run(stage: Stage) -> None:
     report = control.run(0.1, 1000, each=passed.append)
     hog = report.hog
     assert stage.started == [
-        ("generate",), ("hog", hog), ("spin",), ("spin",),
         ("loop", "pool", 100, MS), ("loop", "malloc", 100, MS),
+        ("generate",), ("hog", hog), ("spin",), ("spin",),
     ]  # fmt: skip
+    assert stage.ran == ["pool", "malloc"]
     assert stage.ended == ["generate", "hog", "spin", "spin"]
     assert stage.left == 0
     assert len(passed) == 4
@@ -511,7 +534,7 @@ def test_command_json(stage: Stage) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["period_ns"] == 500_000
-    assert stage.started[4] == ("loop", "pool", 10_000, 500_000)
+    assert stage.started[0] == ("loop", "pool", 10_000, 500_000)
     assert found["pool"]["ticks"] == 10_000
     assert sum(found["malloc"]["work"]) == 10_000 - 6
     assert found["kept"] is True

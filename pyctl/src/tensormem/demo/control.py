@@ -299,6 +299,8 @@ def _measure(memory: str, ticks: int, period_ns: int) -> dict[str, Any]:
         if memory == "pool":
             messages = Pool(stack.enter_context(rt(_ARENA)), period_ns)
         status = _become_realtime()
+        print("{}", flush=True)
+        sys.stdin.readline()
         return {**asdict(turns(messages, ticks, period_ns, Clock())), **status}
 
 
@@ -334,7 +336,7 @@ class Process:
         words = [role, str(os.getpid()), *map(str, arguments)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"tensormem.demo.{module}", *words],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # who interrupts the demo interrupts this process, which ends the others
             process_group=0,
@@ -348,6 +350,14 @@ class Process:
         return errors.TensormemError(
             f"the process '{self.role}' failed: {answer['error']}", answer.get("remedy")
         )
+
+    def go(self) -> None:
+        """Let it begin, if it is one that waits for that."""
+        assert self._process.stdin is not None
+        # one that has ended is noticed by who wants an answer
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(b"\n")
+            self._process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
         """Wait for a line of it, and return the document in it.
@@ -391,8 +401,10 @@ class Process:
         """End it, and wait until it has ended."""
         self._process.kill()
         self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 @dataclass(frozen=True)
@@ -439,21 +451,26 @@ def run(
     ticks = max(1, round(seconds * 1_000_000 / period_us))
     hog, busy = _hog_size(), os.cpu_count() or 1
     with contextlib.ExitStack() as stack:
-        generator = stack.enter_context(start("generate"))
-        others = [stack.enter_context(start("hog", hog))]
-        others += [stack.enter_context(start("spin")) for _ in range(busy)]
-        for process in (generator, *others):
+
+        def started(*words: object) -> Process:
+            process = stack.enter_context(start(*words))
             process.answer()
+            return process
+
+        # what keeps CPUs busy comes last, or all else would take long to start
+        loops = [started("loop", memory, ticks, 1000 * period_us) for memory in ("pool", "malloc")]
+        generator = started("generate")
+        others = [started("hog", hog), *(started("spin") for _ in range(busy))]
         runs = []
-        for memory in ("pool", "malloc"):
-            with start("loop", memory, ticks, 1000 * period_us) as loop:
-                then = time.monotonic()
-                while not loop.wait(0.2):
-                    now = time.monotonic()
-                    if each is not None:
-                        each(now - then)
-                    then = now
-                runs.append(Run(**loop.answer()))
+        for loop in loops:
+            loop.go()
+            then = time.monotonic()
+            while not loop.wait(0.2):
+                now = time.monotonic()
+                if each is not None:
+                    each(now - then)
+                then = now
+            runs.append(Run(**loop.answer()))
         tokens = _TOKENS * generator.end()
         for process in others:
             process.end()
