@@ -13,6 +13,7 @@
 #include <linux/filelock.h>
 #endif
 #include <linux/fs.h>
+#include <linux/hrtimer.h>
 #include <linux/mm.h>
 #ifdef TM_HAVE_PFN_T
 #include <linux/pfn_t.h>
@@ -174,6 +175,16 @@ static inline void tm_lease_free(struct tm_lease *lease)
 		locks_free_lock(lease);
 }
 
+#endif
+
+#ifndef TM_HAVE_HRTIMER_SETUP /* 6.13 */
+static inline void hrtimer_setup(struct hrtimer *timer,
+				 enum hrtimer_restart (*function)(struct hrtimer *),
+				 clockid_t clock, enum hrtimer_mode mode)
+{
+	hrtimer_init(timer, clock, mode);
+	timer->function = function;
+}
 #endif
 
 /* What the kernel asks of who takes a lease; until 6.18 it looked by itself. */

@@ -193,11 +193,13 @@ int tm_rt_join(struct tm_rt *rt, struct tm_rt_client *client, u32 priority)
 	tm_assert_raw_locked(rt->heap.lock);
 	if (priority >= TM_RT_PRIORITIES)
 		return -EINVAL;
-	while (word < TM_RT_CLIENTS / 64 && !~rt->places[word])
+	while (word < TM_RT_CLIENTS / 64 && !~rt->places[word]) {
+		tm_step();
 		word++;
-	/* The last word has a place less than it has bits. */
-	index = word * 64;
-	index += ~rt->places[word] ? tm_ctz64(~rt->places[word]) : 64;
+	}
+	tm_step();
+	/* The last word has a bit more than there are places. */
+	index = word * 64 + tm_ctz64(~rt->places[word]);
 	if (index >= TM_RT_CLIENTS)
 		return -ENOSPC;
 	memset(client, 0, sizeof(*client));
@@ -226,6 +228,7 @@ static bool tm_rt_must_wait(const struct tm_rt *rt, u32 priority)
 {
 	u32 word = priority / 64;
 
+	tm_step();
 	return rt->levels[word] >> priority % 64 || (!word && rt->levels[1]);
 }
 
@@ -334,6 +337,60 @@ static void tm_rt_item_take(struct tm_rt *rt, struct tm_rt_client *client,
 	};
 }
 
+/* Rings of those who wait. */
+
+static void tm_rt_ring_add(struct tm_rt_waiter **first, enum tm_rt_ring ring,
+			   struct tm_rt_waiter *waiter)
+{
+	struct tm_rt_waiter *next = *first ? *first : waiter;
+	struct tm_rt_waiter *prev = *first ? next->prev[ring] : waiter;
+
+	waiter->next[ring] = next;
+	waiter->prev[ring] = prev;
+	tm_step();
+	next->prev[ring] = waiter;
+	tm_step();
+	prev->next[ring] = waiter;
+	if (!*first)
+		*first = waiter;
+}
+
+static void tm_rt_ring_del(struct tm_rt_waiter **first, enum tm_rt_ring ring,
+			   struct tm_rt_waiter *waiter)
+{
+	struct tm_rt_waiter *next = waiter->next[ring];
+
+	tm_step();
+	next->prev[ring] = waiter->prev[ring];
+	tm_step();
+	waiter->prev[ring]->next[ring] = next;
+	if (*first == waiter)
+		*first = next == waiter ? NULL : next;
+}
+
+/* It waits no longer. */
+static void tm_rt_stop(struct tm_rt *rt, struct tm_rt_waiter *waiter, u32 state)
+{
+	u32 priority = waiter->priority;
+
+	waiter->state = state;
+	tm_rt_ring_del(&rt->waiting[priority], TM_RT_BY_PRIORITY, waiter);
+	if (!rt->waiting[priority])
+		rt->levels[priority / 64] &= ~(1ull << priority % 64);
+	if (waiter->class)
+		tm_rt_ring_del(&waiter->class->waiting, TM_RT_BY_CLASS, waiter);
+}
+
+/* The first who waits for an item of a class gets one; tm_rt_serve() will tell. */
+static void tm_rt_hand(struct tm_rt *rt, struct tm_rt_class *class)
+{
+	struct tm_rt_waiter *waiter = class->waiting;
+
+	tm_rt_stop(rt, waiter, TM_RT_SERVED);
+	tm_rt_item_take(rt, waiter->client, class, &waiter->block);
+	tm_rt_ring_add(&rt->handed, TM_RT_BY_PRIORITY, waiter);
+}
+
 static void tm_rt_item_put(struct tm_rt *rt, struct tm_rt_client *client,
 			   u32 start)
 {
@@ -349,6 +406,8 @@ static void tm_rt_item_put(struct tm_rt *rt, struct tm_rt_client *client,
 	class->used--;
 	client->nr_blocks--;
 	client->used -= class->size;
+	if (class->waiting)
+		tm_rt_hand(rt, class);
 }
 
 /*
@@ -614,44 +673,26 @@ int tm_rt_unpin(struct tm_rt *rt, struct tm_rt_client *client, u32 handle)
 
 void tm_rt_wait(struct tm_rt *rt, struct tm_rt_waiter *waiter)
 {
-	u32 priority = waiter->client->priority;
-	struct tm_rt_waiter **first = &rt->waiting[priority];
+	struct tm_rt_client *client = waiter->client;
+	u32 priority = client->priority;
+	struct tm_rt_class *class = NULL;
 
 	tm_assert_raw_locked(rt->heap.lock);
+	if (!waiter->flags)
+		class = tm_rt_class_for(client, waiter->size);
 	waiter->state = TM_RT_WAITING;
 	waiter->priority = priority;
+	waiter->class = class;
 	/* It has not been told to compact yet. */
 	waiter->frees = rt->frees - 1;
-	waiter->next = *first ? *first : waiter;
-	waiter->prev = *first ? (*first)->prev : waiter;
-	tm_step();
-	waiter->next->prev = waiter;
-	tm_step();
-	waiter->prev->next = waiter;
-	if (!*first)
-		*first = waiter;
+	tm_rt_ring_add(&rt->waiting[priority], TM_RT_BY_PRIORITY, waiter);
 	rt->levels[priority / 64] |= 1ull << priority % 64;
-}
-
-/* It waits no longer. */
-static void tm_rt_stop(struct tm_rt *rt, struct tm_rt_waiter *waiter, u32 state)
-{
-	u32 priority = waiter->priority;
-	struct tm_rt_waiter **first = &rt->waiting[priority];
-
-	tm_step();
-	waiter->state = state;
-	if (waiter->next == waiter) {
-		*first = NULL;
-		rt->levels[priority / 64] &= ~(1ull << priority % 64);
+	if (!class)
 		return;
-	}
-	tm_step();
-	waiter->next->prev = waiter->prev;
-	tm_step();
-	waiter->prev->next = waiter->next;
-	if (*first == waiter)
-		*first = waiter->next;
+	tm_rt_ring_add(&class->waiting, TM_RT_BY_CLASS, waiter);
+	/* One may have been freed since it was refused. */
+	if (class->used < class->count)
+		tm_rt_hand(rt, class);
 }
 
 bool tm_rt_cancel(struct tm_rt *rt, struct tm_rt_waiter *waiter)
@@ -684,6 +725,11 @@ struct tm_rt_waiter *tm_rt_serve(struct tm_rt *rt)
 	int err;
 
 	tm_assert_raw_locked(rt->heap.lock);
+	waiter = rt->handed;
+	if (waiter) {
+		tm_rt_ring_del(&rt->handed, TM_RT_BY_PRIORITY, waiter);
+		return waiter;
+	}
 	waiter = tm_rt_first(rt);
 	if (!waiter)
 		return NULL;
@@ -800,6 +846,14 @@ static u32 tm_rt_check_items(const struct tm_rt *rt,
 		free++;
 	}
 	tm_warn_on(used != class->used || used + free != class->fresh);
+	/* What is left would have been handed over. */
+	tm_warn_on(class->waiting && class->used < class->count);
+	for (u32 i = 0; class->waiting && i < 2; i++) {
+		const struct tm_rt_waiter *w = class->waiting;
+
+		w = i ? w->next[TM_RT_BY_CLASS] : w->prev[TM_RT_BY_CLASS];
+		tm_warn_on(w->class != class || w->state != TM_RT_WAITING);
+	}
 	return used;
 }
 
@@ -907,9 +961,10 @@ static void tm_rt_check_level(const struct tm_rt *rt, u32 priority)
 	do {
 		tm_warn_on(w->state != TM_RT_WAITING);
 		tm_warn_on(w->priority != priority);
-		tm_warn_on(w->next->prev != w);
+		tm_warn_on(w->next[TM_RT_BY_PRIORITY]->prev[TM_RT_BY_PRIORITY] !=
+			   w);
 		tm_warn_on(rt->client[w->client->index] != w->client);
-		w = w->next;
+		w = w->next[TM_RT_BY_PRIORITY];
 	} while (w != first);
 }
 

@@ -21,6 +21,8 @@
  * Who waits is served by priority, then in order of arrival; a first one that cannot be served yet is not overtaken by those behind it,
  * or large requests would starve. What is freed is handed to the first waiter there and then (tm_rt_serve()): who comes along cannot
  * take it. A call serves one at most, and who was served serves the next: so a free takes a constant number of steps.
+ * Who waits for a size that a class of his serves waits for its items as well, in order of arrival, and gets the first that is freed, whoever
+ * is before him in the other queue. A class that is reserved later does nothing for him.
  *
  * A block is named by a handle, never 0: that of a fixed block or an item is its start + 1; that of a movable one is
  * TM_RT_HANDLE_MOVABLE and an entry of a table, which says where it is. Movable blocks are pinned while somebody knows their address.
@@ -55,6 +57,8 @@
 #define TM_RT_ALLOC_MOVABLE	(1u << 0)	/* from the heap; born pinned */
 #define TM_RT_ALLOC_RESERVED	(1u << 1)	/* from the reservation or not at all */
 
+struct tm_rt_waiter;
+
 /**
  * struct tm_rt_class - a part of a reservation: items of one size
  * @size: granules of an item; 0: no such class
@@ -63,6 +67,7 @@
  * @fresh: items that were never allocated are the last @count - @fresh
  * @run: the block that they lie in; its first granule and its last are not an item's
  * @free: an item on the list of free ones, linked by their nodes; or TM_HEAP_NONE
+ * @waiting: first of those that wait for an item; NULL: none, and always so while one is left
  */
 struct tm_rt_class {
 	u32 size;
@@ -71,6 +76,7 @@ struct tm_rt_class {
 	u32 fresh;
 	u32 run;
 	u32 free;
+	struct tm_rt_waiter *waiting;
 };
 
 /**
@@ -105,6 +111,13 @@ struct tm_rt_block {
 	u32 length;
 };
 
+/* The rings that a waiter is in. */
+enum tm_rt_ring {
+	TM_RT_BY_PRIORITY,	/* tm_rt::waiting; then tm_rt::handed */
+	TM_RT_BY_CLASS,		/* tm_rt_class::waiting */
+	TM_RT_RINGS,
+};
+
 enum tm_rt_waiter_state {
 	TM_RT_IDLE,
 	TM_RT_WAITING,
@@ -119,8 +132,9 @@ enum tm_rt_waiter_state {
  * @state: enum tm_rt_waiter_state
  * @priority: its client's when it began to wait
  * @frees: tm_rt::frees when it was last told to compact
+ * @class: the class that serves it, too, or NULL
  * @block: what it got
- * @next: @prev: those of the same priority, in a ring
+ * @next: @prev: in rings
  */
 struct tm_rt_waiter {
 	struct tm_rt_client *client;
@@ -129,9 +143,10 @@ struct tm_rt_waiter {
 	u32 state;
 	u32 priority;
 	u32 frees;
+	struct tm_rt_class *class;
 	struct tm_rt_block block;
-	struct tm_rt_waiter *next;
-	struct tm_rt_waiter *prev;
+	struct tm_rt_waiter *next[TM_RT_RINGS];
+	struct tm_rt_waiter *prev[TM_RT_RINGS];
 };
 
 enum tm_rt_movable_state {
@@ -167,6 +182,7 @@ struct tm_rt_movable {
  *          Without meaning when all are in use
  * @waiting: first of those that wait, by priority; NULL: none
  * @levels: bit p: somebody of priority p waits
+ * @handed: first of those that got an item and have not been named by tm_rt_serve(); NULL: none
  * @frees: counts what might let compaction succeed that failed before: what is freed in the heap, and last unpins
  * @moving: somebody copies a block
  * @moves: blocks that were moved, ever
@@ -181,6 +197,7 @@ struct tm_rt {
 	u32 unused;
 	struct tm_rt_waiter *waiting[TM_RT_PRIORITIES];
 	u64 levels[2];
+	struct tm_rt_waiter *handed;
 	u32 frees;
 	bool moving;
 	u64 moves;
@@ -235,8 +252,8 @@ void tm_rt_wait(struct tm_rt *rt, struct tm_rt_waiter *waiter);
 /* Stop waiting. Return: whether it had been served meanwhile: then the block is its client's. */
 bool __must_check tm_rt_cancel(struct tm_rt *rt, struct tm_rt_waiter *waiter);
 /*
- * To be called after tm_rt_wait() and whatever may make room (free, unpin, unreserve, leave, move_end), and by who was served or stops waiting.
- * Return: whom to wake: SERVED; or still WAITING, because enough is free, but in pieces, and it should compact: it is told once for each value of
+ * To be called after tm_rt_wait() and whatever may make room (free, unpin, unreserve, leave, move_end), and by who was served or stops waiting;
+ * before the lock is dropped. Return: whom to wake: SERVED; or still WAITING, because enough is free, but in pieces, and it should compact: it is told once for each value of
  * tm_rt::frees; or NULL. One that waits for a movable block while all entries are in use is first like any other.
  */
 struct tm_rt_waiter *tm_rt_serve(struct tm_rt *rt);

@@ -202,7 +202,7 @@
  *   client allocates is its own: only it can free it, and its last close does.
  *
  *   mmap(2) of the descriptor, MAP_SHARED, maps the arena or whole pages of it. Nothing in it faults afterwards
- *   (MADV_DONTNEED gives that up, and a touch brings it back). Blocks lie at offsets
+ *   (MADV_DONTNEED gives that up, and a touch brings it back; so does fork(2) for the child, which had better map it again). Blocks lie at offsets
  *   in it, aligned to tensormem_rt_info::granule, which no two CPUs' cache lines nor DMA buffers share. A block shows
  *   what the arena's clients left there.
  *
