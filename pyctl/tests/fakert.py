@@ -68,6 +68,8 @@ class Waiter:
     length: int
     flags: RTFlag
     priority: int
+    number: int
+    size_class: Class | None
     block: Block | None = None
 
 
@@ -136,8 +138,7 @@ class Arena:
         self.clients: list[FakeRT] = []
         self.blocks: dict[int, Block] = {}  # by handle
         self.waiters: list[Waiter] = []
-        self.next_movable = 0
-        self.moves = 0
+        self.next_movable = self.moves = self.arrivals = 0
 
     def taken(self) -> list[tuple[int, int]]:
         """Return starts and lengths of what the heap has given, sorted."""
@@ -193,6 +194,11 @@ class Arena:
 
     def serve(self) -> None:
         """Give what there is to the first of those who wait, then to the next."""
+        # what is free in a class is for its own, in order of arrival
+        for waiter in sorted(self.waiters, key=lambda waiter: waiter.number):
+            if waiter.size_class is not None and waiter.size_class.free:
+                waiter.block = waiter.client.take_item(waiter.size_class)
+                self.waiters.remove(waiter)
         while self.waiters:
             first = self.waiters[0]
             try:
@@ -396,23 +402,31 @@ class FakeRT:
         a.handle, a.offset = block.handle, block.start * GRANULE
 
     def _at_once(self, length: int, flags: RTFlag) -> Block:
-        fits = [c for c in self.classes if c.size >= length]
-        smallest = min(fits, key=lambda c: c.size, default=None)
-        if smallest is not None and smallest.free and RTFlag.MOVABLE not in flags:
-            start = smallest.free.pop()
-            block = Block(self, start, smallest.size, start + 1, smallest)
-            self.arena.blocks[block.handle] = block
-            return block
+        smallest = self._class(length, flags)
+        if smallest is not None and smallest.free:
+            return self.take_item(smallest)
         waiting = self.arena.waiters
         if RTFlag.RESERVED in flags or (waiting and waiting[0].priority >= self.priority):
             refuse(errno.ENOSPC)
         return self.arena.from_heap(self, length, flags)
 
+    def _class(self, length: int, flags: RTFlag) -> Class | None:
+        fits = [c for c in self.classes if c.size >= length and RTFlag.MOVABLE not in flags]
+        return min(fits, key=lambda c: c.size, default=None)
+
+    def take_item(self, of: Class) -> Block:
+        start = of.free.pop()
+        block = Block(self, start, of.size, start + 1, of)
+        self.arena.blocks[block.handle] = block
+        return block
+
     def _wait(self, length: int, flags: RTFlag, a: abi.RTAlloc) -> Block:
         pool, arena = self.pool, self.arena
         absolute = RTFlag.ABSOLUTE in flags
         end = a.deadline_ns if absolute else pool.now + a.deadline_ns
-        waiter = Waiter(self, length, flags, self.priority)
+        size_class = self._class(length, flags)
+        waiter = Waiter(self, length, flags, self.priority, arena.arrivals, size_class)
+        arena.arrivals += 1
         place = next(
             (i for i, w in enumerate(arena.waiters) if w.priority < self.priority),
             len(arena.waiters),
@@ -420,7 +434,7 @@ class FakeRT:
         arena.waiters.insert(place, waiter)
         if pool.now < end:
             arena.serve()
-        self.waits += waiter.block is None
+        self.waits += 1
         while waiter.block is None:
             try:
                 if pool.others and pool.now < end:

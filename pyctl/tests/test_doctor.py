@@ -356,9 +356,11 @@ def test_board(good: Machine) -> None:
     )  # fmt: skip
     check = find(good, "board")
     assert (check.state, check.value) == ("ok", "Raspberry Pi 4, 2 GiB")
-    assert "1.2 GiB for models and 128 MiB for arenas" in check.note
+    assert check.note == "by default 1.2 GiB for models and all else, 128 MiB for arenas"
     module(good, board__matched=0)
-    assert find(good, "board").value == "none of the table, shared out like a Raspberry Pi 4, 2 GiB"
+    check = find(good, "board")
+    assert (check.state, check.value) == ("ok", "none of the table, 2 GiB")
+    assert "128 MiB for arenas, as the share is on a Raspberry Pi 4" in check.note
     module(good, board__ram="?")
     assert "board" not in [c.name for c in examine(good)]
 

@@ -477,6 +477,15 @@ def test_a_batch_is_all_or_none(rt: RTClient) -> None:
     assert rt.info().blocks == 0
 
 
+def test_a_batch_of_which_somebody_else_freed_one(rt: RTClient) -> None:
+    blocks = rt.alloc_many([1] * 5)
+    fake(rt).free(fake(rt).find(blocks[2].handle))
+    with pytest.raises(errors.NoSuchBlock):
+        rt.free_many(blocks)
+    assert rt.info().blocks == 0
+    assert all(block.freed for block in blocks)
+
+
 # -- reservations -------------------------------------------------------------------------
 
 
@@ -626,6 +635,28 @@ def test_nobody_takes_what_others_wait_for(pool: RTPool, rt: RTClient) -> None:
     pool.others = [barge]
     with rt.alloc(rt.size, 1000):
         assert tried == [errors.ArenaFull]
+
+
+def test_an_item_that_is_freed_goes_to_its_own_client(pool: RTPool, rt: RTClient) -> None:
+    rt.reserve(1000, 1)
+    item = rt.alloc(1000, reserved=True)
+    with rt.join(priority=9) as other:
+        rest = []
+        while other.info().largest:
+            rest.append(other.alloc(other.info().largest))
+        missed: list[int] = []
+
+        def wait() -> None:
+            with contextlib.suppress(errors.DeadlineMissed):
+                other.alloc(1000, 500)
+            missed.append(other.info().misses)
+
+        # the other one waits when the item is freed, and has the higher priority
+        pool.others = [wait, item.free]
+        with rt.alloc(900, 10_000):
+            assert rt.info().misses == 0
+        assert missed == [1]
+        other.free_many(rest)
 
 
 def test_signals_do_not_prolong_a_wait(

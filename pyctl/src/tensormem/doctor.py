@@ -351,12 +351,18 @@ def _board(m: Machine) -> Check | None:
     )
     if name is None or ram is None or model is None or protocol is None:
         return None
-    like = "" if m.figure("board/matched") else "none of the table, shared out like a "
+    if m.figure("board/matched"):
+        note = f"by default {format_size(model)} for models and all else"
+        return Check(
+            "board",
+            f"{name}, {format_size(ram)}",
+            note=f"{note}, {format_size(protocol)} for arenas",
+        )
     note = (
-        f"{format_size(model)} for models and {format_size(protocol)} for arenas, unless set"
-        " otherwise"
+        f"by default 60 % of the RAM for all pools, of that {format_size(protocol)} for arenas,"
+        f" as the share is on a {name}"
     )
-    return Check("board", f"{like}{name}, {format_size(ram)}", note=note)
+    return Check("board", f"none of the table, {format_size(ram)}", note=note)
 
 
 def _rt_pool(m: Machine) -> Check | None:

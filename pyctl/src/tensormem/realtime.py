@@ -335,7 +335,14 @@ class _Session(Session):
             batch = abi.Batch(
                 items=ctypes.addressof(items), count=len(part), item_size=ctypes.sizeof(abi.RTBlock)
             )
-            self.call(abi.IOC_RT_FREE_BATCH, batch, "cannot free blocks")
+            try:
+                self.call(abi.IOC_RT_FREE_BATCH, batch, "cannot free blocks")
+            except errors.NoSuchBlock:
+                # another process that has this client was first: the others are to go still
+                for block in part:
+                    with contextlib.suppress(errors.NoSuchBlock):
+                        self.call(abi.IOC_RT_FREE, abi.RTBlock(handle=block.handle))
+                raise
 
 
 def _freed(block: _Block) -> errors.NoSuchBlock:
