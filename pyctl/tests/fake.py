@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from fakekv import FakeKV, State
 from fakemodel import FakeGeneration, FakeSlot, Models
+from fakert import FakeRT, RTPool
 from tensormem import abi
 
 PAGE = mmap.PAGESIZE
@@ -71,6 +72,7 @@ class FakeDevice:
         memlock: int = WINDOW,
         mapping: abi.Mapping = abi.Mapping.BLOCK,
         models: Models | None = None,
+        rt: RTPool | None = None,
     ) -> None:
         self.fd = os.memfd_create("tensormem-fake", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, window)
@@ -91,6 +93,7 @@ class FakeDevice:
         self.lock = threading.Lock()
         self.caches: dict[int, FakeKV] = {}  # by descriptor
         self.models = Models() if models is None else models
+        self.rt = RTPool() if rt is None else rt
 
     # -- the Device protocol ---------------------------------------------------
 
@@ -128,8 +131,8 @@ class FakeDevice:
     def poll(self, events: int, timeout: float | None) -> int:
         raise AssertionError("nobody polls it")
 
-    def other(self, fd: int) -> FakeKV | FakeSlot | FakeGeneration:
-        return self.caches.get(fd) or self.models.descriptors[fd]
+    def other(self, fd: int) -> FakeKV | FakeSlot | FakeGeneration | FakeRT:
+        return self.caches.get(fd) or self.rt.descriptors.get(fd) or self.models.descriptors[fd]
 
     def fileno(self) -> int:
         return self.fd
@@ -185,6 +188,8 @@ class FakeDevice:
             a.fd = cache.fd
         elif isinstance(a, abi.ModelOpen):
             self.models.open(a)
+        elif isinstance(a, abi.RTOpen):
+            self.rt.open(a)
         else:
             raise OSError(errno.ENOTTY, "")
 

@@ -24,6 +24,7 @@ STRUCTS = [
     abi.KVPack, abi.KVReset, abi.KVEvent,
     abi.ModelOpen, abi.ModelSlot, abi.ModelStage, abi.ModelWhich, abi.ModelAcquire,
     abi.ModelInfo, abi.ModelRemove,
+    abi.RTOpen, abi.RTInfo, abi.RTReserve, abi.RTAlloc, abi.RTBlock, abi.RTPriority,
 ]  # fmt: skip
 
 
@@ -109,13 +110,14 @@ def test_every_constant_of_the_header(compiled: dict[str, int]) -> None:
     ours |= {f"TENSORMEM_KV_{t.name}": int(t) for t in abi.KVEventType}
     for enum in (abi.ModelState, abi.OpenFlag, abi.StageFlag):
         ours |= {f"TENSORMEM_MODEL_{m.name}": int(m) for m in enum}
+    ours |= {f"TENSORMEM_RT_{f.name}": int(f) for f in abi.RTFlag}
     ours |= {
         f"TENSORMEM_{name}": value
         for name, value in vars(abi).items()
-        if name.startswith(("IOC_", "KV_", "MODEL_", "SHA256")) and name != "IOC_MAGIC"
+        if name.startswith(("IOC_", "KV_", "MODEL_", "RT_", "SHA256")) and name != "IOC_MAGIC"
     }
     names = _constants_in_header()
-    assert len(names) >= 77
+    assert len(names) >= 94
     assert ours == {name: compiled[name] for name in names}
 
 

@@ -46,7 +46,8 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     put(m, "/proc/pressure/memory", "some avg10=0.00\n")
     put(m, "/sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory pids\n")
     put(m, "/proc/self/cgroup", "0::/\n")
-    put(m, "/proc/self/status", "Name:\tx\nCapEff:\t0000000000000000\n")
+    put(m, "/proc/self/status", "Name:\tx\nCapEff:\t0000000000800000\n")
+    put(m, "/sys/kernel/realtime", "1\n")
     put(m, "/proc/self/limits", limits("unlimited"))
     put(m, "/sys/kernel/btf/vmlinux", b"\0")
     put(m, "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "0\n")
@@ -80,7 +81,8 @@ def test_good_machine(good: Machine) -> None:
     checks = examine(good)
     assert [c.name for c in checks] == [
         "architecture", "kernel", "headers", "signatures", "module", "device", "client",
-        "page size", "mapping", "PSI", "memory cgroup", "memlock", "BTF", "hugetlb", "CMA",
+        "page size", "mapping", "PSI", "memory cgroup", "memlock", "priority", "preemption", "BTF",
+        "hugetlb", "CMA",
     ]  # fmt: skip
     assert all(c.state == "ok" for c in checks), checks
     assert not any(c.fix for c in checks)
@@ -337,6 +339,79 @@ def test_cgroup_limits(good: Machine) -> None:
     put(good, "/sys/fs/cgroup/memory.max", f"{64 << 20}\n")
     assert find(good, "memory cgroup").value == "on (v2), 64 MiB"
     assert others_are_fine(good, "memory cgroup")
+
+
+SYSFS = "/sys/class/misc/tensormem"
+
+
+def module(m: Machine, **files: object) -> None:
+    for name, value in files.items():
+        put(m, f"{SYSFS}/{name.replace('__', '/')}", f"{value}\n")
+
+
+def test_board(good: Machine) -> None:
+    module(
+        good, board__name="Raspberry Pi 4", board__matched=1, board__ram=2 << 30,
+        board__model_bytes=1280 << 20, board__protocol_bytes=128 << 20,
+    )  # fmt: skip
+    check = find(good, "board")
+    assert (check.state, check.value) == ("ok", "Raspberry Pi 4, 2 GiB")
+    assert check.note == "by default 1.2 GiB for models and all else, 128 MiB for arenas"
+    module(good, board__matched=0)
+    check = find(good, "board")
+    assert (check.state, check.value) == ("ok", "none of the table, 2 GiB")
+    assert "128 MiB for arenas, as the share is on a Raspberry Pi 4" in check.note
+    module(good, board__ram="?")
+    assert "board" not in [c.name for c in examine(good)]
+
+
+def test_rt_pool(good: Machine) -> None:
+    module(good, rt__size=64 << 20, rt__used=4 << 20, rt__ready=8 << 20)
+    check = find(good, "RT pool")
+    assert (check.state, check.value, check.fix) == ("ok", "64 MiB, 4 MiB in arenas", [])
+    assert check.note == "8 MiB of it are set aside"
+    module(good, rt__ready=0)
+    check = find(good, "RT pool")
+    assert check.state == "ok"
+    assert "'tensormem rt ready 32M'" in check.note
+    assert f"options tensormem rt_ready={32 << 20}" in fix(check)
+    assert "/etc/modprobe.d/tensormem.conf" in fix(check)
+    module(good, rt__size=0)
+    check = find(good, "RT pool")
+    assert check.state == "warn"
+    assert check.fix == ["sudo tensormem rt size 64M"]
+    remove(good, f"{SYSFS}/rt/used")
+    assert "RT pool" not in [c.name for c in examine(good)]
+
+
+@pytest.mark.parametrize(("release", "package"), [
+    (RELEASE, "linux-image-rt-arm64"),
+    ("6.12.34+rpt-rpi-2712", "linux-image-rpi-v8-rt"),
+])  # fmt: skip
+def test_no_preempt_rt(good: Machine, release: str, package: str) -> None:
+    assert find(good, "preemption").value == "PREEMPT_RT"
+    remove(good, "/sys/kernel/realtime")
+    check = find(replace(good, release=release), "preemption")
+    assert (check.state, check.value) == ("warn", "no PREEMPT_RT")
+    assert package in fix(check)
+    put(good, "/sys/kernel/realtime", "0\n")
+    assert find(good, "preemption").state == "warn"
+
+
+def test_priority(good: Machine) -> None:
+    assert find(good, "priority").value == "any (CAP_SYS_NICE)"
+    put(good, "/proc/self/status", "CapEff:\tffffffffff7fffff\n")
+    check = find(good, "priority")
+    assert (check.state, check.value) == ("warn", "no CAP_SYS_NICE, SCHED_FIFO up to 0")
+    assert "no reservations in the RT pool, no SCHED_FIFO" in check.note
+    assert "AmbientCapabilities=CAP_SYS_NICE" in fix(check)
+    assert "LimitRTPRIO" in fix(check)
+    put(good, "/proc/self/limits", limits("unlimited") + "Max realtime priority  95  95\n")
+    check = find(good, "priority")
+    assert check.value == "no CAP_SYS_NICE, SCHED_FIFO up to 95"
+    assert "SCHED_FIFO" not in check.note
+    assert "LimitRTPRIO" not in fix(check)
+    assert others_are_fine(good, "priority")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ MEANING: dict[int, tuple[type[errors.TensormemError], type[Exception]]] = {
     errno.EBADMSG: (errors.WrongContents, ValueError),
     errno.ETXTBSY: (errors.FileBusy, OSError),
     errno.ECANCELED: (errors.LoadCancelled, Exception),
+    errno.ETIMEDOUT: (errors.DeadlineMissed, TimeoutError),
 }
 
 #: What a KV cache means by an errno, where it is not the same.
@@ -54,7 +55,20 @@ MODEL_MEANING: dict[int, tuple[type[errors.TensormemError], type[Exception]]] = 
     errno.EIO: (errors.ReadFailed, OSError),
 }
 
-TABLES = {"": MEANING, "kv": MEANING | KV_MEANING, "model": MEANING | MODEL_MEANING}
+#: Likewise an RT client.
+RT_MEANING: dict[int, tuple[type[errors.TensormemError], type[Exception]]] = {
+    errno.ENOENT: (errors.NoSuchBlock, LookupError),
+    errno.ENOSPC: (errors.ArenaFull, errors.PoolExhausted),
+    errno.EEXIST: (errors.SizeReserved, ValueError),
+    errno.EBUSY: (errors.ReservationInUse, errors.Busy),
+}
+
+TABLES = {
+    "": MEANING,
+    "kv": MEANING | KV_MEANING,
+    "model": MEANING | MODEL_MEANING,
+    "rt": MEANING | RT_MEANING,
+}
 
 
 def test_every_errno_of_the_header_has_a_class() -> None:
@@ -68,7 +82,7 @@ def test_every_errno_of_the_header_has_a_class() -> None:
 @pytest.mark.parametrize("number", MEANING, ids=lambda n: errno.errorcode[n])
 def test_meaning(number: int, of: str) -> None:
     cls, builtin = TABLES[of][number]
-    error = errors.from_errno(number, kv=of == "kv", model=of == "model")
+    error = errors.from_errno(number, kv=of == "kv", model=of == "model", rt=of == "rt")
     assert type(error) is cls
     assert isinstance(error, builtin)
     assert error.errno == number
@@ -76,6 +90,14 @@ def test_meaning(number: int, of: str) -> None:
     assert error.remedy
     assert str(error) == f"{error.cause}: {error.remedy}"
     assert "\n" not in str(error)
+
+
+def test_enfile_is_the_arenas_alone() -> None:
+    assert type(errors.from_errno(errno.ENFILE)) is errors.TensormemError
+    error = errors.from_errno(errno.ENFILE, rt=True)
+    assert type(error) is errors.TooManyMovable
+    assert isinstance(error, MemoryError)
+    assert "movable" in error.remedy
 
 
 def test_own_words_replace_those_of_the_class() -> None:

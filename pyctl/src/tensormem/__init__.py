@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     AccessDenied,
+    ArenaFull,
     BadAddress,
     Busy,
     CacheFull,
     CacheInUse,
     Closed,
     DamagedKV,
+    DeadlineMissed,
     DeviceMissing,
     FileBusy,
     GenerationFailed,
@@ -31,6 +33,7 @@ from .errors import (
     LoadCancelled,
     ModelFileError,
     NoCodec,
+    NoSuchBlock,
     NoSuchGeneration,
     NoSuchSequence,
     NoSuchSlot,
@@ -39,15 +42,20 @@ from .errors import (
     NotCacheable,
     NotHeld,
     NotPermitted,
+    NotReserved,
     OutOfMemory,
     PoolExhausted,
     QuotaExceeded,
     ReadFailed,
+    ReservationInUse,
+    RTPoolFull,
+    SizeReserved,
     SlotBusy,
     SlotDenied,
     SlotExists,
     StillLoading,
     TensormemError,
+    TooManyMovable,
     TooManySequences,
     TooManyTokens,
     WindowFull,
@@ -69,11 +77,13 @@ if TYPE_CHECKING:
     )
     from .kvfile import KVFileError
     from .model import Generation, GenerationInfo, Slot, SlotInfo, Staging, slot
+    from .realtime import RTBlock, RTBuffer, RTClient, RTInfo, rt
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AccessDenied",
+    "ArenaFull",
     "BadAddress",
     "Busy",
     "CacheFull",
@@ -81,6 +91,7 @@ __all__ = [
     "Client",
     "Closed",
     "DamagedKV",
+    "DeadlineMissed",
     "DeviceMissing",
     "FileBusy",
     "Generation",
@@ -101,6 +112,7 @@ __all__ = [
     "LoadCancelled",
     "ModelFileError",
     "NoCodec",
+    "NoSuchBlock",
     "NoSuchGeneration",
     "NoSuchSequence",
     "NoSuchSlot",
@@ -109,11 +121,19 @@ __all__ = [
     "NotCacheable",
     "NotHeld",
     "NotPermitted",
+    "NotReserved",
     "OutOfMemory",
     "Pool",
     "PoolExhausted",
     "QuotaExceeded",
+    "RTBlock",
+    "RTBuffer",
+    "RTClient",
+    "RTInfo",
+    "RTPoolFull",
     "ReadFailed",
+    "ReservationInUse",
+    "SizeReserved",
     "Slot",
     "SlotBusy",
     "SlotDenied",
@@ -126,6 +146,7 @@ __all__ = [
     "Tensor",
     "TensorInfo",
     "TensormemError",
+    "TooManyMovable",
     "TooManySequences",
     "TooManyTokens",
     "WindowFull",
@@ -133,6 +154,7 @@ __all__ = [
     "gguf",
     "kvfile",
     "open",
+    "rt",
     "safetensors",
     "slot",
     "system",
@@ -151,5 +173,7 @@ def __getattr__(name: str) -> Any:
         module = ".kvfile"
     elif name in ("Generation", "GenerationInfo", "Slot", "SlotInfo", "Staging", "slot"):
         module = ".model"
+    elif name in ("RTBlock", "RTBuffer", "RTClient", "RTInfo", "rt"):
+        module = ".realtime"
     value = globals()[name] = getattr(import_module(module, __name__), name)
     return value

@@ -46,6 +46,16 @@ __all__ = [
     "IOC_MODEL_STAGE",
     "IOC_QUERY",
     "IOC_QUERY_BATCH",
+    "IOC_RT_ALLOC",
+    "IOC_RT_ALLOC_BATCH",
+    "IOC_RT_FREE",
+    "IOC_RT_FREE_BATCH",
+    "IOC_RT_INFO",
+    "IOC_RT_OPEN",
+    "IOC_RT_PIN",
+    "IOC_RT_PRIORITY",
+    "IOC_RT_RESERVE",
+    "IOC_RT_UNPIN",
     "IOC_SET_NUMA",
     "IOC_SET_QUOTA",
     "KV_EVENTS",
@@ -53,6 +63,10 @@ __all__ = [
     "KV_PEEK",
     "KV_UNPACK",
     "MODEL_NAME",
+    "RT_MAX_BATCH",
+    "RT_MAX_CLASSES",
+    "RT_MAX_PRIORITY",
+    "RT_STEP",
     "SHA256",
     "Alloc",
     "AllocFlag",
@@ -91,6 +105,13 @@ __all__ = [
     "Pool",
     "Query",
     "Quota",
+    "RTAlloc",
+    "RTBlock",
+    "RTFlag",
+    "RTInfo",
+    "RTOpen",
+    "RTPriority",
+    "RTReserve",
     "SetNuma",
     "StageFlag",
     "Struct",
@@ -188,6 +209,14 @@ class StageFlag(IntFlag):
     KEEP = 1 << 2
 
 
+class RTFlag(IntFlag):
+    """Flags of ``struct tensormem_rt_alloc``."""
+
+    ABSOLUTE = 1 << 0
+    RESERVED = 1 << 1
+    MOVABLE = 1 << 2
+
+
 #: Most groups of a KV cache.
 KV_MAX_GROUPS = 16
 
@@ -206,6 +235,18 @@ MODEL_NAME = 64
 
 #: Bytes of a SHA-256.
 SHA256 = 32
+
+#: Most granules of a movable block.
+RT_STEP = 128
+
+#: Most items of a batch of an RT client.
+RT_MAX_BATCH = 64
+
+#: Most sizes that an RT client may reserve.
+RT_MAX_CLASSES = 16
+
+#: Highest priority of an RT client.
+RT_MAX_PRIORITY = 99
 
 
 class Struct(ctypes.Structure):
@@ -621,6 +662,90 @@ class ModelRemove(Struct):
     )
 
 
+class RTOpen(Struct):
+    """``struct tensormem_rt_open``."""
+
+    c_name = "tensormem_rt_open"
+    _fields_ = (
+        ("size", ctypes.c_uint64),
+        ("arena", ctypes.c_int32),
+        ("priority", ctypes.c_uint32),
+        ("movable", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("fd", ctypes.c_int32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class RTInfo(Struct):
+    """``struct tensormem_rt_info``."""
+
+    c_name = "tensormem_rt_info"
+    _fields_ = (
+        ("size", ctypes.c_uint64),
+        ("granule", ctypes.c_uint32),
+        ("clients", ctypes.c_uint32),
+        ("free", ctypes.c_uint64),
+        ("largest", ctypes.c_uint64),
+        ("reserved", ctypes.c_uint64),
+        ("used", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint32),
+        ("priority", ctypes.c_uint32),
+        ("waiting", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("allocs", ctypes.c_uint64),
+        ("refused", ctypes.c_uint64),
+        ("misses", ctypes.c_uint64),
+        ("waits", ctypes.c_uint64),
+        ("moves", ctypes.c_uint64),
+    )
+
+
+class RTReserve(Struct):
+    """``struct tensormem_rt_reserve``."""
+
+    c_name = "tensormem_rt_reserve"
+    _fields_ = (
+        ("size", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    )
+
+
+class RTAlloc(Struct):
+    """``struct tensormem_rt_alloc``."""
+
+    c_name = "tensormem_rt_alloc"
+    _fields_ = (
+        ("size", ctypes.c_uint64),
+        ("deadline_ns", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("handle", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+    )
+
+
+class RTBlock(Struct):
+    """``struct tensormem_rt_block``."""
+
+    c_name = "tensormem_rt_block"
+    _fields_ = (
+        ("handle", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+    )
+
+
+class RTPriority(Struct):
+    """``struct tensormem_rt_priority``."""
+
+    c_name = "tensormem_rt_priority"
+    _fields_ = (
+        ("priority", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    )
+
+
 def iowr(number: int, size: int) -> int:
     """Return ``_IOWR(TENSORMEM_IOC_MAGIC, number, <size bytes>)``.
 
@@ -661,3 +786,13 @@ IOC_MODEL_ROLLBACK = iowr(0x54, ctypes.sizeof(ModelWhich))
 IOC_MODEL_ACQUIRE = iowr(0x55, ctypes.sizeof(ModelAcquire))
 IOC_MODEL_REMOVE = iowr(0x56, ctypes.sizeof(ModelRemove))
 IOC_MODEL_INFO = iowr(0x60, ctypes.sizeof(ModelInfo))
+IOC_RT_OPEN = iowr(0x32, ctypes.sizeof(RTOpen))
+IOC_RT_INFO = iowr(0x70, ctypes.sizeof(RTInfo))
+IOC_RT_RESERVE = iowr(0x71, ctypes.sizeof(RTReserve))
+IOC_RT_ALLOC = iowr(0x72, ctypes.sizeof(RTAlloc))
+IOC_RT_FREE = iowr(0x73, ctypes.sizeof(RTBlock))
+IOC_RT_PIN = iowr(0x74, ctypes.sizeof(RTBlock))
+IOC_RT_UNPIN = iowr(0x75, ctypes.sizeof(RTBlock))
+IOC_RT_PRIORITY = iowr(0x76, ctypes.sizeof(RTPriority))
+IOC_RT_ALLOC_BATCH = iowr(0x77, ctypes.sizeof(Batch))
+IOC_RT_FREE_BATCH = iowr(0x78, ctypes.sizeof(Batch))

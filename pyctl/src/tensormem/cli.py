@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import ShellComplete, get_completion_class
 
-from . import __version__, errors, system
-from .demo import CHECKPOINTS, PROMPT, REQUESTS, SWAPS, TOKENS
-from .units import format_quota, format_size, parse_size
+from . import __version__, errors, histogram, system
+from .demo import CHECKPOINTS, PERIOD_US, PROMPT, REQUESTS, SECONDS, SWAPS, TOKENS
+from .units import format_ns, format_quota, format_size, parse_size
 
 if TYPE_CHECKING:
     from . import model as model_module
+    from .demo import control as control_module
     from .demo import swap as swap_module
     from .demo.requests import Moment, Report, Trace
     from .demo.run import Holding, Result
@@ -263,14 +264,30 @@ _MEANING = {
         "pages": "pages that small tensors share",
         "bytes": "small tensors in them",
     },
+    "rt": {
+        "size": "most that arenas may have together",
+        "ready": "set aside, in use or not",
+        "held": "taken from the chunk pool",
+        "used": "of that, in arenas",
+        "arenas": "arenas",
+        "allocs": "blocks that clients ever got",
+        "refused": "requests refused",
+        "misses": "deadlines missed",
+        "waits": "requests that had to wait",
+    },
 }
+
+#: Files of a pool that hold more than one number.
+_HISTOGRAMS = ("latency", "missed")
 
 
 _IN_CHUNKS = {"capacity", "reserve", "total", "free", "zeroed", "used", "charged", "chunks"}
 
 
-def _unit(name: str) -> int:
+def _unit(name: str, pool: str = "") -> int:
     """Return the bytes that one of a value stands for; 0 for events."""
+    if pool == "rt":
+        return int(name in ("size", "ready", "held", "used"))
     if name in _IN_CHUNKS:
         return system.CHUNK_SIZE
     if name in ("pages", "quarantined", "free_pages", "used_pages", "moved_pages"):
@@ -302,7 +319,7 @@ def _dispatch_table(status: system.Status) -> Iterable[str]:
 @click.argument("name", required=False, metavar="[POOL]")
 @json_option
 def pool_show(name: str | None, as_json: bool) -> None:
-    """Show every figure of the pools (chunk, buddy, slab), or of one POOL.
+    """Show every figure of the pools (chunk, buddy, slab, rt), or of one POOL.
 
     Without POOL also the dispatch table: which pool serves which kind and size.
     """
@@ -318,10 +335,10 @@ def pool_show(name: str | None, as_json: bool) -> None:
     for number, group in enumerate(groups):
         meaning = _MEANING.get(group.name, {})
         ordered = [n for n in meaning if n in group.values]
-        ordered += [n for n in group.values if n not in meaning]
+        ordered += [n for n in group.values if n not in meaning and n not in _HISTOGRAMS]
         rows = [(f"{group.name} pool", "value", "memory", "")]
         for key in ordered:
-            value, unit = group.values[key], _unit(key)
+            value, unit = group.values[key], _unit(key, group.name)
             memory = format_size(value * unit) if unit and isinstance(value, int) else ""
             rows.append((key, _value(key, value), memory, meaning.get(key, "")))
         if number:
@@ -1030,6 +1047,222 @@ def model_watch(slot: str, timeout: float | None, as_json: bool) -> None:
             sys.stdout.flush()
 
 
+# -- the RT pool -----------------------------------------------------------------------
+
+
+@cli.group(cls=Group)
+def rt() -> None:
+    """The RT pool: memory that is there in time.
+
+    Arenas are made by programs (tensormem.rt in Python). Their clients reserve blocks, and
+    wait for others with a deadline, by priority.
+    """
+
+
+def _rt_document(status: system.RTStatus) -> dict[str, Any]:
+    histograms = {"latency": list(status.latency), "missed": list(status.missed)}
+    return {"id": status.id, **status.values, **histograms}
+
+
+def _rt_pool_document(status: system.RTPoolStatus) -> dict[str, Any]:
+    return {
+        **status.values,
+        "latency": list(status.latency),
+        "missed": list(status.missed),
+        "clients": [_rt_document(client) for client in status.clients],
+    }
+
+
+@rt.command("list")
+@json_option
+def rt_list(as_json: bool) -> None:
+    """List the RT clients."""
+    pool = system.rt_pool()
+    if as_json:
+        emit({"clients": [_rt_document(client) for client in pool.clients]})
+        return
+    if not pool.clients:
+        click.echo("there are no RT clients")
+        return
+    names = ("blocks", "refused", "misses")
+    rows: list[Sequence[str]] = [
+        ("client", "arena", "size", "priority", "reserved", "used", *names)
+    ]
+    for client in pool.clients:
+        get = client.get
+        places = [_number(get("arena")), _size(get("size")), _number(get("priority"))]
+        memory = [_size(get("reserved")), _size(get("used"))]
+        counts = [_number(get(name)) for name in names]
+        rows.append((str(client.id), *places, *memory, *counts))
+    for line in table(rows):
+        click.echo(line)
+
+
+def _histograms(latency: Sequence[int], missed: Sequence[int]) -> None:
+    """Draw how long requests with a deadline took, and how long a time was not enough."""
+    for title, counts in (("requests with a deadline", latency), ("deadlines missed", missed)):
+        if any(counts):
+            click.echo()
+            _draw([(title, counts)])
+
+
+def _draw(columns: Sequence[tuple[str, Sequence[int]]]) -> None:
+    for number, line in enumerate(histogram.draw(columns, WIDTH - 3)):
+        click.echo("  " + (click.style(line, bold=True) if number == 0 else line))
+
+
+@rt.command("show")
+@click.argument("client", type=click.IntRange(0), required=False, metavar="[CLIENT]")
+@json_option
+def rt_show(client: int | None, as_json: bool) -> None:
+    """Show the RT pool, or one CLIENT, and draw how long requests took."""
+    if client is None:
+        pool = system.rt_pool()
+        if as_json:
+            emit(_rt_pool_document(pool))
+        else:
+            _rt_pool_report(pool)
+        return
+    found = system.rt_client(client)
+    if as_json:
+        emit(_rt_document(found))
+        return
+    get = found.get
+    head = f"RT client {found.id} in arena {_number(get('arena'))} of {_size(get('size'))}"
+    click.echo(click.style(f"{head}, priority {_number(get('priority'))}", bold=True))
+    rows = [("", "count", "memory"), ("reserved for it", "", _size(get("reserved")))]
+    rows.append(("blocks", _number(get("blocks")), _size(get("used"))))
+    rows += [
+        (what, _number(get(name)), "")
+        for name, what in (
+            ("allocs", "blocks that it ever got"),
+            ("refused", "requests refused"),
+            ("waits", "requests that had to wait"),
+            ("waiting", "  that wait now"),
+            ("misses", "deadlines missed"),
+            ("moves", "blocks of the arena moved"),
+        )
+    ]
+    for line in table(rows):
+        click.echo(line)
+    _histograms(found.latency, found.missed)
+
+
+def _rt_pool_report(pool: system.RTPoolStatus) -> None:
+    size, used, held = (pool.get(name) for name in ("size", "used", "held"))
+    if size is not None and used is not None and held is not None:
+        bar = _bar(used, max(0, held - used), size)
+        click.echo(f"RT pool  [{bar}]  {format_size(size)}")
+        click.echo("          # in arenas   = set aside   . left with the system\n")
+    rows = [("", "count", "memory"), ("arenas", _number(pool.get("arenas")), _size(used))]
+    rows.append(("set aside, in use or not", "", _size(pool.get("ready"))))
+    rows.append(("clients", str(len(pool.clients)), ""))
+    for name, what in (("reserved", "  reserved for them"), ("used", "  allocated")):
+        rows.append((what, "", _size(sum(c.get(name) or 0 for c in pool.clients))))
+    rows += [
+        (what, _number(pool.get(name)), "")
+        for name, what in (
+            ("allocs", "blocks allocated so far"),
+            ("refused", "requests refused"),
+            ("waits", "requests that had to wait"),
+            ("misses", "deadlines missed"),
+        )
+    ]
+    for line in table(rows):
+        click.echo(line)
+    _histograms(pool.latency, pool.missed)
+
+
+def _rt_setting(name: str, pool: system.RTPoolStatus, as_json: bool) -> None:
+    if as_json:
+        emit({name: pool.get(name)})
+    else:
+        click.echo(f"RT pool: {name} {_size(pool.get(name))}")
+
+
+_rt_size_argument = click.argument("size", required=False, metavar="[SIZE]", callback=_parse)
+
+
+@rt.command("size")
+@_rt_size_argument
+@json_option
+def rt_size(size: int | None, as_json: bool) -> None:
+    """Show or set what all arenas together may have; to set it takes root.
+
+    At first it is what the board's table says ('tensormem doctor' shows it).
+    """
+    _rt_setting("size", system.set_rt_pool(size=size), as_json)
+
+
+@rt.command("ready")
+@_rt_size_argument
+@json_option
+def rt_ready(size: int | None, as_json: bool) -> None:
+    """Show or set what is set aside before anybody asks; to set it takes root.
+
+    An arena that finds it there does not depend on what the system has left.
+    """
+    _rt_setting("ready", system.set_rt_pool(ready=size), as_json)
+
+
+@rt.command("priority")
+@click.argument("client", type=click.IntRange(0))
+@click.argument("priority", type=click.IntRange(0, 99), required=False, metavar="[PRIORITY]")
+@json_option
+def rt_priority(client: int, priority: int | None, as_json: bool) -> None:
+    """Show or set the PRIORITY of an RT CLIENT, 0 to 99; to set it takes root.
+
+    Of those who wait for memory of an arena, the highest is served first.
+    """
+    if priority is None:
+        found = system.rt_client(client)
+    else:
+        found = system.set_rt_priority(client, priority)
+    if as_json:
+        emit({"id": found.id, "priority": found.get("priority")})
+    else:
+        click.echo(f"RT client {found.id}: priority {_number(found.get('priority'))}")
+
+
+@rt.command("test")
+@click.option(
+    "-n", "--count", type=click.IntRange(1, 10_000_000), default=10_000, show_default=True,
+    help="Blocks to allocate and free, one after the other.",
+)  # fmt: skip
+@click.option(
+    "--size", metavar="SIZE", callback=_parse, default="1K", show_default=True,
+    help="Bytes of each.",
+)  # fmt: skip
+@click.option(
+    "--deadline-us", type=click.IntRange(1), default=1000, show_default=True,
+    help="Microseconds until a block has to be there.",
+)  # fmt: skip
+@json_option
+def rt_test(count: int, size: int, deadline_us: int, as_json: bool) -> None:
+    """Allocate and free in a reservation of an arena, and draw how long it took.
+
+    Exit code 1 if a block was refused or came after its deadline. The times are those of a
+    Python program: most of each is not the allocation.
+    """
+    from . import realtime
+
+    result = realtime.self_test(count, size, 1000 * deadline_us)
+    if as_json:
+        emit(asdict(result))
+    else:
+        rows = [("", "count"), ("allocated", str(result.count)), ("refused", str(result.refused))]
+        rows.append(("missed its deadline", str(result.misses)))
+        for line in table(rows):
+            click.echo(line)
+        click.echo()
+        _draw([("time to allocate", result.taking), ("time to free", result.giving)])
+        good = click.style("kept", fg="green", bold=True)
+        bad = click.style("BROKEN", fg="red", bold=True)
+        click.echo(f"\n  promise      {good if result.kept else bad}")
+    if not result.kept:
+        click.get_current_context().exit(1)
+
+
 # -- doctor --------------------------------------------------------------------------
 
 _STATES = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
@@ -1121,6 +1354,24 @@ class _Printer:
     metavar="[N]",
     help=f"Write texts while another process swaps the model N times.  [{SWAPS} if not said]",
 )
+@click.option(
+    "--rt",
+    "control",
+    is_flag=True,
+    help="Run a control loop in the RT pool, and one with malloc, while all else drowns.",
+)
+@click.option(
+    "--period-us",
+    type=click.IntRange(100, 1_000_000),
+    metavar="N",
+    help=f"Of the control loop: from tick to tick.  [default: {PERIOD_US}]",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.01, 3600),
+    metavar="S",
+    help=f"Likewise: how long each goes on.  [default: {SECONDS}]",
+)
 @json_option
 def demo(
     tokens: int | None,
@@ -1128,6 +1379,9 @@ def demo(
     checkpoint: str,
     requests: int | None,
     swap: int | None,
+    control: bool,
+    period_us: int | None,
+    seconds: float | None,
     as_json: bool,
 ) -> None:
     """Run a small language model on memory from the module.
@@ -1142,7 +1396,22 @@ def demo(
 
     With --swap it writes text after text from a model slot that another process swaps
     between two checkpoints. Each text must be that of one of them, as numpy alone writes it.
+
+    With --rt a loop allocates and frees its messages each millisecond, in a reservation of
+    the RT pool and then with malloc, while a model generates, memory is taken and given back and
+    every CPU is busy. In the RT pool no message may be refused. It takes CAP_SYS_NICE.
     """
+    if control:
+        if not all(option is None for option in (tokens, prompt, requests, swap)):
+            raise click.UsageError("there is no text: --rt goes without")
+        _demo_control(
+            SECONDS if seconds is None else seconds,
+            PERIOD_US if period_us is None else period_us,
+            as_json,
+        )
+        return
+    if period_us is not None or seconds is not None:
+        raise click.UsageError("--period-us and --seconds go with --rt")
     if swap is not None:
         if tokens is not None or prompt is not None or requests is not None:
             raise click.UsageError("the texts are given: --swap goes without")
@@ -1398,6 +1667,67 @@ def _swap_report(report: swap_module.Report, pid: int) -> None:
         verdict = click.style("DIFFERENT", fg="red", bold=True)
         count = len(report.different)
         click.echo(f"  verdict      {verdict}: {count} texts are of neither checkpoint")
+
+
+def _demo_control(seconds: float, period_us: int, as_json: bool) -> None:
+    from .demo import control
+
+    if as_json:
+        report = control.run(seconds, period_us)
+        emit(asdict(report))
+    else:
+        with click.progressbar(
+            length=round(20 * seconds), label="running", file=sys.stderr, show_pos=False
+        ) as bar:
+            report = control.run(
+                seconds, period_us, each=lambda passed: bar.update(round(10 * passed))
+            )
+            bar.update(bar.length or 0)
+        _control_report(report)
+    if not report.kept:
+        click.get_current_context().exit(1)
+
+
+def _control_report(report: control_module.Report) -> None:
+    pool, malloc = report.pool, report.malloc
+    kind = "SCHED_FIFO" if pool.fifo else "an ordinary task"
+    locked = "locked in memory" if pool.locked else "not locked in memory"
+    click.echo(f"a loop with a tick each {format_ns(report.period_ns)}, {kind}, {locked}")
+    click.echo(
+        f"beside it: a model that generates, up to {format_size(report.hog)} taken and given"
+        f" back,\nand {report.busy} busy processes\n"
+    )
+    rows: list[Sequence[str]] = [("", "RT pool", "malloc")]
+    for what, name in (
+        ("ticks", "ticks"),
+        ("not done when the next was due", "missed"),
+        ("messages refused", "refused"),
+        ("messages that had changed", "wrong"),
+        ("page faults", "minor"),
+        ("page faults that read something", "major"),
+    ):
+        rows.append((what, str(getattr(pool, name)), str(getattr(malloc, name))))
+    for what, name in (
+        ("time of a tick, median", "median"),
+        ("time of a tick, longest", "longest"),
+        ("woken late, at most", "latest"),
+    ):
+        rows.append((what, format_ns(getattr(pool, name)), format_ns(getattr(malloc, name))))
+    for line in table(rows):
+        click.echo(line)
+    click.echo()
+    _draw([("a tick in the RT pool", pool.work), ("with malloc", malloc.work)])
+    click.echo(f"\n  model        {report.tokens} tokens meanwhile")
+    if report.kept:
+        verdict = click.style("kept", fg="green", bold=True)
+        click.echo(f"  promise      {verdict}: each message had its memory, and none changed")
+    else:
+        verdict = click.style("BROKEN", fg="red", bold=True)
+        wrong = pool.wrong + malloc.wrong
+        click.echo(
+            f"  promise      {verdict}: {pool.refused} messages refused in the RT pool,"
+            f" {wrong} changed"
+        )
 
 
 # -- completion ------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import math
 import operator
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, SupportsIndex, TypeVar, cast
@@ -43,6 +43,7 @@ from .abi import AllocFlag, Kind, Mapping, Numa, Pool
 from .device import DEFAULT_PATH, Device, KernelDevice
 from .kv import KVCache, KVGroup
 from .model import Slot, open_slot
+from .realtime import RTClient, Size, open_rt
 from .session import BatchError, Event, Export, Held, Session, address
 from .units import format_size
 
@@ -177,6 +178,14 @@ class _Session(Session):
             )
         if whole_window:
             self.map_window(self.info.window_size)
+
+    @contextlib.contextmanager
+    def opener(self) -> Iterator[Device]:
+        """Give the device to open something else with."""
+        if self.orphaned:
+            raise self.no_longer()
+        with self.calling():
+            yield self.device
 
     # -- allocate ------------------------------------------------------------
 
@@ -898,6 +907,30 @@ class Client:
         """
         with self._session.calling():
             return open_slot(self._session.device, name, create, exclusive, mode, write)
+
+    # -- the RT pool -----------------------------------------------------------
+
+    def rt(
+        self,
+        size: Size | None = None,
+        *,
+        arena: RTClient | int | None = None,
+        priority: SupportsIndex = 0,
+        movable: SupportsIndex = 0,
+    ) -> RTClient:
+        """Make an arena of the RT pool, on this client's bill, or join one. It outlives the client.
+
+        Args:
+            size: as for :func:`tensormem.rt`, and so are the others.
+            arena: see there.
+            priority: see there.
+            movable: see there.
+
+        Raises:
+            The errors of :func:`tensormem.rt`.
+            Closed: the client was closed.
+        """
+        return open_rt(self._session.opener, size, arena, priority, movable)
 
     # -- questions -----------------------------------------------------------
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from . import errors
+from .system import DEFAULT_ROOT
 from .units import format_quota, format_size
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ UDEV_RULE = 'KERNEL=="tensormem", GROUP="tensormem", MODE="0660"'
 State = Literal["ok", "warn", "fail"]
 
 _SECURE_BOOT = "SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
-#: The bit of CAP_IPC_LOCK in a set of capabilities.
+#: Bits in a set of capabilities: CAP_IPC_LOCK and CAP_SYS_NICE.
 _IPC_LOCK = 14
+_SYS_NICE = 23
 #: Since then arm64 folds page table entries that are contiguous.
 _CONTPTE = (6, 9)
 #: Less than this to pin is worth a word.
@@ -117,6 +119,20 @@ class Machine:
         return self.exists("/sys/module/tensormem") or bool(
             re.search(r"^tensormem ", modules, re.M)
         )
+
+    def capable(self, bit: int) -> bool:
+        """Say whether this process has a capability."""
+        found = re.search(r"^CapEff:\s*([0-9a-f]+)$", self.text("/proc/self/status") or "", re.M)
+        return bool(found and int(found[1], 16) >> bit & 1)
+
+    def limit(self, name: str) -> str | None:
+        """Return the soft limit of this name in /proc/self/limits; None if there is no such."""
+        match = re.search(rf"^{name}\s+(\w+)", self.text("/proc/self/limits") or "", re.M)
+        return match[1] if match else None
+
+    def figure(self, name: str) -> int | None:
+        """Return a number from the module's sysfs files; None if there is no such."""
+        return _number(self.text(f"{DEFAULT_ROOT}/{name}"))
 
     def command_line(self, words: str) -> list[str]:
         """Say how to add words to the kernel's command line here."""
@@ -308,16 +324,15 @@ def _cgroup(m: Machine) -> Check:
 
 
 def _memlock(m: Machine) -> Check:
-    capable = re.search(r"^CapEff:\s*([0-9a-f]+)$", m.text("/proc/self/status") or "", re.M)
-    if capable and int(capable[1], 16) >> _IPC_LOCK & 1:
+    if m.capable(_IPC_LOCK):
         return Check("memlock", "no limit (CAP_IPC_LOCK)")
-    match = re.search(r"^Max locked memory\s+(\w+)", m.text("/proc/self/limits") or "", re.M)
-    if match is None:
+    found = m.limit("Max locked memory")
+    if found is None:
         return Check("memlock", "unknown")
-    if not match[1].isdigit():
+    if not found.isdigit():
         return Check("memlock", "no limit")
-    limit = int(match[1])
-    note = "all that this user's tensors with pinned=True may hold; others have no such limit"
+    limit = int(found)
+    note = "all that this user's arenas of the RT pool, and tensors with pinned=True, may hold"
     if limit >= _FEW_LOCKED:
         return Check("memlock", format_size(limit), note=note)
     fix = [
@@ -326,6 +341,80 @@ def _memlock(m: Machine) -> Check:
         "# in a systemd unit: LimitMEMLOCK=infinity",
     ]
     return Check("memlock", format_size(limit), "warn", note, fix)
+
+
+def _board(m: Machine) -> Check | None:
+    """Say what the module takes this machine for, and what follows."""
+    name = m.text(f"{DEFAULT_ROOT}/board/name")
+    ram, model, protocol = (
+        m.figure(f"board/{what}") for what in ("ram", "model_bytes", "protocol_bytes")
+    )
+    if name is None or ram is None or model is None or protocol is None:
+        return None
+    if m.figure("board/matched"):
+        note = f"by default {format_size(model)} for models and all else"
+        return Check(
+            "board",
+            f"{name}, {format_size(ram)}",
+            note=f"{note}, {format_size(protocol)} for arenas",
+        )
+    note = (
+        f"by default 60 % of the RAM for all pools, of that {format_size(protocol)} for arenas,"
+        f" as the share is on a {name}"
+    )
+    return Check("board", f"none of the table, {format_size(ram)}", note=note)
+
+
+def _rt_pool(m: Machine) -> Check | None:
+    """Say what arenas may have."""
+    size, used, ready = (m.figure(f"rt/{what}") for what in ("size", "used", "ready"))
+    if size is None or used is None or ready is None:
+        return None
+    value = f"{format_size(size)}, {format_size(used)} in arenas"
+    if not size:
+        fix = ["sudo tensormem rt size 64M"]
+        return Check("RT pool", value, "warn", "there can be no arenas", fix)
+    if ready:
+        return Check("RT pool", value, note=f"{format_size(ready)} of it are set aside")
+    half = format_size(max(size // 2, 2 << 20)).replace(" ", "").replace("iB", "")
+    note = (
+        "nothing is set aside: an arena is made of what the system has left then."
+        f" 'tensormem rt ready {half}', or at boot:"
+    )
+    fix = [
+        f"echo 'options tensormem rt_ready={max(size // 2, 2 << 20)}' |",
+        "  sudo tee /etc/modprobe.d/tensormem.conf",
+    ]
+    return Check("RT pool", value, note=note, fix=fix)
+
+
+def _preemption(m: Machine) -> Check:
+    """Say whether anything else in the kernel can hold up a real-time task for long."""
+    if m.text("/sys/kernel/realtime") == "1":
+        return Check("preemption", "PREEMPT_RT")
+    note = "what the RT pool does is bounded here, too; the rest of the kernel is not"
+    if "+rpt" in m.release or "-rpi" in m.release:
+        fix = ["sudo apt install linux-image-rpi-v8-rt   # a kernel with PREEMPT_RT"]
+    else:
+        fix = ["sudo apt install linux-image-rt-arm64   # Debian's kernel with PREEMPT_RT"]
+    return Check("preemption", "no PREEMPT_RT", "warn", note, fix)
+
+
+def _priority(m: Machine) -> Check:
+    """Say what this process may do about its own time."""
+    if m.capable(_SYS_NICE):
+        return Check("priority", "any (CAP_SYS_NICE)")
+    limit = m.limit("Max realtime priority")
+    fix = [
+        "run it with sudo, or in a systemd unit:",
+        "AmbientCapabilities=CAP_SYS_NICE CAP_IPC_LOCK",
+    ]
+    note = "no reservations in the RT pool"
+    if limit in (None, "0"):
+        note += ", no SCHED_FIFO"
+        fix.append("# SCHED_FIFO alone: LimitRTPRIO=99")
+    value = f"no CAP_SYS_NICE, SCHED_FIFO up to {limit or 0}"
+    return Check("priority", value, "warn", note, fix)
 
 
 def _btf(m: Machine) -> Check:
@@ -438,7 +527,8 @@ def examine(machine: Machine | None = None) -> list[Check]:
         machine: where to look; None for this machine.
 
     Returns:
-        One finding for each check; ``client`` only where the device can be opened.
+        One finding for each check; ``client`` only where the device can be opened, ``board``
+        and ``RT pool`` where the module says what they are.
     """
     m = machine or Machine()
     client, mapping = _client(m)
@@ -450,11 +540,15 @@ def examine(machine: Machine | None = None) -> list[Check]:
         _module(m),
         _device(m),
         client,
+        _board(m),
+        _rt_pool(m),
         _page_size(m),
         _mapping(m, mapping),
         _psi(m),
         _cgroup(m),
         _memlock(m),
+        _priority(m),
+        _preemption(m),
         _btf(m),
         _hugetlb(m),
         _cma(m),

@@ -12,13 +12,16 @@ import errno as _errno
 
 __all__ = [
     "RAISE_MEMLOCK",
+    "RAISE_PRIORITY",
     "AccessDenied",
+    "ArenaFull",
     "BadAddress",
     "Busy",
     "CacheFull",
     "CacheInUse",
     "Closed",
     "DamagedKV",
+    "DeadlineMissed",
     "DeviceMissing",
     "FileBusy",
     "GenerationFailed",
@@ -28,6 +31,7 @@ __all__ = [
     "LoadCancelled",
     "ModelFileError",
     "NoCodec",
+    "NoSuchBlock",
     "NoSuchGeneration",
     "NoSuchSequence",
     "NoSuchSlot",
@@ -36,15 +40,20 @@ __all__ = [
     "NotCacheable",
     "NotHeld",
     "NotPermitted",
+    "NotReserved",
     "OutOfMemory",
     "PoolExhausted",
     "QuotaExceeded",
+    "RTPoolFull",
     "ReadFailed",
+    "ReservationInUse",
+    "SizeReserved",
     "SlotBusy",
     "SlotDenied",
     "SlotExists",
     "StillLoading",
     "TensormemError",
+    "TooManyMovable",
     "TooManySequences",
     "TooManyTokens",
     "WindowFull",
@@ -56,6 +65,12 @@ __all__ = [
 RAISE_MEMLOCK = (
     "free pinned tensors or do without pinned=True, or as root raise the limit: '* - memlock"
     " unlimited' in /etc/security/limits.conf, LimitMEMLOCK=infinity for a service"
+)
+
+#: What to do when a reservation or a priority is refused.
+RAISE_PRIORITY = (
+    "reservations and priorities above 0 take CAP_SYS_NICE: run as root, or give a service"
+    " AmbientCapabilities=CAP_SYS_NICE"
 )
 
 
@@ -380,6 +395,73 @@ class ModelFileError(TensormemError, ValueError):
         return type(self), (self.path, self.tensor, self.field, self.what)
 
 
+class DeadlineMissed(TensormemError, TimeoutError):
+    """No memory was to be had by the deadline (ETIMEDOUT)."""
+
+    default_cause = "the arena had no room for this by the deadline"
+    default_remedy = "reserve it with rt.reserve(), free blocks, or allow for more time"
+    default_errno = _errno.ETIMEDOUT
+
+
+class NoSuchBlock(TensormemError, LookupError):
+    """No such block: never allocated, freed, or of another RT client (ENOENT)."""
+
+    default_cause = "this RT client has no such block"
+    default_remedy = "it was freed already, or belongs to another RT client; free it there"
+    default_errno = _errno.ENOENT
+
+
+class ArenaFull(PoolExhausted):
+    """The arena has no room for this now (ENOSPC)."""
+
+    default_cause = "the arena has no room for this now"
+    default_remedy = (
+        "reserve it with rt.reserve(), free blocks, give a deadline to wait for somebody who"
+        " does, or make a larger arena"
+    )
+
+
+class RTPoolFull(PoolExhausted):
+    """The RT pool has no room for an arena of this size (ENOSPC)."""
+
+    default_cause = "the RT pool has no room for an arena of this size"
+    default_remedy = (
+        "ask for less, close other arenas ('tensormem rt list'), or as root run"
+        " 'tensormem rt size SIZE'"
+    )
+
+
+class TooManyMovable(TensormemError, MemoryError):
+    """The arena has as many movable blocks as it was made for (ENFILE)."""
+
+    default_cause = "the arena has as many movable blocks as it was made for"
+    default_remedy = "free some, or make the arena with a larger movable"
+    default_errno = _errno.ENFILE
+
+
+class SizeReserved(TensormemError, ValueError):
+    """Blocks of this size are reserved already (EEXIST)."""
+
+    default_cause = "blocks of this size are reserved already"
+    default_remedy = "give them up with rt.unreserve(), then reserve as many as it takes"
+    default_errno = _errno.EEXIST
+
+
+class NotReserved(TensormemError, LookupError):
+    """No blocks of this size are reserved (ENOENT)."""
+
+    default_cause = "no blocks of this size are reserved"
+    default_remedy = "pass a size that was given to rt.reserve()"
+    default_errno = _errno.ENOENT
+
+
+class ReservationInUse(Busy):
+    """Blocks of the reservation are allocated (EBUSY)."""
+
+    default_cause = "blocks of this reservation are allocated"
+    default_remedy = "free them first"
+
+
 class Closed(TensormemError, ValueError):
     """The client was closed before."""
 
@@ -435,6 +517,7 @@ _BY_ERRNO: dict[int, type[TensormemError]] = {
         WrongContents,
         FileBusy,
         LoadCancelled,
+        DeadlineMissed,
     )
     if cls.default_errno is not None
 }
@@ -453,6 +536,13 @@ _MODEL_BY_ERRNO: dict[int, type[TensormemError]] = _BY_ERRNO | {
     if cls.default_errno is not None
 }
 
+#: Likewise those of an RT client.
+_RT_BY_ERRNO: dict[int, type[TensormemError]] = _BY_ERRNO | {
+    cls.default_errno: cls
+    for cls in (NoSuchBlock, ArenaFull, TooManyMovable, SizeReserved, ReservationInUse)
+    if cls.default_errno is not None
+}
+
 
 def from_errno(
     number: int,
@@ -461,6 +551,7 @@ def from_errno(
     *,
     kv: bool = False,
     model: bool = False,
+    rt: bool = False,
 ) -> TensormemError:
     """Return (not raise) the exception that stands for an errno of the ABI.
 
@@ -470,12 +561,15 @@ def from_errno(
         remedy: likewise.
         kv: a call on a KV cache's descriptor gave it.
         model: likewise that of a model slot or a generation.
+        rt: likewise that of an RT client.
 
     Returns:
         An instance of the class for that errno; a plain TensormemError that
         names the errno where the ABI does not define it.
     """
-    table = _KV_BY_ERRNO if kv else _MODEL_BY_ERRNO if model else _BY_ERRNO
+    table = _BY_ERRNO
+    for of, meaning in ((kv, _KV_BY_ERRNO), (model, _MODEL_BY_ERRNO), (rt, _RT_BY_ERRNO)):
+        table = meaning if of else table
     cls = table.get(number)
     if cls is not None:
         return cls(cause, remedy, number)

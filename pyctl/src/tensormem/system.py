@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pools, totals and model slots, from the sysfs files of the module; KV caches, from /proc.
+"""Pools, totals, model slots, RT clients: from the module's sysfs files; KV caches: from /proc.
 
 The files hold one value each; ``docs/ABI`` describes them. A file that the module
 lacks reads as None, a file that this package does not know is left in
@@ -26,6 +26,8 @@ __all__ = [
     "KVStatus",
     "KVUser",
     "PoolLimits",
+    "RTPoolStatus",
+    "RTStatus",
     "Rule",
     "SlotStatus",
     "Status",
@@ -35,7 +37,11 @@ __all__ = [
     "model_slots",
     "read",
     "root_path",
+    "rt_client",
+    "rt_pool",
     "set_chunk_pool",
+    "set_rt_pool",
+    "set_rt_priority",
 ]
 
 DEFAULT_ROOT = "/sys/class/misc/tensormem"
@@ -115,7 +121,7 @@ class Status:
     def pools(self) -> list[Group]:
         """Return the groups that are pools, level 1 first."""
         order = ["chunk", "buddy", "slab"]
-        others = ("clients", "dispatch", "model")
+        others = ("board", "clients", "dispatch", "model")
         names = [n for n in self.groups if n not in others and not _NODE.match(n)]
         names.sort(key=lambda n: order.index(n) if n in order else len(order))
         return [self.groups[n] for n in names]
@@ -269,7 +275,13 @@ def compact(root: str | os.PathLike[str] | None = None) -> int:
     return (read(root).group("buddy").get("emptied") or 0) - before
 
 
-def _write(path: Path, value: int) -> None:
+_CHUNK_REMEDIES = {
+    errno.EINVAL: "it is more than this machine could hold; ask for less",
+    errno.EBUSY: "free tensors first; 'tensormem pool show' has what is used",
+}
+
+
+def _write(path: Path, value: int, remedies: Mapping[int, str] = _CHUNK_REMEDIES) -> None:
     try:
         with path.open("w") as file:
             file.write(str(value))
@@ -278,10 +290,6 @@ def _write(path: Path, value: int) -> None:
         number = error.errno or 0
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise errors.NotPermitted(f"{what}, this takes root", "run it with sudo") from None
-        remedies = {
-            errno.EINVAL: "it is more than this machine could hold; ask for less",
-            errno.EBUSY: "free tensors first; 'tensormem pool show' has what is used",
-        }
         raise errors.from_errno(number, what, remedies.get(number)) from None
 
 
@@ -372,6 +380,155 @@ def _numbers(folder: Path) -> dict[str, int]:
     except OSError:
         return {}
     return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
+@dataclass(frozen=True)
+class RTStatus:
+    """One RT client.
+
+    Attributes:
+        id: its number, as the kernel counts them.
+        values: name -> number: ``arena`` (the number of that), ``size`` (its bytes) and what
+            :class:`tensormem.RTInfo` has of the client.
+        latency: how long its requests with a deadline took, in the buckets of
+            :mod:`tensormem.histogram`.
+        missed: how much time those that missed it had.
+    """
+
+    id: int
+    values: Mapping[str, int]
+    latency: tuple[int, ...]
+    missed: tuple[int, ...]
+
+    def get(self, name: str) -> int | None:
+        """Return a number, or None where the module has no such file."""
+        return self.values.get(name)
+
+
+@dataclass(frozen=True)
+class RTPoolStatus:
+    """The RT pool.
+
+    Attributes:
+        values: name -> number: ``size``, ``ready``, ``held`` and ``used`` in bytes, ``arenas``; and
+            of all clients there ever were ``allocs``, ``refused``, ``misses`` and ``waits``.
+        clients: those there are, by number.
+        latency: as in :class:`RTStatus`, likewise of all.
+        missed: likewise.
+    """
+
+    values: Mapping[str, int]
+    clients: tuple[RTStatus, ...]
+    latency: tuple[int, ...]
+    missed: tuple[int, ...]
+
+    def get(self, name: str) -> int | None:
+        """Return a number, or None where the module has no such file."""
+        return self.values.get(name)
+
+
+def rt_pool(root: str | os.PathLike[str] | None = None) -> RTPoolStatus:
+    """Return the RT pool and its clients; what goes while it is read is left out.
+
+    Args:
+        root: another directory than the default, for tests.
+
+    Raises:
+        NotAvailable: the module is not loaded.
+        IncompatibleModule: it has no RT pool.
+    """
+    read(root).group("rt")
+    top = root_path(root) / "rt"
+    clients = (_rt_client(folder) for folder in _folders(top) if folder.name.isdigit())
+    found = sorted((c for c in clients if c is not None), key=lambda c: c.id)
+    return RTPoolStatus(
+        _numbers(top), tuple(found), _counts(top / "latency"), _counts(top / "missed")
+    )
+
+
+def _rt_client(folder: Path) -> RTStatus | None:
+    values = _numbers(folder)
+    latency, missed = _counts(folder / "latency"), _counts(folder / "missed")
+    return RTStatus(int(folder.name), values, latency, missed) if values else None
+
+
+def _counts(path: Path) -> tuple[int, ...]:
+    words = _first_line(path).split()
+    return tuple(map(int, words)) if all(word.isdigit() for word in words) else ()
+
+
+def set_rt_pool(
+    *,
+    size: int | None = None,
+    ready: int | None = None,
+    root: str | os.PathLike[str] | None = None,
+) -> RTPoolStatus:
+    """Set how much memory arenas may have, and how much is set aside beforehand; needs root.
+
+    Args:
+        size: bytes that all arenas together may have, or None to leave it.
+        ready: bytes to take from the system at once and keep, or None to leave it.
+        root: another directory than the default, for tests.
+
+    Returns:
+        The RT pool as it is afterwards.
+
+    Raises:
+        NotPermitted: the caller is not root.
+        Busy: arenas have more.
+        InvalidArgument: it is more than this machine could have, or more set aside than ``size``.
+        OutOfMemory, PoolExhausted: it cannot be set aside.
+        As :func:`rt_pool`.
+    """
+    rt_pool(root)
+    folder = root_path(root) / "rt"
+    for name, value in (("size", size), ("ready", ready)):
+        if value is not None:
+            _write(folder / name, value, _RT_REMEDIES)
+    return rt_pool(root)
+
+
+_RT_REMEDIES = {
+    errno.EINVAL: "ask for less: 'tensormem rt size' has the bound of what is set aside",
+    errno.EBUSY: "close arenas or set aside less first; 'tensormem rt list' has what is used",
+    errno.ENOSPC: "raise the chunk pool's capacity with 'tensormem pool set chunk --capacity SIZE'",
+}
+
+
+def set_rt_priority(
+    client: int, priority: int, root: str | os.PathLike[str] | None = None
+) -> RTStatus:
+    """Set the priority of an RT client; needs root.
+
+    Args:
+        client: its number.
+        priority: 0 to 99.
+        root: another directory than the default, for tests.
+
+    Raises:
+        InvalidArgument: there is no such client, or no such priority.
+        NotPermitted: the caller is not root.
+        As :func:`rt_pool`.
+    """
+    rt_client(client, root)
+    path = root_path(root) / "rt" / str(client) / "priority"
+    _write(path, priority, {errno.EINVAL: "it is one from 0 to 99"})
+    return rt_client(client, root)
+
+
+def rt_client(client: int, root: str | os.PathLike[str] | None = None) -> RTStatus:
+    """Return one RT client.
+
+    Raises:
+        InvalidArgument: there is none of this number.
+        As :func:`rt_pool`.
+    """
+    found = next((c for c in rt_pool(root).clients if c.id == client), None)
+    if found is None:
+        raise errors.InvalidArgument(
+            f"there is no RT client {client}", "'tensormem rt list' has those there are"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sizes as people write and read them. Units are powers of 1024."""
+"""Sizes and times as people write and read them. Units of sizes are powers of 1024."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from .errors import InvalidArgument
 
-__all__ = ["format_quota", "format_size", "parse_size"]
+__all__ = ["format_ns", "format_quota", "format_size", "parse_size"]
 
 _UNITS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _PATTERN = re.compile(r"\s*(\d{1,20}(?:\.\d{1,9})?)\s*([kmgt]?)(i?b)?\s*", re.ASCII | re.IGNORECASE)
@@ -50,3 +50,15 @@ def format_size(size: int) -> str:
 def format_quota(size: int) -> str:
     """Return a quota for people: a size, or ``none`` where there is no bound."""
     return "none" if size >= (1 << 64) - 1 else format_size(size)
+
+
+def format_ns(time: int) -> str:
+    """Return a time in ns for people: ``512 ns``, ``1.05 us``, ``33.6 ms``, ``120 s``."""
+    value, unit = float(time), "ns"
+    for larger in ("us", "ms", "s"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    if unit == "ns" or value >= 99.95:
+        return f"{value:.0f} {unit}"
+    return f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"

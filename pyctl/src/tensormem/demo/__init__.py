@@ -15,3 +15,7 @@ REQUESTS = 32
 
 #: Swaps of the model under texts that are being written.
 SWAPS = 20
+
+#: Of the control loop: microseconds from tick to tick, and seconds that it goes on.
+PERIOD_US = 1000
+SECONDS = 5
