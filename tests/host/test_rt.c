@@ -671,6 +671,8 @@ TEST(rt_waits_for_an_entry)
 	t = allocated(2, 2, MOVABLE);
 	freed(big);
 	CHECK_EQ(rt_do_serve(&m), -1);
+	CHECK_EQ(rt_do_unpin(&m, 2, handle_of(t)), 0);
+	CHECK_EQ(rt_do_serve(&m), -1);
 	freed(t);
 	CHECK_EQ(rt_do_serve(&m), 0);
 	CHECK_EQ(m.waiter[0].core.state, TM_RT_SERVED);
