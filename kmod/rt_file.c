@@ -31,7 +31,7 @@
 
 static_assert(TENSORMEM_RT_STEP == TM_RT_STEP);
 static_assert(TENSORMEM_RT_MAX_CLASSES == TM_RT_CLASSES);
-static_assert(TM_RT_PRIORITIES == TENSORMEM_RT_MAX_PRIORITY + 1);
+static_assert(TENSORMEM_RT_MAX_PRIORITY < TM_RT_PRIORITIES);
 
 static void tm_rt_fill_info(struct tm_rt_user *user,
 			    struct tensormem_rt_info *info)
