@@ -60,8 +60,11 @@ static int tm_rt_vm_populate(const struct tm_arena *arena,
 	while (left && !err) {
 		unsigned long now = min(left, step), rest = now;
 
-		err = fatal_signal_pending(current) ? -EINTR :
-		      vm_insert_pages(vma, address, page, &rest);
+		/* EFAULT: no memory for a table. The range is the area's. */
+		if (fatal_signal_pending(current))
+			err = -EINTR;
+		else if (vm_insert_pages(vma, address, page, &rest))
+			err = -ENOMEM;
 		address += now << PAGE_SHIFT;
 		page += now;
 		left -= now;
