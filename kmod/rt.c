@@ -30,13 +30,14 @@ static u32 tm_rt_granules_for(const struct tm_arena *arena, u64 bytes)
  * tm_rt_serve_next - hand what was freed to the first who waits
  * @arena: its lock is held since before that
  *
- * A block that comes after the deadline was never there. Whoever has been served, the next is
- * served by an interrupt of its own: it cannot wait until the task of the first one runs.
+ * A block of the heap that comes after the deadline was never there; an item of a reservation is never late. Whoever
+ * has been served, the next is served by an interrupt of its own: it cannot wait until the task of the first one runs.
  *
  * Context: any. Return: whom tm_arena_unlock() is to wake, or NULL.
  */
 struct task_struct *tm_rt_serve_next(struct tm_arena *arena)
 {
+	bool item = arena->rt.handed;
 	struct tm_rt_waiter *waiter = tm_rt_serve(&arena->rt);
 	struct tm_rt_sleeper *sleeper;
 
@@ -46,12 +47,12 @@ struct task_struct *tm_rt_serve_next(struct tm_arena *arena)
 	sleeper = container_of(waiter, struct tm_rt_sleeper, waiter);
 	if (waiter->state != TM_RT_SERVED)
 		return sleeper->task;
-	if (ktime_get() > sleeper->deadline) {
+	if (!item && ktime_get() > sleeper->deadline) {
 		tm_warn_on(tm_rt_free(&arena->rt, waiter->client,
 				      waiter->block.handle));
 		waiter->state = TM_RT_IDLE;
 	}
-	if (arena->rt.levels[0] || arena->rt.levels[1] || arena->rt.handed)
+	if (arena->rt.levels[0] || arena->rt.levels[1])
 		irq_work_queue(&arena->chain);
 	return sleeper->task;
 }
