@@ -105,9 +105,13 @@ def test_parameters() -> None:
 
 
 def test_parameters_that_cannot_be() -> None:
-    """The module is there; what cannot be set aside is not."""
+    """The module is there, with as much set aside as can be; the rest follows when it can."""
     with reloaded(f"rt_size={4 * CHUNK}", f"rt_ready={5 * CHUNK}"):
-        assert (read("rt/size"), read("rt/ready"), pool()) == (4 * CHUNK, 0, (0, 0, 0))
+        assert (read("rt/size"), read("rt/ready"), pool()) == (4 * CHUNK, 4 * CHUNK, (4, 0, 0))
+    with reloaded(f"rt_size={8 * CHUNK}", f"rt_ready={6 * CHUNK}", "capacity=3", "reserve=0"):
+        assert (read("rt/size"), read("rt/ready"), pool()) == (8 * CHUNK, 6 * CHUNK, (3, 0, 0))
+        assert write("chunk/capacity", 10) == 0
+        becomes("rt/held", 6 * CHUNK)
 
 
 # The pool's size
