@@ -145,7 +145,11 @@ static void tm_rt_pool_trim(void)
 
 static void tm_rt_pool_refill(struct work_struct *work)
 {
-	if (tm_rt_pool_fill())
+	bool missing = tm_rt_pool_fill();
+
+	/* Less may have been asked for meanwhile. */
+	tm_rt_pool_trim();
+	if (missing)
 		schedule_delayed_work(&tm_rt_pool_work, TM_RT_POOL_PERIOD);
 }
 

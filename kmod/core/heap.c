@@ -267,40 +267,50 @@ u32 tm_heap_largest(const struct tm_heap *heap)
 
 u32 tm_heap_slide_begin(struct tm_heap *heap, u32 hole)
 {
-	u32 n;
+	u32 gap, block, n;
 
 	tm_assert_raw_locked(heap->lock);
-	n = tm_heap_unlink(heap, hole);
-	tm_heap_mark(heap, hole, n, TM_HEAP_USED_FIRST, TM_HEAP_USED_LAST);
+	gap = tm_heap_unlink(heap, hole);
+	block = hole + gap;
+	n = tm_heap_value(heap, block);
+	if (gap >= n + TM_HEAP_MIN) {
+		tm_heap_link(heap, hole + n, gap - n);
+		gap = n;
+	}
+	tm_heap_mark(heap, hole, gap, TM_HEAP_USED_FIRST, TM_HEAP_USED_LAST);
 	heap->nr_used++;
-	return hole + n;
+	return block;
 }
 
-u32 tm_heap_slide_end(struct tm_heap *heap, u32 hole)
+void tm_heap_slide_end(struct tm_heap *heap, u32 hole, u32 block)
 {
-	u32 gap, block, n;
+	u32 gap, n, start, left;
 	struct tm_heap_node first, last;
 
 	tm_assert_raw_locked(heap->lock);
 	gap = tm_heap_value(heap, hole);
-	block = hole + gap;
 	n = tm_heap_value(heap, block);
+	start = block;
+	left = n;
+	if (hole + gap == block) {
+		/* The places are neighbours, or have granules in common. */
+		start = hole + n;
+		left = gap;
+		if (heap->cursor == block)
+			heap->cursor = hole;
+	}
 	tm_step();
 	first = heap->node[block];
 	tm_step();
 	last = heap->node[block + n - 1];
-	tm_heap_clear(heap, block - 1);
+	tm_heap_clear(heap, hole + gap - 1);
 	tm_heap_clear(heap, block);
-	tm_heap_clear(heap, block + n - 1);
 	tm_step();
 	heap->node[hole] = first;
 	tm_step();
 	heap->node[hole + n - 1] = last;
-	if (heap->cursor == block)
-		heap->cursor = hole;
 	heap->nr_used--;
-	tm_heap_release(heap, hole + n, gap);
-	return tm_heap_value(heap, hole + n);
+	tm_heap_release(heap, start, left);
 }
 
 /* A list: what is in it belongs there, both links agree. Return: how many it has. */

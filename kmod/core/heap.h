@@ -109,13 +109,14 @@ u32 tm_heap_length(const struct tm_heap *heap, u32 start);
 u32 tm_heap_largest(const struct tm_heap *heap);
 
 /*
- * Slide: the used block right behind the free block at @hole moves down to it, in two parts, so that
- * the caller may copy in between without the lock. From begin to end both count as used, the hole without a note: nobody
- * else gets at either, and the block must not be freed. There has to be a used block. Returns its start.
+ * Slide: the used block right behind the free block at @hole moves down to it, in two parts, so that the caller may copy in between without
+ * the lock. From begin to end its old place and its new one count as used, the new one without a note: nobody else gets at either, and the
+ * block must not be freed. What a hole has beyond that stays free; only one that is hardly longer is taken as a whole. There
+ * has to be a used block. Returns its start.
  */
 u32 tm_heap_slide_begin(struct tm_heap *heap, u32 hole);
-/* The block is at @hole now, with its note and links; what is behind it is free and merged. Return: the length of that free block. */
-u32 tm_heap_slide_end(struct tm_heap *heap, u32 hole);
+/* The block that was at @block is at @hole now, with its note and links; its old place is free and merged. */
+void tm_heap_slide_end(struct tm_heap *heap, u32 hole, u32 block);
 
 /* Everything by tm_warn_on(), in as many steps as there are granules. For tests. */
 void tm_heap_check(const struct tm_heap *heap);

@@ -14,8 +14,7 @@ enum tm_rt_kind {
 #define TM_RT_NOTE_INDEX_MASK	0xffffu
 #define TM_RT_NOTE_CLIENT_MASK	0xffu
 
-/* The value of an item's tag: its client, its class. */
-#define TM_RT_ITEM_CLIENT_SHIFT	4
+/* The value of an item's tag: its class. */
 #define TM_RT_ITEM_CLASS_MASK	0xfu
 
 tm_static_assert(TM_RT_MOVABLE - 1 <= TM_RT_NOTE_INDEX_MASK,
@@ -366,7 +365,6 @@ static void tm_rt_item_take(struct tm_rt *rt, struct tm_rt_client *client,
 	class->used++;
 	node = tm_rt_node(rt, start);
 	node->tag = tm_heap_tag(TM_HEAP_ITEM_USED,
-				client->index << TM_RT_ITEM_CLIENT_SHIFT |
 				(u32)(class - client->class));
 	client->nr_blocks++;
 	client->used += class->size;
@@ -452,20 +450,20 @@ static void tm_rt_item_put(struct tm_rt *rt, struct tm_rt_client *client,
 
 /*
  * The length of the allocated item of this client at @start, whose tag says that there is one; 0 if that
- * is an old tag. Where the class has an item that was ever allocated, the tag is its own.
+ * is another client's or an old tag. No two runs have granules in common, so where this client's class has an item that was ever allocated, the
+ * tag is that one's.
  */
 static u32 tm_rt_item_length(const struct tm_rt *rt,
 			     const struct tm_rt_client *client, u32 start)
 {
-	u32 value = tm_rt_tag_value(rt, start);
 	const struct tm_rt_class *class =
-		&client->class[value & TM_RT_ITEM_CLASS_MASK];
+		&client->class[tm_rt_tag_value(rt, start) &
+			       TM_RT_ITEM_CLASS_MASK];
 	/* Before the run it wraps around. */
 	u32 offset = start - class->run - 1;
 
 	tm_step();
-	if (value >> TM_RT_ITEM_CLIENT_SHIFT != client->index || !class->size)
-		return 0;
+	/* Of a class that went the size is 0. */
 	if (offset >= class->fresh * class->size || offset % class->size)
 		return 0;
 	return class->size;
@@ -492,13 +490,18 @@ static void tm_rt_movable_block(const struct tm_rt *rt, u32 entry,
 	};
 }
 
+static bool tm_rt_entries_full(const struct tm_rt *rt)
+{
+	return rt->nr_movable == rt->max_movable;
+}
+
 static int tm_rt_from_heap(struct tm_rt *rt, struct tm_rt_client *client,
 			   u32 size, u32 flags, struct tm_rt_block *block)
 {
 	bool movable = flags & TM_RT_ALLOC_MOVABLE;
 	u32 entry, start, n;
 
-	if (movable && rt->nr_movable == rt->max_movable)
+	if (movable && tm_rt_entries_full(rt))
 		return -ENFILE;
 	start = tm_heap_alloc(&rt->heap, size < TM_HEAP_MIN ? TM_HEAP_MIN :
 							      size);
@@ -539,6 +542,9 @@ int tm_rt_alloc(struct tm_rt *rt, struct tm_rt_client *client, u32 size,
 	if (flags & TM_RT_ALLOC_MOVABLE) {
 		if (flags != TM_RT_ALLOC_MOVABLE || size > TM_RT_STEP)
 			return -EINVAL;
+		/* No use in waiting, whoever else does. */
+		if (tm_rt_entries_full(rt))
+			return -ENFILE;
 	} else {
 		if (flags & ~TM_RT_ALLOC_RESERVED)
 			return -EINVAL;
@@ -572,6 +578,7 @@ static void tm_rt_drop_block(struct tm_rt *rt, struct tm_rt_client *client,
 		u32 entry = tm_rt_note_index(note);
 
 		tm_step();
+		rt->loose -= !rt->movable[entry].pins;
 		if (rt->movable[entry].state == TM_RT_MOVING) {
 			rt->movable[entry].state = TM_RT_ABANDONED;
 			return;
@@ -680,7 +687,7 @@ int tm_rt_pin(struct tm_rt *rt, struct tm_rt_client *client, u32 handle,
 			return -EAGAIN;
 		if (m->pins == 0xffff)
 			return -EOVERFLOW;
-		m->pins++;
+		rt->loose -= !m->pins++;
 		tm_rt_movable_block(rt, (u32)(m - rt->movable), block);
 		return 0;
 	}
@@ -706,8 +713,10 @@ int tm_rt_unpin(struct tm_rt *rt, struct tm_rt_client *client, u32 handle)
 		return -ENOENT;
 	if (!m->pins)
 		return -EINVAL;
-	if (!--m->pins)
+	if (!--m->pins) {
+		rt->loose++;
 		rt->frees++;
+	}
 	return 0;
 }
 
@@ -781,7 +790,7 @@ struct tm_rt_waiter *tm_rt_serve(struct tm_rt *rt)
 		tm_rt_stop(rt, waiter, TM_RT_SERVED);
 		return waiter;
 	}
-	if (err != -ENOSPC || rt->heap.free < waiter->size ||
+	if (err != -ENOSPC || rt->heap.free < waiter->size || !rt->loose ||
 	    waiter->frees == rt->frees)
 		return NULL;
 	waiter->frees = rt->frees;
@@ -843,7 +852,7 @@ void tm_rt_move_end(struct tm_rt *rt, const struct tm_rt_move *move)
 	struct tm_rt_movable *m;
 
 	tm_assert_raw_locked(rt->heap.lock);
-	tm_heap_slide_end(&rt->heap, move->to);
+	tm_heap_slide_end(&rt->heap, move->to, move->from);
 	rt->moving = false;
 	rt->moves++;
 	rt->heap.cursor = tm_rt_last(rt, move->to) + 1;
@@ -867,7 +876,6 @@ static u32 tm_rt_check_items(const struct tm_rt *rt,
 			     const struct tm_rt_client *client, u32 index)
 {
 	const struct tm_rt_class *class = &client->class[index];
-	u32 value = client->index << TM_RT_ITEM_CLIENT_SHIFT | index;
 	u32 free = 0, used = 0, n = tm_rt_granules(rt, class->run);
 
 	tm_warn_on(n < (u64)class->size * class->count + 2);
@@ -875,7 +883,7 @@ static u32 tm_rt_check_items(const struct tm_rt *rt,
 	for (u32 i = 0; i < class->fresh; i++) {
 		u32 item = class->run + 1 + i * class->size;
 
-		tm_warn_on(tm_rt_tag_value(rt, item) != value);
+		tm_warn_on(tm_rt_tag_value(rt, item) != index);
 		used += tm_rt_tag_type(rt, item) == TM_HEAP_ITEM_USED;
 	}
 	for (u32 item = class->free; item != TM_HEAP_NONE;
@@ -980,7 +988,7 @@ static u32 tm_rt_check_client(const struct tm_rt *rt,
 /* The table. Return: entries of blocks that nobody has. */
 static u32 tm_rt_check_movable(const struct tm_rt *rt)
 {
-	u32 unused = 0, moving = 0, abandoned = 0, entry = rt->unused;
+	u32 unused = 0, moving = 0, abandoned = 0, loose = 0, entry = rt->unused;
 
 	for (u32 i = 0; i < rt->max_movable; i++) {
 		const struct tm_rt_movable *m = &rt->movable[i];
@@ -988,10 +996,13 @@ static u32 tm_rt_check_movable(const struct tm_rt *rt)
 		unused += m->state == TM_RT_UNUSED;
 		moving += m->state == TM_RT_MOVING;
 		abandoned += m->state == TM_RT_ABANDONED;
+		loose += m->state == TM_RT_MOVING ||
+			 (m->state == TM_RT_RESTING && !m->pins);
 		tm_warn_on(m->state != TM_RT_UNUSED &&
 			   m->state != TM_RT_RESTING && m->pins);
 	}
 	tm_warn_on(moving + abandoned != rt->moving);
+	tm_warn_on(loose != rt->loose);
 	tm_warn_on(rt->nr_movable + unused != rt->max_movable);
 	for (u32 i = 0; i < unused; i++) {
 		if (tm_warn_on(entry >= rt->max_movable))

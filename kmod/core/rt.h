@@ -20,7 +20,7 @@
  * sleeps. He waits before he compacts: what room he makes is then his and not of whoever comes along.
  * Who waits is served by priority, then in order of arrival; a first one that cannot be served yet is not overtaken by those behind it,
  * or large requests would starve. What is freed is handed to the first waiter there and then (tm_rt_serve()): who comes along cannot
- * take it. A call serves one at most, and who was served serves the next: so a free takes a constant number of steps.
+ * take it. A call serves one at most, so that a free takes a constant number of steps; who calls goes on with further calls until nobody is named.
  * Who waits for a size that a class of his serves waits for its items as well, in order of arrival, and gets the first that is freed, whoever
  * is before him in the other queue. A class that is reserved later does nothing for him.
  *
@@ -31,7 +31,7 @@
  * A movable block that is freed while it is being moved is nobody's from then on; its memory is free when the move ends.
  *
  * Items are tagged when they are first allocated, and the tags stay when a reservation goes: so that neither takes a step for
- * each item. An item's tag counts if the class it names has an item there that was ever allocated.
+ * each item. An item's tag counts if the asking client's class of that number has an item there that was ever allocated.
  *
  * Every call takes a constant number of steps, but for init, exit and check. Memory is counted in granules (core/heap.h).
  *
@@ -184,6 +184,7 @@ struct tm_rt_movable {
  * @movable: the table of movable blocks, @max_movable long
  * @max_movable: how many there may be
  * @nr_movable: how many entries are in use
+ * @loose: how many are of blocks that are not pinned
  * @unused: the entry that nobody has since the shortest time; the next in the ring is the one that nobody has since the longest.
  *          Without meaning when all are in use
  * @waiting: first of those that wait, by priority; NULL: none
@@ -200,6 +201,7 @@ struct tm_rt {
 	struct tm_rt_movable *movable;
 	u32 max_movable;
 	u32 nr_movable;
+	u32 loose;
 	u32 unused;
 	struct tm_rt_waiter *waiting[TM_RT_PRIORITIES];
 	u64 levels[2];
@@ -258,8 +260,8 @@ void tm_rt_wait(struct tm_rt *rt, struct tm_rt_waiter *waiter);
 /* Stop waiting. Return: whether it had been served meanwhile: then the block is its client's. */
 bool __must_check tm_rt_cancel(struct tm_rt *rt, struct tm_rt_waiter *waiter);
 /*
- * To be called after tm_rt_wait() and whatever may make room (free, unpin, unreserve, leave, move_end), and by who was served or stops waiting;
- * before the lock is dropped. Return: whom to wake: SERVED; or still WAITING, because enough is free, but in pieces, and it should compact: it is told once for each value of
+ * To be called after tm_rt_wait() and whatever may make room (free, unpin, unreserve, leave, move_end), and when somebody was served or stops waiting;
+ * the first time before the lock is dropped. Return: whom to wake: SERVED; or still WAITING, because enough is free, but in pieces, some blocks may be moved, and it should compact: it is told once for each value of
  * tm_rt::frees; or NULL. One that waits for a movable block while all entries are in use is first like any other.
  */
 struct tm_rt_waiter *tm_rt_serve(struct tm_rt *rt);

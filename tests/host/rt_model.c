@@ -307,6 +307,16 @@ static u32 free_granules(const struct rt_model *m)
 	return n;
 }
 
+/* Whether there is a block that compaction might move. */
+static bool loose(const struct rt_model *m)
+{
+	for (u32 t = 0; t < m->nr_things; t++)
+		if (m->thing[t].kind == MODEL_MOVABLE && !m->thing[t].pins &&
+		    !m->thing[t].abandoned)
+			return true;
+	return false;
+}
+
 /* What a request that the heap has to serve comes to. */
 static int heap_result(const struct rt_model *m, u32 size, u32 flags)
 {
@@ -343,7 +353,7 @@ bool rt_model_should_tell(const struct rt_model *m)
 	return w >= 0 &&
 	       heap_result(m, m->waiter[w].size, m->waiter[w].flags) ==
 		       -ENOSPC &&
-	       free_granules(m) >= m->waiter[w].size &&
+	       free_granules(m) >= m->waiter[w].size && loose(m) &&
 	       !(m->waiter[w].told && m->waiter[w].told_at == m->frees);
 }
 
@@ -531,6 +541,8 @@ int rt_do_alloc(struct rt_model *m, u32 c, u32 size, u32 flags, u32 *t)
 		want = -EINVAL;
 	else if (run >= 0)
 		want = 0;
+	else if (movable && !m->nr_entries)
+		want = -ENFILE;
 	else if (flags & TM_RT_ALLOC_RESERVED || must_wait(m, c))
 		want = -ENOSPC;
 	else
@@ -745,9 +757,12 @@ enum tm_rt_step rt_do_move_begin(struct rt_model *m)
 	thing->moving = true;
 	m->moving = true;
 	m->move = move;
+	/* As much as the block will take; all, where the rest would be no block. */
 	m->gap_moved = m->gap[at];
+	if (m->gap_moved >= thing->granules + 2)
+		m->gap_moved = thing->granules;
 	/* Nobody's thing, so that nobody finds a gap there. */
-	own(m, at, m->gap[at], RT_MODEL_BLOCKS + 1);
+	own(m, at, m->gap_moved, RT_MODEL_BLOCKS + 1);
 	find_gaps(m);
 	return got;
 }

@@ -81,7 +81,7 @@ struct rt_model {
 	u64 moves;
 	bool moving;
 	struct tm_rt_move move;
-	u32 gap_moved;			/* granules of the hole that is moved to */
+	u32 gap_moved;			/* granules taken for the block's new place */
 	u32 pattern;
 	u32 steps;			/* of the last call */
 };

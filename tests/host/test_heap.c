@@ -102,7 +102,7 @@ static void slide_unlocked(void *arg)
 static void slide_end_unlocked(void *arg)
 {
 	(void)arg;
-	tm_heap_slide_end(&heap, 0);
+	tm_heap_slide_end(&heap, 0, 5);
 }
 
 static void largest_unlocked(void *arg)
@@ -284,7 +284,8 @@ TEST(heap_slides)
 {
 	for (u32 hole = 2; hole < 8; hole++) {
 		for (u32 how = 0; how < 16; how++) {
-			u32 before, gap, block, behind, last, n = 4, length;
+			u32 before, gap, block, behind, last, n = 4;
+			u32 taken = hole < 6 ? hole : n, rest = hole - taken;
 			bool tail = how & 8;
 
 			begin(3 + hole + n + 5 + (tail ? 2 : 3));
@@ -305,8 +306,8 @@ TEST(heap_slides)
 				tm_heap_free(&heap, behind);
 			CHECK_EQ(tm_heap_slide_begin(&heap, gap), block);
 			tm_heap_check(&heap);
-			CHECK_EQ(heap.free, how & 1 ? 5 : 0);
-			CHECK_EQ(tm_heap_length(&heap, gap), hole);
+			CHECK_EQ(heap.free, (how & 1 ? 5 : 0) + rest);
+			CHECK_EQ(tm_heap_length(&heap, gap), taken);
 			CHECK_EQ(tm_heap_length(&heap, block), n);
 			/* Both stay what they are, whatever becomes free beside them. */
 			if (how & 2) {
@@ -315,16 +316,19 @@ TEST(heap_slides)
 					tm_heap_free(&heap, behind);
 				tm_heap_check(&heap);
 			}
-			length = tm_heap_slide_end(&heap, gap);
+			tm_heap_slide_end(&heap, gap, block);
 			tm_heap_check(&heap);
-			CHECK_EQ(length, hole + (how & 3 ? 5 : 0));
+			CHECK_EQ(heap.node[gap + n].tag,
+				 tm_heap_tag(TM_HEAP_FREE_FIRST,
+					     hole + (how & 3 ? 5 : 0)));
 			CHECK_EQ(tm_heap_length(&heap, gap), n);
 			CHECK_EQ(heap.node[gap].link, 123);
 			CHECK_EQ(heap.node[gap + n - 1].link, 456);
 			CHECK_EQ(heap.node[gap + n - 1].tag,
 				 tm_heap_tag(TM_HEAP_USED_LAST, 789));
-			CHECK_EQ(heap.cursor, gap);
-			CHECK_EQ(heap.free, length + (how & 2 ? 3 : 0));
+			CHECK_EQ(heap.cursor, rest && !(how & 4) ? gap + n : gap);
+			CHECK_EQ(heap.free, hole + (how & 3 ? 5 : 0) +
+					    (how & 2 ? 3 : 0));
 			tm_heap_free(&heap, last);
 			tm_heap_free(&heap, gap);
 			if (!(how & 2))
@@ -335,6 +339,29 @@ TEST(heap_slides)
 			CHECK_EQ(heap.cursor, 0);
 			end();
 		}
+	}
+}
+
+/* What a long hole has beyond the block can be had while the block is moved, or lie between its places when it is taken. */
+TEST(heap_long_hole_stays_free)
+{
+	for (u32 taken = 0; taken < 2; taken++) {
+		begin(30);
+		CHECK_EQ(tm_heap_alloc(&heap, 20), 0);
+		CHECK_EQ(tm_heap_alloc(&heap, 5), 20);
+		tm_heap_free(&heap, 0);
+		CHECK_EQ(tm_heap_slide_begin(&heap, 0), 20);
+		tm_heap_check(&heap);
+		CHECK_EQ(tm_heap_largest(&heap), 15);
+		if (taken)
+			CHECK_EQ(tm_heap_alloc(&heap, 15), 5);
+		tm_heap_slide_end(&heap, 0, 20);
+		tm_heap_check(&heap);
+		CHECK_EQ(tm_heap_length(&heap, 0), 5);
+		CHECK_EQ(tm_heap_length(&heap, 5), taken ? 15 : 0);
+		CHECK_EQ(tm_heap_length(&heap, 20), 0);
+		CHECK_EQ(tm_heap_largest(&heap), taken ? 10 : 25);
+		end();
 	}
 }
 
