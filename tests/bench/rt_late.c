@@ -323,6 +323,19 @@ static void returns(int fd)
 	printf("late-returns %u %u\n", nr[0], nr[1]);
 }
 
+/* It proves little where nothing was compacted. */
+static void moved(int fd)
+{
+	struct tensormem_rt_info info = { 0 };
+
+	if (ioctl(fd, TENSORMEM_IOC_RT_INFO, &info))
+		err(1, "RT_INFO");
+	if (!info.moves)
+		errx(1, "nothing was moved");
+	printf("# moved: %llu blocks meanwhile\n",
+	       (unsigned long long)info.moves);
+}
+
 int main(void)
 {
 	struct sched_param param = { .sched_priority = 80 };
@@ -343,6 +356,7 @@ int main(void)
 	reserved(rt, other);
 	/* The arena is full by now. */
 	returns(rt);
+	moved(rt);
 	for (int i = 0; i < 3; i++) {
 		int status;
 

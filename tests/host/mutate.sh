@@ -64,6 +64,14 @@ try()
 		# Nothing but compaction drains.
 		first="buddy compact"
 		;;
+	heap)
+		# An arena is where compaction and odd orders of calls come from.
+		first="heap rt_"
+		;;
+	rt)
+		# Not each name that has these two letters.
+		first="rt_"
+		;;
 	esac
 	# shellcheck disable=SC2086
 	if quick ./test $first && quick ./test; then

@@ -356,29 +356,76 @@ TEST(heap_check_finds)
 		u32 warned;
 
 		switch (what) {
-		case 0: heap.free++; break;
-		case 1: heap.nr_free++; break;
-		case 2: heap.nr_used++; break;
-		case 3: heap.cursor = 1; break;
-		case 4: heap.rows |= 4; break;
-		case 5: heap.subs[0] |= 2; heap.head[1] = 5; break;
-		case 6: heap.subs[0] |= 2; heap.head[1] = 0; break;
-		case 7: heap.head[5] = 5; break;
-		case 8: heap.node[5].link = 15; break;
-		case 9: heap.node[5].link = 40; break;
-		case 10: heap.node[7].tag = tm_heap_tag(TM_HEAP_USED_FIRST, 2); break;
-		case 11: heap.node[0].tag = 0; break;
-		case 12: heap.node[0].tag = tm_heap_tag(TM_HEAP_USED_FIRST, 41); break;
-		case 13: heap.node[0].tag = tm_heap_tag(TM_HEAP_USED_FIRST, 1); break;
-		case 14: heap.node[4].tag = 0; break;
-		case 15: heap.node[9].tag = tm_heap_tag(TM_HEAP_FREE_LAST, 4); break;
-		case 16: heap.rows |= 1u << 30; break;
-		case 17: heap.subs[0] &= ~(1u << 5); heap.rows = 0; break;
-		case 18: heap.node[9].link = 9; break;
-		case 19: heap.node[1].tag = 1; break;
-		case 20: heap.node[10].tag = tm_heap_tag(TM_HEAP_FREE_FIRST, 5);
-			 heap.node[14].tag = tm_heap_tag(TM_HEAP_FREE_LAST, 5); break;
-		default: heap.node[9].tag = tm_heap_tag(TM_HEAP_USED_LAST, 5); break;
+		case 0:
+			heap.free++;
+			break;
+		case 1:
+			heap.nr_free++;
+			break;
+		case 2:
+			heap.nr_used++;
+			break;
+		case 3:
+			heap.cursor = 1;
+			break;
+		case 4:
+			heap.rows |= 4;
+			break;
+		case 5:
+			heap.subs[0] |= 2;
+			heap.head[1] = 5;
+			break;
+		case 6:
+			heap.subs[0] |= 2;
+			heap.head[1] = 0;
+			break;
+		case 7:
+			heap.head[5] = 5;
+			break;
+		case 8:
+			heap.node[5].link = 15;
+			break;
+		case 9:
+			heap.node[5].link = 40;
+			break;
+		case 10:
+			heap.node[7].tag = tm_heap_tag(TM_HEAP_USED_FIRST, 2);
+			break;
+		case 11:
+			heap.node[0].tag = 0;
+			break;
+		case 12:
+			heap.node[0].tag = tm_heap_tag(TM_HEAP_USED_FIRST, 41);
+			break;
+		case 13:
+			heap.node[0].tag = tm_heap_tag(TM_HEAP_USED_FIRST, 1);
+			break;
+		case 14:
+			heap.node[4].tag = 0;
+			break;
+		case 15:
+			heap.node[9].tag = tm_heap_tag(TM_HEAP_FREE_LAST, 4);
+			break;
+		case 16:
+			heap.rows |= 1u << 30;
+			break;
+		case 17:
+			heap.subs[0] &= ~(1u << 5);
+			heap.rows = 0;
+			break;
+		case 18:
+			heap.node[9].link = 9;
+			break;
+		case 19:
+			heap.node[1].tag = 1;
+			break;
+		case 20:
+			heap.node[10].tag = tm_heap_tag(TM_HEAP_FREE_FIRST, 5);
+			heap.node[14].tag = tm_heap_tag(TM_HEAP_FREE_LAST, 5);
+			break;
+		default:
+			heap.node[9].tag = tm_heap_tag(TM_HEAP_USED_LAST, 5);
+			break;
 		}
 		tm_host_expect_warnings(1000);
 		tm_heap_check(&heap);

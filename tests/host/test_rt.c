@@ -1191,59 +1191,162 @@ TEST(rt_check_finds)
 		u32 warned, last = block + 4, entry = node[last].tag & 0xffff;
 
 		switch (what) {
-		case 0: rt->frees++; rt->moving = false; break;
-		case 1: rt->nr_movable++; break;
-		case 2: rt->unused = 1000; break;
-		case 3: rt->movable[rt->unused].start = rt->unused; break;
-		case 4: rt->movable[rt->unused].start = 1000; break;
-		case 5: rt->movable[rt->unused].start = entry; break;
-		case 6: rt->movable[0].pins = 1; break;
-		case 7: rt->movable[entry].state = TM_RT_UNUSED; break;
-		case 8: rt->movable[entry].state = TM_RT_MOVING; break;
-		case 9: rt->movable[entry].state = TM_RT_ABANDONED; break;
-		case 10: rt->movable[entry].start++; break;
-		case 11: rt->movable[entry].client = 0; break;
-		case 12: node[last].tag ^= 1u << 16; break;
-		case 13: node[last].tag |= 100; break;
-		case 14: node[last].tag |= 3u << 24; break;
-		case 15: node[last].tag ^= 3u << 24; break;
-		case 16: node[last].tag &= ~(3u << 24); break;
-		case 17: node[last].link = 5; break;
-		case 18: node[block].link = block; break;
-		case 19: node[block].link = 2; break;
-		case 20: b->blocks = TM_HEAP_NONE; break;
-		case 21: b->nr_blocks++; break;
-		case 22: b->used++; break;
-		case 23: a->reserved--; break;
-		case 24: class->used++; break;
-		case 25: class->fresh = 5; break;
-		case 26: class->count = 1; break;
-		case 27: class->count = 6; break;
-		case 28: class->size = 0; break;
-		case 29: class->run = block; break;
-		case 30: class->free = TM_HEAP_NONE; break;
-		case 31: class->free = 1000; break;
-		case 32: class->free = item; break;
-		case 33: class->free = spare + 1; break;
-		case 34: node[spare].link = spare; break;
-		case 35: node[spare].tag |= 1u << 4; break;
-		case 36: node[item].tag = node[spare].tag; break;
-		case 37: a->sizes[1] = 1; break;
-		case 38: rt->places[0] |= 64; break;
-		case 39: rt->places[3] |= 1ull << 62; break;
-		case 40: a->index = 1; break;
-		case 41: rt->levels[1] |= 1; break;
-		case 42: rt->levels[0] = 0; break;
-		case 43: m.waiter[0].core.state = TM_RT_SERVED; break;
-		case 44: m.waiter[0].core.priority--; break;
-		case 45: m.waiter[1].core.prev[0] = &m.waiter[1].core; break;
-		case 46: node[run + 11 - 1].tag |= 16; break;
-		case 47: a->order[3] = 2; break;
-		case 48: a->nr_classes = 0; break;
-		case 49: class->waiting = &m.waiter[0].core;
-			 m.waiter[0].core.next[1] = &m.waiter[0].core;
-			 m.waiter[0].core.prev[1] = &m.waiter[0].core; break;
-		default: a->sizes[0] = 3; break;
+		case 0:
+			rt->frees++;
+			rt->moving = false;
+			break;
+		case 1:
+			rt->nr_movable++;
+			break;
+		case 2:
+			rt->unused = 1000;
+			break;
+		case 3:
+			rt->movable[rt->unused].start = rt->unused;
+			break;
+		case 4:
+			rt->movable[rt->unused].start = 1000;
+			break;
+		case 5:
+			rt->movable[rt->unused].start = entry;
+			break;
+		case 6:
+			rt->movable[0].pins = 1;
+			break;
+		case 7:
+			rt->movable[entry].state = TM_RT_UNUSED;
+			break;
+		case 8:
+			rt->movable[entry].state = TM_RT_MOVING;
+			break;
+		case 9:
+			rt->movable[entry].state = TM_RT_ABANDONED;
+			break;
+		case 10:
+			rt->movable[entry].start++;
+			break;
+		case 11:
+			rt->movable[entry].client = 0;
+			break;
+		case 12:
+			node[last].tag ^= 1u << 16;
+			break;
+		case 13:
+			node[last].tag |= 100;
+			break;
+		case 14:
+			node[last].tag |= 3u << 24;
+			break;
+		case 15:
+			node[last].tag ^= 3u << 24;
+			break;
+		case 16:
+			node[last].tag &= ~(3u << 24);
+			break;
+		case 17:
+			node[last].link = 5;
+			break;
+		case 18:
+			node[block].link = block;
+			break;
+		case 19:
+			node[block].link = 2;
+			break;
+		case 20:
+			b->blocks = TM_HEAP_NONE;
+			break;
+		case 21:
+			b->nr_blocks++;
+			break;
+		case 22:
+			b->used++;
+			break;
+		case 23:
+			a->reserved--;
+			break;
+		case 24:
+			class->used++;
+			break;
+		case 25:
+			class->fresh = 5;
+			break;
+		case 26:
+			class->count = 1;
+			break;
+		case 27:
+			class->count = 6;
+			break;
+		case 28:
+			class->size = 0;
+			break;
+		case 29:
+			class->run = block;
+			break;
+		case 30:
+			class->free = TM_HEAP_NONE;
+			break;
+		case 31:
+			class->free = 1000;
+			break;
+		case 32:
+			class->free = item;
+			break;
+		case 33:
+			class->free = spare + 1;
+			break;
+		case 34:
+			node[spare].link = spare;
+			break;
+		case 35:
+			node[spare].tag |= 1u << 4;
+			break;
+		case 36:
+			node[item].tag = node[spare].tag;
+			break;
+		case 37:
+			a->sizes[1] = 1;
+			break;
+		case 38:
+			rt->places[0] |= 64;
+			break;
+		case 39:
+			rt->places[3] |= 1ull << 62;
+			break;
+		case 40:
+			a->index = 1;
+			break;
+		case 41:
+			rt->levels[1] |= 1;
+			break;
+		case 42:
+			rt->levels[0] = 0;
+			break;
+		case 43:
+			m.waiter[0].core.state = TM_RT_SERVED;
+			break;
+		case 44:
+			m.waiter[0].core.priority--;
+			break;
+		case 45:
+			m.waiter[1].core.prev[0] = &m.waiter[1].core;
+			break;
+		case 46:
+			node[run + 11 - 1].tag |= 16;
+			break;
+		case 47:
+			a->order[3] = 2;
+			break;
+		case 48:
+			a->nr_classes = 0;
+			break;
+		case 49:
+			class->waiting = &m.waiter[0].core;
+			m.waiter[0].core.next[1] = &m.waiter[0].core;
+			m.waiter[0].core.prev[1] = &m.waiter[0].core;
+			break;
+		default:
+			a->sizes[0] = 3;
+			break;
 		}
 		tm_host_expect_warnings(1000);
 		tm_rt_check(rt);
@@ -1268,20 +1371,48 @@ static void unlocked(void *arg)
 	int got = 0;
 
 	switch (*(u32 *)arg) {
-	case 0: got = tm_rt_join(&m.rt, &other, 0); break;
-	case 1: got = tm_rt_leave(&m.rt, client); break;
-	case 2: got = tm_rt_reserve(&m.rt, client, 0, 0); break;
-	case 3: got = tm_rt_unreserve(&m.rt, client, 0); break;
-	case 4: got = tm_rt_alloc(&m.rt, client, 0, 0, &block); break;
-	case 5: got = tm_rt_free(&m.rt, client, 0); break;
-	case 6: got = tm_rt_pin(&m.rt, client, 0, &block); break;
-	case 7: got = tm_rt_unpin(&m.rt, client, 0); break;
-	case 8: tm_rt_wait(&m.rt, &w); break;
-	case 9: got = tm_rt_cancel(&m.rt, &w); break;
-	case 10: tm_rt_serve(&m.rt); break;
-	case 11: tm_rt_move_begin(&m.rt, &move); break;
-	case 12: tm_rt_move_end(&m.rt, &move); break;
-	default: tm_rt_check(&m.rt); break;
+	case 0:
+		got = tm_rt_join(&m.rt, &other, 0);
+		break;
+	case 1:
+		got = tm_rt_leave(&m.rt, client);
+		break;
+	case 2:
+		got = tm_rt_reserve(&m.rt, client, 0, 0);
+		break;
+	case 3:
+		got = tm_rt_unreserve(&m.rt, client, 0);
+		break;
+	case 4:
+		got = tm_rt_alloc(&m.rt, client, 0, 0, &block);
+		break;
+	case 5:
+		got = tm_rt_free(&m.rt, client, 0);
+		break;
+	case 6:
+		got = tm_rt_pin(&m.rt, client, 0, &block);
+		break;
+	case 7:
+		got = tm_rt_unpin(&m.rt, client, 0);
+		break;
+	case 8:
+		tm_rt_wait(&m.rt, &w);
+		break;
+	case 9:
+		got = tm_rt_cancel(&m.rt, &w);
+		break;
+	case 10:
+		tm_rt_serve(&m.rt);
+		break;
+	case 11:
+		tm_rt_move_begin(&m.rt, &move);
+		break;
+	case 12:
+		tm_rt_move_end(&m.rt, &move);
+		break;
+	default:
+		tm_rt_check(&m.rt);
+		break;
 	}
 	(void)got;
 }
