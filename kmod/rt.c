@@ -47,6 +47,7 @@ struct task_struct *tm_rt_serve_next(struct tm_arena *arena)
 	sleeper = container_of(waiter, struct tm_rt_sleeper, waiter);
 	if (waiter->state != TM_RT_SERVED)
 		return sleeper->task;
+	container_of(waiter->client, struct tm_rt_user, core)->waiting--;
 	if (!item && ktime_get() > sleeper->deadline) {
 		tm_warn_on(tm_rt_free(&arena->rt, waiter->client,
 				      waiter->block.handle));

@@ -29,9 +29,9 @@
 #define TM_MIN_RT_PIN		offsetofend(struct tensormem_rt_block, offset)
 #define TM_MIN_RT_PRIORITY	offsetofend(struct tensormem_rt_priority, flags)
 
-static_assert(TM_RT_STEP == TENSORMEM_RT_STEP);
+static_assert(TENSORMEM_RT_STEP == TM_RT_STEP);
 static_assert(TENSORMEM_RT_MAX_CLASSES == TM_RT_CLASSES);
-static_assert(TENSORMEM_RT_MAX_PRIORITY == TM_RT_PRIORITIES - 1);
+static_assert(TENSORMEM_RT_MAX_PRIORITY < TM_RT_PRIORITIES);
 
 static void tm_rt_fill_info(struct tm_rt_user *user,
 			    struct tensormem_rt_info *info)

@@ -29,12 +29,15 @@ static unsigned long long rt_ready;
 module_param(rt_ready, ullong, 0444);
 MODULE_PARM_DESC(rt_ready, "bytes of it that are set aside at once and kept");
 
+/* How often what is missing is asked for: it costs others what makes room. */
+#define TM_RT_POOL_PERIOD	HZ
+
 static void tm_rt_pool_refill(struct work_struct *work);
 
 /* One who changes a setting at a time; the other is taken inside of it. */
 static DEFINE_MUTEX(tm_rt_pool_setting);
 static DEFINE_MUTEX(tm_rt_pool_mutex);
-static DECLARE_WORK(tm_rt_pool_work, tm_rt_pool_refill);
+static DECLARE_DELAYED_WORK(tm_rt_pool_work, tm_rt_pool_refill);
 
 /* In chunks; all under the mutex. */
 static struct {
@@ -142,10 +145,12 @@ static void tm_rt_pool_trim(void)
 
 static void tm_rt_pool_refill(struct work_struct *work)
 {
-	/* Without success it is less than it should be, which rt/held shows. */
-	if (tm_rt_pool_fill())
-		return;
+	bool missing = tm_rt_pool_fill();
+
+	/* Less may have been asked for meanwhile. */
 	tm_rt_pool_trim();
+	if (missing)
+		schedule_delayed_work(&tm_rt_pool_work, TM_RT_POOL_PERIOD);
 }
 
 static u64 tm_rt_pool_chunks(u64 bytes)
@@ -165,10 +170,11 @@ void __init tm_rt_pool_init(void)
 	bytes = min(bytes, (u64)totalram_pages() << PAGE_SHIFT);
 	tm_rt_pool.size = bytes >> TM_CHUNK_SHIFT;
 	tm_rt_pool.ready = min(tm_rt_pool_chunks(rt_ready), tm_rt_pool.size);
-	/* What there is not now may be there when an arena is closed. */
-	if (tm_rt_pool_fill())
-		pr_warn("tensormem: rt_ready: cannot set aside %llu bytes\n",
-			rt_ready);
+	if (!tm_rt_pool_fill())
+		return;
+	pr_warn("tensormem: rt_ready: cannot set aside %llu bytes yet\n",
+		rt_ready);
+	schedule_delayed_work(&tm_rt_pool_work, TM_RT_POOL_PERIOD);
 }
 
 /* Context: may sleep; there is no arena. */
@@ -177,7 +183,7 @@ void tm_rt_pool_exit(void)
 	mutex_lock(&tm_rt_pool_mutex);
 	tm_rt_pool.ready = 0;
 	mutex_unlock(&tm_rt_pool_mutex);
-	cancel_work_sync(&tm_rt_pool_work);
+	cancel_delayed_work_sync(&tm_rt_pool_work);
 	tm_rt_pool_trim();
 }
 
@@ -276,7 +282,7 @@ void tm_rt_pool_settle(void)
 	mutex_unlock(&tm_rt_pool_mutex);
 	/* Elsewhere: who closes an arena may have been killed, and gets no memory. */
 	if (missing)
-		queue_work(system_unbound_wq, &tm_rt_pool_work);
+		mod_delayed_work(system_wq, &tm_rt_pool_work, 0);
 }
 
 /* Context: may sleep. @stats: a consistent set. */

@@ -160,7 +160,7 @@ static int tm_rt_unqueue(struct tm_rt_user *user, struct tm_rt_sleeper *sleeper,
 	unsigned long irq;
 
 	irq = tm_arena_lock(arena);
-	user->waiting--;
+	user->waiting -= sleeper->waiter.state == TM_RT_WAITING;
 	if (tm_rt_cancel(&arena->rt, &sleeper->waiter))
 		err = 0;
 	else if (!err)

@@ -301,7 +301,8 @@ def test_a_batch_waits_for_its_items(raw: Raw, rt: RT) -> None:
         thread = threading.Thread(target=lambda: results.extend(rt.alloc_batch([SIXTEENTH] * 4, LONG)))
         thread.start()
         for count in range(1, 4):
-            wait_for(lambda n=count: (rt.info().blocks, rt.info().waiting) == (n, 1))
+            wait_for(lambda n=count: rt.info().waits == n)
+            assert (rt.info().blocks, rt.info().waiting) == (count, 1)
             assert other.free(blocks[count].handle) == 0
         thread.join(60)
         result, batch, items = results

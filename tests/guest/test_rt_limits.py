@@ -31,8 +31,8 @@ from test_limits import (
     join,
 )
 
+import process
 from device import CHUNK, PAGE, RT, SYSFS, Raw, address_of, becomes, read, wait_for, write
-from process import hold, let_go
 from tensormem import abi
 
 __all__ = ["cgroup"]  # a fixture
@@ -50,6 +50,24 @@ BOARDS = {
 }
 
 pytestmark = pytest.mark.usefixtures("settings")
+
+
+Hold = type(process.hold)
+
+
+@pytest.fixture
+def hold() -> Iterator[Hold]:
+    """process.hold(), let go of when the test is over, however it ends. Who reads the pipe lets go before."""
+    pipes: list[tuple[int, int]] = []
+
+    def one(address: int, length: int) -> tuple[int, int]:
+        pipes.append(process.hold(address, length))
+        return pipes[-1]
+
+    yield one
+    for pipe in pipes:
+        process.let_go(pipe)
+    becomes("chunk/quarantined", 0)
 
 
 def size_is(chunks: int) -> None:
@@ -105,9 +123,15 @@ def test_parameters() -> None:
 
 
 def test_parameters_that_cannot_be() -> None:
-    """The module is there; what cannot be set aside is not."""
+    """The module is there, with as much set aside as can be; the rest follows with an arena that is closed."""
     with reloaded(f"rt_size={4 * CHUNK}", f"rt_ready={5 * CHUNK}"):
-        assert (read("rt/size"), read("rt/ready"), pool()) == (4 * CHUNK, 0, (0, 0, 0))
+        assert (read("rt/size"), read("rt/ready"), pool()) == (4 * CHUNK, 4 * CHUNK, (4, 0, 0))
+    with reloaded(f"rt_size={8 * CHUNK}", f"rt_ready={6 * CHUNK}", "capacity=3", "reserve=0"):
+        assert (read("rt/size"), read("rt/ready"), pool()) == (8 * CHUNK, 6 * CHUNK, (3, 0, 0))
+        assert write("chunk/capacity", 10) == 0
+        with Raw() as raw:
+            raw.rt(CHUNK).close()
+            becomes("rt/held", 6 * CHUNK)
 
 
 # The pool's size
@@ -306,9 +330,9 @@ def test_ready_memory_forgets(raw: Raw) -> None:
     mapping.close()
 
 
-def test_ready_memory_that_is_held(raw: Raw) -> None:
-    """It goes into quarantine, and other memory takes its place."""
-    size_is(4)
+def test_ready_memory_that_is_held(raw: Raw, hold: Hold) -> None:
+    """It goes into quarantine and is used as far as rt/size goes; other memory takes its place."""
+    size_is(5)
     assert write("rt/ready", 2 * CHUNK) == 0
     rt = raw.rt(2 * CHUNK)
     view = rt.view()
@@ -318,19 +342,19 @@ def test_ready_memory_that_is_held(raw: Raw) -> None:
     rt.close()
     becomes("rt/held", 2 * CHUNK)
     assert read("chunk/quarantined") == CHUNK // PAGE
+    assert raw.try_rt(4 * CHUNK + 1)[0] == errno.ENOSPC
     with raw.rt(4 * CHUNK) as again:
         view = again.view()
         assert view[:] == bytes(4 * CHUNK)
         view[:] = b"\x42" * (4 * CHUNK)
         view.close()
     assert os.read(pipe[0], PAGE) == b"\x41" * PAGE
-    let_go(pipe)
     becomes("chunk/quarantined", 0)
     assert write("rt/ready", 0) == 0
     assert pool() == (0, 0, 0)
 
 
-def test_what_was_held_is_replaced_at_last(raw: Raw) -> None:
+def test_what_was_held_is_replaced_at_last(raw: Raw, hold: Hold) -> None:
     """At the capacity there is no other chunk until it is let go; then what is ready is whole again."""
     size_is(4)
     assert write("rt/ready", 2 * CHUNK) == 0
@@ -344,7 +368,7 @@ def test_what_was_held_is_replaced_at_last(raw: Raw) -> None:
     assert read("rt/held") == CHUNK
     assert raw.try_rt(2 * CHUNK)[0] == errno.ENOSPC
     time.sleep(0.3)
-    let_go(pipe)
+    assert os.read(pipe[0], PAGE) == bytes(PAGE)
     becomes("rt/held", 2 * CHUNK)
     raw.rt(2 * CHUNK).close()
     assert write("rt/ready", 0) == 0
