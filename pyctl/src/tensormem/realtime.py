@@ -228,19 +228,32 @@ class _Session(Session):
         Raises:
             OSError: with the errno of the ABI.
         """
-        end = time.monotonic_ns() + deadline.ns if deadline.ns and not deadline.absolute else 0
+        begin = time.monotonic_ns()
+        try:
+            self.device.ioctl(request, argument)
+        except InterruptedError:
+            self.again(request, argument, items, deadline, begin)
+
+    def again(
+        self,
+        request: int,
+        argument: abi.Struct,
+        items: Sequence[abi.RTAlloc],
+        deadline: _Deadline,
+        begin: int,
+    ) -> None:
+        """Make a call again that a signal has ended, for the time that is left since it began."""
+        relative = deadline.ns and not deadline.absolute
         try:
             while True:
-                try:
+                for item in items if relative else ():
+                    item.deadline_ns = max(1, begin + deadline.ns - time.monotonic_ns())
+                with contextlib.suppress(InterruptedError):
                     self.device.ioctl(request, argument)
                     return
-                except InterruptedError:
-                    for item in items if end else ():
-                        item.deadline_ns = max(1, end - time.monotonic_ns())
         finally:
-            if end:
-                for item in items:
-                    item.deadline_ns = deadline.ns
+            for item in items:
+                item.deadline_ns = deadline.ns
 
     def allocate(self, items: Sequence[abi.RTAlloc], deadline: _Deadline) -> list[_Block]:
         """Allocate all items or none."""
@@ -563,11 +576,12 @@ class RTBuffer:
             raise errors.InvalidArgument("this buffer is taken already", "give() it back first")
         if self._session.closed or not self._open:
             raise self._session.no_longer()
+        begin = time.monotonic_ns()
         try:
-            if self._deadline.ns:
-                self._session.patiently(abi.IOC_RT_ALLOC, item, (item,), self._deadline)
-            else:
+            try:
                 self._ioctl(abi.IOC_RT_ALLOC, item)
+            except InterruptedError:
+                self._session.again(abi.IOC_RT_ALLOC, item, (item,), self._deadline, begin)
         except OSError as error:
             raise self._session.refusal(error.errno or 0, item) from None
         block.handle = item.handle
