@@ -935,13 +935,13 @@ def _refused(number: int, size: int, priority: int) -> errors.TensormemError:
         if number == errno.ENOSPC:
             return errors.RTPoolFull(f"{what}, the RT pool or the chunk pool has no room for it")
     if number == errno.EPERM and priority:
-        cause = f"{what} with priority {priority}: it takes CAP_SYS_NICE, and to be locked"
+        cause = f"{what} with priority {priority}, no CAP_SYS_NICE or beyond RLIMIT_MEMLOCK"
         return errors.NotPermitted(cause, f"{errors.RAISE_PRIORITY}; {errors.RAISE_MEMLOCK}")
     if number == errno.EPERM:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         cause = f"{what}, this user's pinned memory would exceed RLIMIT_MEMLOCK"
         cause += f", {format_size(limit)}" if limit >= 0 else ""
-        return errors.NotPermitted(cause, errors.RAISE_MEMLOCK)
+        return errors.NotPermitted(cause, f"ask for less, or {errors.RAISE_MEMLOCK}")
     plain = errors.from_errno(number)
     known = type(plain) is not errors.TensormemError
     return errors.from_errno(number, f"{what}, {plain.cause}" if known else what)
