@@ -32,6 +32,8 @@ struct tm_extent {
  * @debtor: in quarantine: who is charged for it
  * @first: @length: in quarantine for a fork: the pages of the window it was mapped at
  * @forks: the same: the client's count when the wait began
+ * @gone: in quarantine: what is called, with @owner, when all of it has been given back; or NULL
+ * @owner: for @gone
  * @small: what @extent points to while it suffices
  */
 struct tm_memory {
@@ -45,6 +47,8 @@ struct tm_memory {
 	u64 first;
 	u64 length;
 	int forks;
+	void (*gone)(void *owner);
+	void *owner;
 	struct tm_extent small[TM_EXTENTS_INLINE];
 };
 

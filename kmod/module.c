@@ -10,6 +10,7 @@
 #include "pages.h"
 #include "park.h"
 #include "quarantine.h"
+#include "rt.h"
 #include "rt_pool.h"
 #include "runcache.h"
 
@@ -36,6 +37,7 @@ static int __init tm_init(void)
 	err = tm_models_init();
 	if (err)
 		goto err_park;
+	tm_arenas_init();
 	tm_rt_pool_init();
 	err = tm_device_init();
 	if (err)

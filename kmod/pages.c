@@ -29,10 +29,14 @@
  * a file there takes the last. A fault in a cached generation takes tm_model_cached::fence inside of
  * the kernel's page lock; one in a resident generation takes nothing.
  *
+ * For the RT pool, beside all others: tm_rt_mutex (who its clients are), tm_rt_folder_mutex (their folder), and
+ * tm_rt_pool_setting with tm_rt_pool_mutex in it (what arenas may have; the former is held while chunks are taken). Under tm_arena::lock, which is raw and taken in hard
+ * interrupts, nothing is called but the core and the clock.
+ *
  * The last of the first list is a spinlock held for a bounded number of steps; no page
  * or slab allocator is called under it. These stand alone, nothing is taken inside them:
  * tm_client::lock (a client's quota), tm_smalls::lock (its slabs), tm_park_lock,
- * tm_quarantine_lock, tm_runcache::lock. Nothing here runs in interrupt context.
+ * tm_quarantine_lock, tm_runcache::lock. None of these runs in interrupt context.
  */
 #include <linux/err.h>
 #include <linux/gfp.h>

@@ -52,10 +52,14 @@ static void tm_quarantine_settle(struct tm_client *client, u32 nr_pages)
 static bool tm_quarantine_try(struct tm_memory *memory)
 {
 	struct tm_client *client = memory->debtor;
+	void (*gone)(void *owner) = memory->gone;
+	void *owner = memory->owner;
 	u32 before = memory->nr_pages;
 	bool all = tm_memory_free(memory);
 
 	tm_quarantine_settle(client, all ? before : before - memory->nr_pages);
+	if (all && gone)
+		gone(owner);
 	return all;
 }
 
@@ -95,20 +99,21 @@ static bool tm_quarantine_forking(struct tm_client *client,
  *
  * No mapping of it is left, nor can a fork make one.
  *
- * Context: may sleep.
+ * Context: may sleep. Return: whether it has been given back; if not, tm_memory::gone is called when it is.
  */
-void tm_quarantine_put(struct tm_client *client, struct tm_memory *memory)
+bool tm_quarantine_put(struct tm_client *client, struct tm_memory *memory)
 {
 	u32 before = memory->nr_pages;
 
 	if (tm_memory_free(memory)) {
 		tm_client_uncharge(client, (u64)before << PAGE_SHIFT);
-		return;
+		return true;
 	}
 	tm_client_uncharge(client,
 			   (u64)(before - memory->nr_pages) << PAGE_SHIFT);
 	tm_quarantine_enter(client, memory);
 	tm_quarantine_hold(memory);
+	return false;
 }
 
 /**
@@ -246,10 +251,14 @@ void tm_quarantine_exit(void)
 	cancel_delayed_work_sync(&tm_quarantine_work);
 	list_for_each_entry_safe(memory, next, &tm_quarantine, held) {
 		struct tm_client *client = memory->debtor;
+		void (*gone)(void *owner) = memory->gone;
+		void *owner = memory->owner;
 
 		list_del(&memory->held);
 		tm_quarantine_settle(client, memory->nr_pages);
 		tm_memory_abandon(memory);
+		if (gone)
+			gone(owner);
 		tm_client_put(client);
 	}
 }

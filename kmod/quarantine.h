@@ -8,7 +8,7 @@ struct tm_client;
 struct tm_memory;
 struct tm_region;
 
-void tm_quarantine_put(struct tm_client *client, struct tm_memory *memory);
+bool tm_quarantine_put(struct tm_client *client, struct tm_memory *memory);
 void tm_quarantine_free(struct tm_client *client, struct tm_region *region);
 bool tm_quarantine_flush(void);
 u64 tm_quarantine_pages(void);

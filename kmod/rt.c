@@ -8,7 +8,6 @@
 #include <linux/kernel.h>
 #include <linux/ktime.h>
 #include <linux/log2.h>
-#include <linux/math64.h>
 #include <linux/processor.h>
 
 #include "rt.h"
@@ -24,17 +23,21 @@ void tm_rt_count_time(atomic64_t *histogram, s64 ns)
 static u32 tm_rt_granules_for(const struct tm_arena *arena, u64 bytes)
 {
 	return bytes > tm_arena_bytes(arena) ?
-	       0 : DIV_ROUND_UP_ULL(bytes, tm_rt_granule());
+	       0 : (bytes + tm_rt_granule() - 1) >> tm_rt_shift;
 }
 
 /**
  * tm_rt_serve_next - hand what was freed to the first who waits
  * @arena: its lock is held since before that
  *
+ * A block of the heap that comes after the deadline was never there; an item of a reservation is never late. Whoever
+ * has been served, the next is served by an interrupt of its own: it cannot wait until the task of the first one runs.
+ *
  * Context: any. Return: whom tm_arena_unlock() is to wake, or NULL.
  */
 struct task_struct *tm_rt_serve_next(struct tm_arena *arena)
 {
+	bool item = arena->rt.handed;
 	struct tm_rt_waiter *waiter = tm_rt_serve(&arena->rt);
 	struct tm_rt_sleeper *sleeper;
 
@@ -42,9 +45,25 @@ struct task_struct *tm_rt_serve_next(struct tm_arena *arena)
 	if (!waiter)
 		return NULL;
 	sleeper = container_of(waiter, struct tm_rt_sleeper, waiter);
-	if (waiter->state == TM_RT_SERVED)
-		sleeper->came = ktime_get();
+	if (waiter->state != TM_RT_SERVED)
+		return sleeper->task;
+	if (!item && ktime_get() > sleeper->deadline) {
+		tm_warn_on(tm_rt_free(&arena->rt, waiter->client,
+				      waiter->block.handle));
+		waiter->state = TM_RT_IDLE;
+	}
+	if (arena->rt.levels[0] || arena->rt.levels[1])
+		irq_work_queue(&arena->chain);
 	return sleeper->task;
+}
+
+/* Context: hard interrupt. */
+void tm_rt_chain(struct irq_work *work)
+{
+	struct tm_arena *arena = container_of(work, struct tm_arena, chain);
+	unsigned long irq = tm_arena_lock(arena);
+
+	tm_arena_unlock(arena, irq, tm_rt_serve_next(arena));
 }
 
 /**
@@ -128,7 +147,7 @@ int tm_rt_user_alloc(struct tm_rt_user *user, u64 bytes, u32 flags,
 	if (deadline)
 		tm_rt_count_time(user->times.latency, took);
 	trace_tensormem_rt_alloc(user->id, bytes, block->handle,
-				 (u64)block->start * tm_rt_granule(), took);
+				 tm_rt_bytes(block->start), took);
 	return 0;
 }
 
@@ -225,17 +244,16 @@ int tm_rt_user_set_priority(struct tm_rt_user *user, u32 priority)
 void tm_rt_user_state(struct tm_rt_user *user, struct tm_rt_state *state)
 {
 	struct tm_arena *arena = user->arena;
-	u64 granule = tm_rt_granule();
 	unsigned long irq;
 
 	irq = tm_arena_lock(arena);
 	*state = (struct tm_rt_state){
 		.counts = user->counts,
 		.size = tm_arena_bytes(arena),
-		.free = arena->rt.heap.free * granule,
-		.largest = tm_heap_largest(&arena->rt.heap) * granule,
-		.reserved = user->core.reserved * granule,
-		.used = user->core.used * granule,
+		.free = tm_rt_bytes(arena->rt.heap.free),
+		.largest = tm_rt_bytes(tm_heap_largest(&arena->rt.heap)),
+		.reserved = tm_rt_bytes(user->core.reserved),
+		.used = tm_rt_bytes(user->core.used),
 		.moves = arena->rt.moves,
 		.clients = arena->nr_users,
 		.blocks = user->core.nr_blocks,

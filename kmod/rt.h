@@ -3,11 +3,12 @@
 #define TM_RT_USER_H
 
 #include <linux/atomic.h>
+#include <linux/irq_work.h>
 #include <linux/kobject.h>
 #include <linux/kref.h>
 #include <linux/ktime.h>
 #include <linux/list.h>
-#include <linux/rcupdate.h>
+#include <linux/preempt.h>
 #include <linux/sched.h>
 #include <linux/spinlock.h>
 #include <linux/types.h>
@@ -25,7 +26,9 @@ struct tm_memory;
 
 /**
  * struct tm_arena - memory of the RT pool, and those who allocate in it
- * @ref: one for each RT client
+ * @users: one for each RT client; without any it is emptied
+ * @ref: one for all users, and for each chunk that somebody held then
+ * @taken: how many of its chunks it has
  * @id: names it in sysfs and traces
  * @nr_chunks: of how many chunks it is
  * @client: on whose bill it is
@@ -34,20 +37,24 @@ struct tm_memory;
  * @chunk: its memory
  * @page: all pages of it, in order
  * @base: where the kernel has them, one behind the other
+ * @chain: serves the next of those who wait, one at a time
  * @lock: guards what follows, and what of its clients says so; taken in hard interrupts
  * @nr_users: RT clients
  * @rt: the core's part
  */
 struct tm_arena {
+	struct kref users;
 	struct kref ref;
 	u32 id;
 	u32 nr_chunks;
+	u32 taken;
 	struct tm_client *client;
 	const struct cred *payer;
 	struct inode *inode;
 	struct tm_memory **chunk;
 	struct page **page;
 	void *base;
+	struct irq_work chain;
 	raw_spinlock_t lock;
 	u32 nr_users;
 	struct tm_rt rt;
@@ -95,12 +102,12 @@ struct tm_rt_user {
  * struct tm_rt_sleeper - a call that waits; on its stack
  * @waiter: the core's part
  * @task: whose call it is
- * @came: when it was served
+ * @deadline: when it ends
  */
 struct tm_rt_sleeper {
 	struct tm_rt_waiter waiter;
 	struct task_struct *task;
-	ktime_t came;
+	ktime_t deadline;
 };
 
 /* What an RT client and its arena are like now; a consistent set. */
@@ -118,12 +125,27 @@ struct tm_rt_state {
 	u32 waiting;
 };
 
-u32 tm_rt_granule(void);
+/* log2 of the bytes in a granule: no two share what a CPU or a device writes at once. */
+extern u32 tm_rt_shift;
+
+static inline u32 tm_rt_granule(void)
+{
+	return 1u << tm_rt_shift;
+}
+
+static inline u64 tm_rt_bytes(u32 granules)
+{
+	return (u64)granules << tm_rt_shift;
+}
+
+void tm_arenas_init(void);
+void tm_rt_chain(struct irq_work *work);
 u64 tm_arena_bytes(const struct tm_arena *arena);
 void *tm_arena_address(const struct tm_arena *arena, u32 granule);
 
 struct tm_arena *tm_arena_create(struct tm_client *client, u64 bytes,
 				 u32 movable, bool pin);
+struct tm_arena *tm_arena_get(struct tm_arena *arena);
 void tm_arena_put(struct tm_arena *arena);
 struct tm_rt_user *tm_rt_user_create(struct tm_arena *arena, u32 priority);
 void tm_rt_user_destroy(struct tm_rt_user *user);
@@ -149,7 +171,8 @@ void tm_rt_count_time(atomic64_t *histogram, s64 ns);
 /*
  * Who is served is woken after the lock has been dropped, and may by then have woken for another reason
  * and be gone. A task that waits is not dead, and one that dies is freed a grace period of RCU later; so
- * a read-side section that began before we found it waiting is enough (kernel/exit.c: rcuwait_wake_up()). The wakeup
+ * a read-side section that began before we found it waiting is enough (kernel/exit.c: rcuwait_wake_up()): that we cannot
+ * be preempted until it is woken is one, and keeps others of a priority between from making it wait (kernel/locking/rtmutex.c). The wakeup
  * cannot be lost: who waits says so before it looks, under the lock, whether it was served. Should it
  * have gone on, it is woken for nothing, which every sleep in the kernel is prepared for.
  */
@@ -157,7 +180,6 @@ static inline unsigned long tm_arena_lock(struct tm_arena *arena)
 {
 	unsigned long flags;
 
-	rcu_read_lock();
 	raw_spin_lock_irqsave(&arena->lock, flags);
 	return flags;
 }
@@ -166,10 +188,14 @@ static inline unsigned long tm_arena_lock(struct tm_arena *arena)
 static inline void tm_arena_unlock(struct tm_arena *arena, unsigned long flags,
 				   struct task_struct *task)
 {
+	if (!task) {
+		raw_spin_unlock_irqrestore(&arena->lock, flags);
+		return;
+	}
+	preempt_disable();
 	raw_spin_unlock_irqrestore(&arena->lock, flags);
-	if (task)
-		wake_up_process(task);
-	rcu_read_unlock();
+	wake_up_process(task);
+	preempt_enable();
 }
 
 #endif

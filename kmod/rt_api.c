@@ -91,7 +91,7 @@ void tensormem_rt_free(struct tensormem_rt *rt, void *block)
 	/* One before the arena wraps around to beyond it. */
 	if (offset < tm_arena_bytes(user->arena) &&
 	    IS_ALIGNED(offset, tm_rt_granule()))
-		err = tm_rt_user_free(user, offset / tm_rt_granule() + 1);
+		err = tm_rt_user_free(user, (offset >> tm_rt_shift) + 1);
 	WARN_ONCE(err, "tensormem: not a block of this RT client's\n");
 }
 EXPORT_SYMBOL_GPL(tensormem_rt_free);

@@ -4,6 +4,7 @@
  * not wait.
  */
 #include <linux/cache.h>
+#include <linux/cred.h>
 #include <linux/err.h>
 #include <linux/fs.h>
 #include <linux/log2.h>
@@ -15,6 +16,7 @@
 #include "client.h"
 #include "limits.h"
 #include "memory.h"
+#include "pages.h"
 #include "park.h"
 #include "rt.h"
 #include "rt_pool.h"
@@ -23,11 +25,12 @@
 static atomic_t tm_arena_ids = ATOMIC_INIT(0);
 static atomic_t tm_rt_user_ids = ATOMIC_INIT(0);
 
-/* Bytes: no two blocks share what a CPU or a device writes at once. Context: any. */
-u32 tm_rt_granule(void)
+u32 tm_rt_shift __ro_after_init;
+
+void __init tm_arenas_init(void)
 {
-	return roundup_pow_of_two(max_t(u32, cache_line_size(),
-					ARCH_DMA_MINALIGN));
+	tm_rt_shift = order_base_2(max_t(u32, cache_line_size(),
+					 ARCH_DMA_MINALIGN));
 }
 
 u64 tm_arena_bytes(const struct tm_arena *arena)
@@ -38,87 +41,134 @@ u64 tm_arena_bytes(const struct tm_arena *arena)
 /* Where the kernel sees a granule. Context: any. */
 void *tm_arena_address(const struct tm_arena *arena, u32 granule)
 {
-	return arena->base + (size_t)granule * tm_rt_granule();
+	return arena->base + tm_rt_bytes(granule);
 }
 
-static void tm_arena_put_chunks(struct tm_arena *arena, u32 taken)
+static void tm_arena_end(struct kref *ref)
 {
-	while (taken--)
-		tm_rt_pool_put(arena->client, arena->chunk[taken]);
+	struct tm_arena *arena = container_of(ref, struct tm_arena, ref);
+
+	if (arena->payer)
+		put_cred(arena->payer);
+	tm_client_put(arena->client);
+	kvfree(arena);
+}
+
+/* @chunks of it are nobody's any more. */
+static void tm_arena_settle(struct tm_arena *arena, u32 chunks, bool last)
+{
+	u64 pages = (u64)chunks << (TM_CHUNK_SHIFT - PAGE_SHIFT);
+
+	tm_rt_pool_dismiss(chunks, last);
+	/* It puts what it is given. */
+	if (arena->payer)
+		tm_limits_unpin(pages, get_cred(arena->payer));
 	tm_rt_pool_settle();
+}
+
+/* A chunk that somebody held when its arena went has been let go. */
+static void tm_arena_chunk_gone(void *owner)
+{
+	struct tm_arena *arena = owner;
+
+	tm_arena_settle(arena, 1, false);
+	kref_put(&arena->ref, tm_arena_end);
+}
+
+/*
+ * Give all chunks back. One that somebody holds counts as the arena's until it is let go; or who leaves a page of each
+ * in a pipe would have had all of them.
+ */
+static void tm_arena_put_chunks(struct tm_arena *arena)
+{
+	u32 free = arena->nr_chunks - arena->taken;
+
+	while (arena->taken--) {
+		struct tm_memory *memory = arena->chunk[arena->taken];
+
+		memory->gone = tm_arena_chunk_gone;
+		memory->owner = arena;
+		kref_get(&arena->ref);
+		if (tm_rt_pool_put(arena->client, memory)) {
+			kref_put(&arena->ref, tm_arena_end);
+			free++;
+		}
+	}
+	tm_arena_settle(arena, free, true);
+}
+
+static int tm_arena_charge(struct tm_arena *arena)
+{
+	int err;
+
+	do {
+		err = tm_client_charge(arena->client, tm_arena_bytes(arena));
+	} while (err && tm_park_relieve_client(arena->client));
+	return err;
 }
 
 /* Charge for all chunks and take them. Return: 0, -EDQUOT, or as tm_rt_pool_take(). */
 static int tm_arena_take_chunks(struct tm_arena *arena)
 {
 	u32 pages = TM_CHUNK_SIZE >> PAGE_SHIFT;
-	u32 taken = 0;
-	int err;
+	int err = tm_arena_charge(arena);
 
-	do {
-		err = tm_client_charge(arena->client, tm_arena_bytes(arena));
-	} while (err && tm_park_relieve_client(arena->client));
-	if (err)
-		return err;
-	while (taken < arena->nr_chunks) {
+	while (!err && arena->taken < arena->nr_chunks) {
 		struct tm_memory *memory =
 			fatal_signal_pending(current) ? ERR_PTR(-EINTR) :
 							tm_rt_pool_take();
 		struct page *page;
 
 		if (IS_ERR(memory)) {
+			err = PTR_ERR(memory);
 			tm_client_uncharge(arena->client,
-					   (u64)(arena->nr_chunks - taken)
+					   (u64)(arena->nr_chunks - arena->taken)
 					   << TM_CHUNK_SHIFT);
-			tm_arena_put_chunks(arena, taken);
-			return PTR_ERR(memory);
+			break;
 		}
 		page = tm_pages_page(&memory->extent[0].run);
 		for (u32 i = 0; i < pages; i++)
-			arena->page[taken * pages + i] = page + i;
-		arena->chunk[taken++] = memory;
+			arena->page[arena->taken * pages + i] = page + i;
+		arena->chunk[arena->taken++] = memory;
 	}
-	return 0;
+	return err;
 }
 
-/* The tables of an arena whose size is known. Return: 0 or an errno. */
-static int tm_arena_init(struct tm_arena *arena, u32 movable)
+/* What it takes beside the chunks. Return: 0, -EINVAL for sizes that cannot be, -ENOMEM. */
+static int tm_arena_tables(struct tm_arena *arena, u32 movable)
 {
 	u64 bytes = tm_arena_bytes(arena);
 	int err;
 
-	raw_spin_lock_init(&arena->lock);
-	if (div_u64(bytes, tm_rt_granule()) > TM_HEAP_MAX)
+	if (bytes >> tm_rt_shift > TM_HEAP_MAX)
 		return -EINVAL;
-	err = tm_rt_init(&arena->rt, &arena->lock,
-			 div_u64(bytes, tm_rt_granule()), movable);
+	err = tm_rt_init(&arena->rt, &arena->lock, bytes >> tm_rt_shift,
+			 movable);
 	if (err)
 		return err;
-	arena->inode = tm_client_inode();
-	if (IS_ERR(arena->inode)) {
-		err = PTR_ERR(arena->inode);
-		goto err_core;
-	}
-	err = -ENOMEM;
 	arena->chunk = kvcalloc(arena->nr_chunks, sizeof(*arena->chunk),
 				TM_GFP);
 	arena->page = kvcalloc(bytes >> PAGE_SHIFT, sizeof(*arena->page),
 			       TM_GFP);
-	if (arena->chunk && arena->page)
+	arena->inode = tm_client_inode();
+	if (arena->chunk && arena->page && !IS_ERR(arena->inode))
 		return 0;
+	if (!IS_ERR(arena->inode))
+		iput(arena->inode);
 	kvfree(arena->page);
 	kvfree(arena->chunk);
-	iput(arena->inode);
-err_core:
 	tm_rt_exit(&arena->rt);
-	return err;
+	return -ENOMEM;
 }
 
-static void tm_arena_exit(struct tm_arena *arena)
+/* All of it goes but what others hold of its chunks. */
+static void tm_arena_empty(struct tm_arena *arena)
 {
+	vunmap(arena->base);
+	tm_arena_put_chunks(arena);
+	iput(arena->inode);
 	kvfree(arena->page);
 	kvfree(arena->chunk);
-	iput(arena->inode);
 	tm_rt_exit(&arena->rt);
 }
 
@@ -126,21 +176,38 @@ static int tm_arena_fill(struct tm_arena *arena, u32 movable)
 {
 	int err;
 
-	err = tm_arena_init(arena, movable);
-	if (err)
+	err = tm_arena_tables(arena, movable);
+	if (err) {
+		tm_arena_settle(arena, arena->nr_chunks, true);
 		return err;
+	}
 	err = tm_arena_take_chunks(arena);
+	if (!err) {
+		arena->base = vmap(arena->page,
+				   tm_arena_bytes(arena) >> PAGE_SHIFT, VM_MAP,
+				   PAGE_KERNEL);
+		err = arena->base ? 0 : -ENOMEM;
+	}
 	if (err)
-		goto err_exit;
-	arena->base = vmap(arena->page, tm_arena_bytes(arena) >> PAGE_SHIFT,
-			   VM_MAP, PAGE_KERNEL);
-	if (arena->base)
-		return 0;
-	err = -ENOMEM;
-	tm_arena_put_chunks(arena, arena->nr_chunks);
-err_exit:
-	tm_arena_exit(arena);
+		tm_arena_empty(arena);
 	return err;
+}
+
+/* An arena that was admitted and has nothing yet, or NULL. */
+static struct tm_arena *tm_arena_new(struct tm_client *client, u32 chunks)
+{
+	struct tm_arena *arena = kvzalloc(sizeof(*arena), TM_GFP);
+
+	if (!arena)
+		return NULL;
+	kref_init(&arena->users);
+	kref_init(&arena->ref);
+	raw_spin_lock_init(&arena->lock);
+	arena->chain = IRQ_WORK_INIT_HARD(tm_rt_chain);
+	arena->id = atomic_inc_return(&tm_arena_ids);
+	arena->nr_chunks = chunks;
+	arena->client = tm_client_get(client);
+	return arena;
 }
 
 /**
@@ -159,7 +226,6 @@ struct tm_arena *tm_arena_create(struct tm_client *client, u64 bytes,
 {
 	u64 chunks = (bytes >> TM_CHUNK_SHIFT) +
 		     !!(bytes & (TM_CHUNK_SIZE - 1));
-	u64 pages = chunks << (TM_CHUNK_SHIFT - PAGE_SHIFT);
 	struct tm_arena *arena;
 	int err;
 
@@ -168,48 +234,44 @@ struct tm_arena *tm_arena_create(struct tm_client *client, u64 bytes,
 	err = tm_rt_pool_admit(chunks);
 	if (err)
 		return ERR_PTR(err);
-	arena = kvzalloc(sizeof(*arena), TM_GFP);
+	arena = tm_arena_new(client, chunks);
 	if (!arena) {
-		err = -ENOMEM;
-		goto err_admit;
+		tm_rt_pool_dismiss(chunks, true);
+		return ERR_PTR(-ENOMEM);
 	}
-	kref_init(&arena->ref);
-	arena->id = atomic_inc_return(&tm_arena_ids);
-	arena->nr_chunks = chunks;
-	arena->client = tm_client_get(client);
 	if (pin)
-		err = tm_limits_pin(pages, &arena->payer);
+		err = tm_limits_pin(chunks << (TM_CHUNK_SHIFT - PAGE_SHIFT),
+				    &arena->payer);
 	if (err)
-		goto err_arena;
-	err = tm_arena_fill(arena, movable);
+		tm_rt_pool_dismiss(chunks, true);
+	else
+		err = tm_arena_fill(arena, movable);
 	if (!err)
 		return arena;
-	tm_limits_unpin(pages, arena->payer);
-err_arena:
-	tm_client_put(client);
-	kvfree(arena);
-err_admit:
-	tm_rt_pool_dismiss(chunks);
+	kref_put(&arena->ref, tm_arena_end);
 	return ERR_PTR(err);
 }
 
-static void tm_arena_release(struct kref *ref)
+/* The last client has gone. What others hold of its chunks keeps it in existence. */
+static void tm_arena_close(struct kref *users)
 {
-	struct tm_arena *arena = container_of(ref, struct tm_arena, ref);
+	struct tm_arena *arena = container_of(users, struct tm_arena, users);
 
-	vunmap(arena->base);
-	tm_arena_put_chunks(arena, arena->nr_chunks);
-	tm_arena_exit(arena);
-	tm_limits_unpin(tm_arena_bytes(arena) >> PAGE_SHIFT, arena->payer);
-	tm_rt_pool_dismiss(arena->nr_chunks);
-	tm_client_put(arena->client);
-	kvfree(arena);
+	irq_work_sync(&arena->chain);
+	tm_arena_empty(arena);
+	kref_put(&arena->ref, tm_arena_end);
+}
+
+struct tm_arena *tm_arena_get(struct tm_arena *arena)
+{
+	kref_get(&arena->users);
+	return arena;
 }
 
 /* Context: may sleep when it was the last reference. */
 void tm_arena_put(struct tm_arena *arena)
 {
-	kref_put(&arena->ref, tm_arena_release);
+	kref_put(&arena->users, tm_arena_close);
 }
 
 /* Take everything from a client that is going. */
@@ -259,7 +321,7 @@ struct tm_rt_user *tm_rt_user_create(struct tm_arena *arena, u32 priority)
 		kfree(user);
 		return ERR_PTR(err);
 	}
-	kref_get(&arena->ref);
+	tm_arena_get(arena);
 	err = tm_rt_sysfs_add(user);
 	if (!err)
 		return user;

@@ -146,7 +146,7 @@ static int tm_rt_file_alloc_out(const struct tm_items *items, u32 i,
 	struct tensormem_rt_alloc __user *to = tm_item(items, i);
 
 	if (put_user(block->handle, &to->handle) ||
-	    put_user((u64)block->start * tm_rt_granule(), &to->offset))
+	    put_user(tm_rt_bytes(block->start), &to->offset))
 		return -EFAULT;
 	return 0;
 }
@@ -272,7 +272,7 @@ static int tm_rt_file_pin(struct tm_rt_user *user, void __user *arg,
 		err = tm_rt_user_pin(user, pin.handle, &block);
 	if (err)
 		return err;
-	pin.offset = (u64)block.start * tm_rt_granule();
+	pin.offset = tm_rt_bytes(block.start);
 	err = tm_args_out(arg, size, &pin, sizeof(pin));
 	if (err)
 		tm_rt_file_unpin(user, &pin.handle, 1);
@@ -376,10 +376,9 @@ static struct tm_arena *tm_rt_file_arena(int fd)
 
 	if (!file)
 		return ERR_PTR(-EBADF);
-	if (file->f_op == &tm_rt_fops) {
-		arena = ((struct tm_rt_user *)file->private_data)->arena;
-		kref_get(&arena->ref);
-	}
+	if (file->f_op == &tm_rt_fops)
+		arena = tm_arena_get(((struct tm_rt_user *)
+				      file->private_data)->arena);
 	fput(file);
 	return arena;
 }

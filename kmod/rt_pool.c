@@ -31,6 +31,8 @@ MODULE_PARM_DESC(rt_ready, "bytes of it that are set aside at once and kept");
 
 static void tm_rt_pool_refill(struct work_struct *work);
 
+/* One who changes a setting at a time; the other is taken inside of it. */
+static DEFINE_MUTEX(tm_rt_pool_setting);
 static DEFINE_MUTEX(tm_rt_pool_mutex);
 static DECLARE_WORK(tm_rt_pool_work, tm_rt_pool_refill);
 
@@ -146,6 +148,11 @@ static void tm_rt_pool_refill(struct work_struct *work)
 	tm_rt_pool_trim();
 }
 
+static u64 tm_rt_pool_chunks(u64 bytes)
+{
+	return (bytes >> TM_CHUNK_SHIFT) + !!(bytes & (TM_CHUNK_SIZE - 1));
+}
+
 /**
  * tm_rt_pool_init - learn how much there may be, and set aside what is asked for
  *
@@ -155,8 +162,11 @@ void __init tm_rt_pool_init(void)
 {
 	u64 bytes = rt_size ?: tm_board()->protocol;
 
+	bytes = min(bytes, (u64)totalram_pages() << PAGE_SHIFT);
 	tm_rt_pool.size = bytes >> TM_CHUNK_SHIFT;
-	if (rt_ready && tm_rt_pool_set_ready(rt_ready))
+	tm_rt_pool.ready = min(tm_rt_pool_chunks(rt_ready), tm_rt_pool.size);
+	/* What there is not now may be there when an arena is closed. */
+	if (tm_rt_pool_fill())
 		pr_warn("tensormem: rt_ready: cannot set aside %llu bytes\n",
 			rt_ready);
 }
@@ -192,12 +202,18 @@ int tm_rt_pool_admit(u64 chunks)
 	return err;
 }
 
-/* Undo tm_rt_pool_admit(); its chunks have been put. Context: may sleep. */
-void tm_rt_pool_dismiss(u64 chunks)
+/**
+ * tm_rt_pool_dismiss - undo tm_rt_pool_admit(), or a part of it
+ * @chunks: that have been put and given back
+ * @arena: there is no such arena any more
+ *
+ * Context: may sleep.
+ */
+void tm_rt_pool_dismiss(u64 chunks, bool arena)
 {
 	mutex_lock(&tm_rt_pool_mutex);
 	tm_rt_pool.used -= chunks;
-	tm_rt_pool.arenas--;
+	tm_rt_pool.arenas -= arena;
 	mutex_unlock(&tm_rt_pool_mutex);
 }
 
@@ -229,8 +245,9 @@ struct tm_memory *tm_rt_pool_take(void)
  * @memory: the chunk; consumed
  *
  * Context: may sleep; nobody has it mapped.
+ * Return: whether nobody held it; else tm_memory::gone is called when that is so.
  */
-void tm_rt_pool_put(struct tm_client *client, struct tm_memory *memory)
+bool tm_rt_pool_put(struct tm_client *client, struct tm_memory *memory)
 {
 	bool keep = !tm_memory_held(&memory->extent[0].run);
 
@@ -243,13 +260,13 @@ void tm_rt_pool_put(struct tm_client *client, struct tm_memory *memory)
 		tm_rt_pool.held--;
 	}
 	mutex_unlock(&tm_rt_pool_mutex);
-	if (keep)
-		tm_client_uncharge(client, TM_CHUNK_SIZE);
-	else
-		tm_quarantine_put(client, memory);
+	if (!keep)
+		return tm_quarantine_put(client, memory);
+	tm_client_uncharge(client, TM_CHUNK_SIZE);
+	return true;
 }
 
-/* Replace what was put and is still held by somebody. Context: may sleep. */
+/* Replace what was put and not kept, because somebody held it. Context: may sleep. */
 void tm_rt_pool_settle(void)
 {
 	bool missing;
@@ -290,27 +307,22 @@ int tm_rt_pool_set_size(u64 bytes)
 
 	if (bytes > (u64)totalram_pages() << PAGE_SHIFT)
 		return -EINVAL;
+	mutex_lock(&tm_rt_pool_setting);
 	mutex_lock(&tm_rt_pool_mutex);
 	if (chunks < max(tm_rt_pool.used, tm_rt_pool.ready))
 		err = -EBUSY;
 	else
 		tm_rt_pool.size = chunks;
 	mutex_unlock(&tm_rt_pool_mutex);
+	mutex_unlock(&tm_rt_pool_setting);
 	return err;
 }
 
-static int tm_rt_pool_swap_ready(u64 chunks, u64 *old)
+static void tm_rt_pool_put_ready(u64 chunks)
 {
-	int err = 0;
-
 	mutex_lock(&tm_rt_pool_mutex);
-	*old = tm_rt_pool.ready;
-	if (chunks > tm_rt_pool.size)
-		err = -EINVAL;
-	else
-		tm_rt_pool.ready = chunks;
+	tm_rt_pool.ready = chunks;
 	mutex_unlock(&tm_rt_pool_mutex);
-	return err;
 }
 
 /**
@@ -323,17 +335,19 @@ static int tm_rt_pool_swap_ready(u64 chunks, u64 *old)
  */
 int tm_rt_pool_set_ready(u64 bytes)
 {
-	u64 chunks = (bytes >> TM_CHUNK_SHIFT) +
-		     !!(bytes & (TM_CHUNK_SIZE - 1));
-	u64 old, now;
-	int err;
+	u64 chunks = tm_rt_pool_chunks(bytes);
+	int err = -EINVAL;
+	u64 old;
 
-	err = tm_rt_pool_swap_ready(chunks, &old);
-	if (err)
-		return err;
-	err = tm_rt_pool_fill();
-	if (err && tm_rt_pool_swap_ready(old, &now))
-		return err;
-	tm_rt_pool_trim();
+	mutex_lock(&tm_rt_pool_setting);
+	old = tm_rt_pool.ready;
+	if (chunks <= tm_rt_pool.size) {
+		tm_rt_pool_put_ready(chunks);
+		err = tm_rt_pool_fill();
+		if (err)
+			tm_rt_pool_put_ready(old);
+		tm_rt_pool_trim();
+	}
+	mutex_unlock(&tm_rt_pool_setting);
 	return err;
 }

@@ -20,9 +20,9 @@ void tm_rt_pool_init(void);
 void tm_rt_pool_exit(void);
 
 int __must_check tm_rt_pool_admit(u64 chunks);
-void tm_rt_pool_dismiss(u64 chunks);
+void tm_rt_pool_dismiss(u64 chunks, bool last);
 struct tm_memory *tm_rt_pool_take(void);
-void tm_rt_pool_put(struct tm_client *client, struct tm_memory *memory);
+bool tm_rt_pool_put(struct tm_client *client, struct tm_memory *memory);
 void tm_rt_pool_settle(void);
 
 void tm_rt_pool_stats(struct tm_rt_pool_stats *stats);

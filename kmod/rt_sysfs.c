@@ -17,6 +17,8 @@
 
 /* The folder of all, who is in it, and what of its totals nobody there has any more. */
 static DEFINE_MUTEX(tm_rt_mutex);
+/* Not the other: when a file of it cannot be made, those before wait for their readers. */
+static DEFINE_MUTEX(tm_rt_folder_mutex);
 static LIST_HEAD(tm_rt_users);
 static struct kobject *tm_rt_device;
 static struct kobject *tm_rt_folder;
@@ -247,7 +249,7 @@ static int tm_rt_make_folder(void)
 	struct kobject *folder;
 	int err;
 
-	lockdep_assert_held(&tm_rt_mutex);
+	lockdep_assert_held(&tm_rt_folder_mutex);
 	if (tm_rt_folder)
 		return 0;
 	folder = kobject_create_and_add("rt", tm_rt_device);
@@ -271,11 +273,11 @@ static int tm_rt_make_folder(void)
  */
 void tm_rt_sysfs_start(struct kobject *device)
 {
-	mutex_lock(&tm_rt_mutex);
+	mutex_lock(&tm_rt_folder_mutex);
 	tm_rt_device = device;
 	if (tm_rt_make_folder())
 		pr_warn("tensormem: no memory for the folder of the RT pool\n");
-	mutex_unlock(&tm_rt_mutex);
+	mutex_unlock(&tm_rt_folder_mutex);
 }
 
 /* Context: may sleep; there is no client. */
@@ -295,15 +297,18 @@ int tm_rt_sysfs_add(struct tm_rt_user *user)
 	int err;
 
 	kobject_init(&user->kobj, &tm_rt_user_type);
-	mutex_lock(&tm_rt_mutex);
-	/* Opened before the device is there to be found. */
+	mutex_lock(&tm_rt_folder_mutex);
+	/* Opened before the folder's place is known. */
 	err = tm_rt_device ? tm_rt_make_folder() : -ENOMEM;
+	mutex_unlock(&tm_rt_folder_mutex);
 	if (!err)
 		err = kobject_add(&user->kobj, tm_rt_folder, "%u", user->id);
-	if (!err)
-		list_add_tail(&user->all, &tm_rt_users);
+	if (err)
+		return err;
+	mutex_lock(&tm_rt_mutex);
+	list_add_tail(&user->all, &tm_rt_users);
 	mutex_unlock(&tm_rt_mutex);
-	return err;
+	return 0;
 }
 
 /* Its folder goes, what it counted stays. Context: may sleep; no call of it is under way. */

@@ -8,6 +8,7 @@
 #include <linux/math64.h>
 #include <linux/minmax.h>
 #include <linux/mm.h>
+#include <linux/nospec.h>
 #include <linux/sched/signal.h>
 
 #include "client.h"
@@ -54,14 +55,19 @@ static int tm_rt_vm_populate(const struct tm_arena *arena,
 {
 	unsigned long step = TM_CHUNK_SIZE >> PAGE_SHIFT;
 	unsigned long left = vma_pages(vma), address = vma->vm_start;
-	struct page **page = arena->page + vma->vm_pgoff;
+	u64 pages = tm_arena_bytes(arena) >> PAGE_SHIFT;
+	struct page **page = arena->page +
+			     array_index_nospec(vma->vm_pgoff, pages);
 	int err = 0;
 
 	while (left && !err) {
 		unsigned long now = min(left, step), rest = now;
 
-		err = fatal_signal_pending(current) ? -EINTR :
-		      vm_insert_pages(vma, address, page, &rest);
+		/* EFAULT: no memory for a table. The range is the area's. */
+		if (fatal_signal_pending(current))
+			err = -EINTR;
+		else if (vm_insert_pages(vma, address, page, &rest))
+			err = -ENOMEM;
 		address += now << PAGE_SHIFT;
 		page += now;
 		left -= now;

@@ -29,7 +29,7 @@ static void tm_rt_copy(const struct tm_arena *arena,
 {
 	memmove(tm_arena_address(arena, move->to),
 		tm_arena_address(arena, move->from),
-		(size_t)move->length * tm_rt_granule());
+		tm_rt_bytes(move->length));
 }
 
 static void tm_rt_finish_move(struct tm_arena *arena,
@@ -42,9 +42,9 @@ static void tm_rt_finish_move(struct tm_arena *arena,
 	tm_rt_move_end(&arena->rt, move);
 	task = tm_rt_serve_next(arena);
 	tm_arena_unlock(arena, irq, task);
-	trace_tensormem_rt_move(arena->id, (u64)move->from * tm_rt_granule(),
-				(u64)move->to * tm_rt_granule(),
-				move->length * tm_rt_granule());
+	trace_tensormem_rt_move(arena->id, tm_rt_bytes(move->from),
+				tm_rt_bytes(move->to),
+				tm_rt_bytes(move->length));
 }
 
 /*
@@ -71,11 +71,11 @@ static enum tm_rt_step tm_rt_compact_step(struct tm_arena *arena)
 
 /* Compact until nothing more can be done, or nothing more need be. */
 static void tm_rt_compact(struct tm_arena *arena,
-			  const struct tm_rt_sleeper *sleeper, ktime_t deadline)
+			  const struct tm_rt_sleeper *sleeper)
 {
 	u32 rounds = 0;
 
-	while (rounds < TM_RT_ROUNDS && !tm_rt_over(deadline) &&
+	while (rounds < TM_RT_ROUNDS && !tm_rt_over(sleeper->deadline) &&
 	       READ_ONCE(sleeper->waiter.state) == TM_RT_WAITING) {
 		switch (tm_rt_compact_step(arena)) {
 		case TM_RT_STEP_ROUND:
@@ -93,22 +93,23 @@ static void tm_rt_compact(struct tm_arena *arena,
 
 /* Sleep, or compact whenever told to, until served. Return: 0, -EINTR, -ETIMEDOUT. */
 static int tm_rt_sleep(struct tm_arena *arena, struct tm_rt_sleeper *sleeper,
-		       u32 told, ktime_t deadline)
+		       u32 told)
 {
+	ktime_t deadline = sleeper->deadline;
 	int err = 0;
 
 	for (;;) {
 		unsigned long irq;
-		bool served;
+		bool waiting;
 		u32 frees;
 
 		/* Before it looks: see tm_arena_lock(). */
 		set_current_state(TASK_INTERRUPTIBLE);
 		irq = tm_arena_lock(arena);
-		served = sleeper->waiter.state == TM_RT_SERVED;
+		waiting = sleeper->waiter.state == TM_RT_WAITING;
 		frees = sleeper->waiter.frees;
 		tm_arena_unlock(arena, irq, NULL);
-		if (served)
+		if (!waiting)
 			break;
 		if (signal_pending(current))
 			err = -EINTR;
@@ -119,7 +120,7 @@ static int tm_rt_sleep(struct tm_arena *arena, struct tm_rt_sleeper *sleeper,
 		if (frees != told) {
 			__set_current_state(TASK_RUNNING);
 			told = frees;
-			tm_rt_compact(arena, sleeper, deadline);
+			tm_rt_compact(arena, sleeper);
 			continue;
 		}
 		/* In hard interrupts also for who is no real-time task. */
@@ -148,11 +149,11 @@ static u32 tm_rt_queue(struct tm_rt_user *user, struct tm_rt_sleeper *sleeper)
 }
 
 /*
- * Leave those who wait. A block that came by the deadline is a success, whatever else has come since; one that came
- * later was never there. Return: 0, or @err, which is not 0 when none came.
+ * Leave those who wait. A block that came by the deadline is a success, whatever else has come since.
+ * Return: 0, @err, or -ETIMEDOUT for a block that would have come later.
  */
 static int tm_rt_unqueue(struct tm_rt_user *user, struct tm_rt_sleeper *sleeper,
-			 int err, ktime_t deadline)
+			 int err)
 {
 	struct tm_arena *arena = user->arena;
 	struct task_struct *task;
@@ -160,14 +161,10 @@ static int tm_rt_unqueue(struct tm_rt_user *user, struct tm_rt_sleeper *sleeper,
 
 	irq = tm_arena_lock(arena);
 	user->waiting--;
-	if (tm_rt_cancel(&arena->rt, &sleeper->waiter)) {
+	if (tm_rt_cancel(&arena->rt, &sleeper->waiter))
 		err = 0;
-		if (sleeper->came > deadline) {
-			tm_warn_on(tm_rt_free(&arena->rt, &user->core,
-					      sleeper->waiter.block.handle));
-			err = -ETIMEDOUT;
-		}
-	}
+	else if (!err)
+		err = -ETIMEDOUT;
 	if (!err)
 		user->counts.allocs++;
 	else if (err == -ETIMEDOUT)
@@ -199,16 +196,16 @@ int tm_rt_user_wait(struct tm_rt_user *user, u32 size, u32 flags, ktime_t start,
 			.flags = flags,
 		},
 		.task = current,
+		.deadline = deadline,
 	};
-	u64 bytes = (u64)size * tm_rt_granule();
+	u64 bytes = tm_rt_bytes(size);
 	s64 had = max_t(s64, ktime_to_ns(ktime_sub(deadline, start)), 0);
 	int err;
 
 	might_sleep();
 	trace_tensormem_rt_wait(user->id, bytes, had);
-	err = tm_rt_sleep(user->arena, &sleeper, tm_rt_queue(user, &sleeper),
-			  deadline);
-	err = tm_rt_unqueue(user, &sleeper, err, deadline);
+	err = tm_rt_sleep(user->arena, &sleeper, tm_rt_queue(user, &sleeper));
+	err = tm_rt_unqueue(user, &sleeper, err);
 	if (!err) {
 		*block = sleeper.waiter.block;
 	} else if (err == -ETIMEDOUT) {

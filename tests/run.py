@@ -63,7 +63,7 @@ def pytest(name: str, *where: str) -> Stage:
     return Stage(name, command, junit=True)
 
 
-#: What has descriptors of its own beside a client's.
+#: What has descriptors of its own beside a client's, and takes as long as all else.
 OBJECTS = ("kv_*", "model_*")
 #: Parts of the guest suite: the files, or those not in OBJECTS when there are none, and the guest's memory nodes.
 PARTS: dict[str, tuple[tuple[str, ...], int]] = {
@@ -72,7 +72,8 @@ PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "objects": (OBJECTS, 1),
     "numa": (("numa",), 2),
     "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "model_*",
-               "reuse", "small", "sysfs"), 1),
+               "reuse", "rt_abi", "rt_mapping", "small", "sysfs"), 1),
+    "rt": (("rt_*", "kernel_api"), 1),
 }
 
 
@@ -115,6 +116,7 @@ def stages(select: str) -> list[Stage]:
         guest("debug", select, "objects"),
         guest("debug", select, "tensors"),
         guest("6.12-16k", select, "pages"),
+        guest("6.12-rt", select, "rt"),
         *(smoke(kernel) for kernel in SMOKE),
         smoke("6.12", "raspi3b"),
     ]

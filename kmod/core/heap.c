@@ -23,86 +23,111 @@ static void tm_heap_clear(struct tm_heap *heap, u32 i)
 static void tm_heap_mark(struct tm_heap *heap, u32 start, u32 n, u32 first,
 			 u32 last)
 {
+	struct tm_heap_node *node = heap->node;
+
 	tm_step();
-	heap->node[start].tag = tm_heap_tag(first, n);
-	heap->node[start].link = TM_HEAP_NONE;
+	node[start].tag = tm_heap_tag(first, n);
+	node[start].link = TM_HEAP_NONE;
 	tm_step();
-	heap->node[start + n - 1].tag =
+	node[start + n - 1].tag =
 		tm_heap_tag(last, last == TM_HEAP_FREE_LAST ? n : 0);
-	heap->node[start + n - 1].link = TM_HEAP_NONE;
+	node[start + n - 1].link = TM_HEAP_NONE;
+}
+
+/* By how much a length is divided to find its list: none below two rows. */
+static u32 tm_heap_shift(u32 n)
+{
+	return tm_fls32(n | TM_HEAP_SUBS) - TM_HEAP_SUB_BITS;
 }
 
 /* The list for blocks of @n granules. */
 static u32 tm_heap_list(u32 n)
 {
-	u32 row = 0;
+	u32 shift = tm_heap_shift(n);
 
-	if (n >= TM_HEAP_SUBS)
-		row = tm_fls32(n) - TM_HEAP_SUB_BITS + 1;
-	return row * TM_HEAP_SUBS +
-	       ((n >> (row ? row - 1 : 0)) & (TM_HEAP_SUBS - 1));
+	return shift * TM_HEAP_SUBS + (n >> shift);
 }
 
 static u32 *tm_heap_head(struct tm_heap *heap, u32 list)
 {
 	tm_step();
-	return &heap->head[list / TM_HEAP_SUBS][list % TM_HEAP_SUBS];
-}
-
-/* Whether a list has a block. */
-static bool tm_heap_has(const struct tm_heap *heap, u32 list)
-{
-	tm_step();
-	return heap->subs[list / TM_HEAP_SUBS] >> list % TM_HEAP_SUBS & 1;
+	return &heap->head[list];
 }
 
 /* A block of no list becomes a free one. */
 static void tm_heap_link(struct tm_heap *heap, u32 start, u32 n)
 {
+	struct tm_heap_node *node = heap->node;
 	u32 list = tm_heap_list(n);
 	u32 *head = tm_heap_head(heap, list);
+	u32 row = list / TM_HEAP_SUBS, next = *head;
 
-	tm_heap_mark(heap, start, n, TM_HEAP_FREE_FIRST, TM_HEAP_FREE_LAST);
-	if (tm_heap_has(heap, list)) {
-		u32 next = *head;
-
-		heap->node[start].link = next;
-		next += tm_heap_value(heap, next) - 1;
-		tm_step();
-		heap->node[next].link = start;
-	}
 	*head = start;
-	heap->subs[list / TM_HEAP_SUBS] |= 1u << list % TM_HEAP_SUBS;
-	heap->rows |= 1u << list / TM_HEAP_SUBS;
+	tm_step();
+	heap->subs[row] |= 1u << list % TM_HEAP_SUBS;
+	heap->rows |= 1u << row;
 	heap->free += n;
 	heap->nr_free++;
+	tm_heap_mark(heap, start, n, TM_HEAP_FREE_FIRST, TM_HEAP_FREE_LAST);
+	node[start].link = next;
+	if (next != TM_HEAP_NONE) {
+		next += tm_heap_value(heap, next) - 1;
+		tm_step();
+		node[next].link = start;
+	}
+}
+
+/* The first block of a list is that from now on, or the list is empty. */
+static void tm_heap_set_head(struct tm_heap *heap, u32 list, u32 start)
+{
+	u32 row = list / TM_HEAP_SUBS, subs;
+
+	*tm_heap_head(heap, list) = start;
+	if (start != TM_HEAP_NONE)
+		return;
+	tm_step();
+	subs = heap->subs[row] & ~(1u << list % TM_HEAP_SUBS);
+	heap->subs[row] = subs;
+	if (!subs)
+		heap->rows &= ~(1u << row);
 }
 
 /* Take a free block off its list. Return: its granules. */
 static u32 tm_heap_unlink(struct tm_heap *heap, u32 start)
 {
+	struct tm_heap_node *node = heap->node;
 	u32 n = tm_heap_value(heap, start);
-	u32 list = tm_heap_list(n);
-	u32 next = heap->node[start].link;
-	u32 prev = heap->node[start + n - 1].link;
+	u32 next = node[start].link, prev = node[start + n - 1].link;
 
 	tm_step();
 	if (next != TM_HEAP_NONE) {
 		u32 last = next + tm_heap_value(heap, next) - 1;
 
 		tm_step();
-		heap->node[last].link = prev;
+		node[last].link = prev;
 	}
-	if (prev != TM_HEAP_NONE) {
-		tm_step();
-		heap->node[prev].link = next;
-	} else if (next != TM_HEAP_NONE) {
-		*tm_heap_head(heap, list) = next;
+	if (prev == TM_HEAP_NONE) {
+		tm_heap_set_head(heap, tm_heap_list(n), next);
 	} else {
 		tm_step();
-		heap->subs[list / TM_HEAP_SUBS] &= ~(1u << list % TM_HEAP_SUBS);
-		if (!heap->subs[list / TM_HEAP_SUBS])
-			heap->rows &= ~(1u << list / TM_HEAP_SUBS);
+		node[prev].link = next;
+	}
+	heap->free -= n;
+	heap->nr_free--;
+	return n;
+}
+
+/* Take the first block off a list. Return: its granules. */
+static u32 tm_heap_pop(struct tm_heap *heap, u32 list, u32 start)
+{
+	struct tm_heap_node *node = heap->node;
+	u32 n = tm_heap_value(heap, start), next = node[start].link;
+
+	tm_heap_set_head(heap, list, next);
+	if (next != TM_HEAP_NONE) {
+		next += tm_heap_value(heap, next) - 1;
+		tm_step();
+		node[next].link = TM_HEAP_NONE;
 	}
 	heap->free -= n;
 	heap->nr_free--;
@@ -146,6 +171,7 @@ int tm_heap_init(struct tm_heap *heap, tm_raw_lock_t *lock, u32 size)
 		return -ENOMEM;
 	heap->lock = lock;
 	heap->size = size;
+	memset(heap->head, 0xff, sizeof(heap->head));
 	tm_heap_link(heap, 0, size);
 	return 0;
 }
@@ -156,16 +182,14 @@ void tm_heap_exit(struct tm_heap *heap)
 	heap->node = NULL;
 }
 
-/* A free block of @n granules or more, or TM_HEAP_NONE. */
+/* The list of whose blocks an allocation of @n granules gets the first, or TM_HEAP_NONE. */
 static u32 tm_heap_find(struct tm_heap *heap, u32 n)
 {
-	u32 list = tm_heap_list(n);
+	/* All of this list are long enough: so are those of the lists behind it. */
+	u32 list = tm_heap_list(n + (1u << tm_heap_shift(n)) - 1);
 	u32 row = list / TM_HEAP_SUBS, rows, subs, start;
-	u32 above = tm_heap_list(n + (row ? (1u << (row - 1)) - 1 : 0));
 
-	/* All of list above are long enough: so are those of the lists behind it. */
-	row = above / TM_HEAP_SUBS;
-	subs = heap->subs[row] & ~0u << above % TM_HEAP_SUBS;
+	subs = heap->subs[row] & ~0u << list % TM_HEAP_SUBS;
 	tm_step();
 	if (!subs) {
 		rows = heap->rows & ~1u << row;
@@ -175,27 +199,29 @@ static u32 tm_heap_find(struct tm_heap *heap, u32 n)
 		subs = heap->subs[row];
 		tm_step();
 	}
-	return *tm_heap_head(heap, row * TM_HEAP_SUBS + tm_ctz64(subs));
+	return row * TM_HEAP_SUBS + tm_ctz64(subs);
 
 own:
-	if (!tm_heap_has(heap, list))
-		return TM_HEAP_NONE;
+	list = tm_heap_list(n);
 	start = *tm_heap_head(heap, list);
-	return tm_heap_value(heap, start) < n ? TM_HEAP_NONE : start;
+	if (start == TM_HEAP_NONE || tm_heap_value(heap, start) < n)
+		return TM_HEAP_NONE;
+	return list;
 }
 
 u32 tm_heap_alloc(struct tm_heap *heap, u32 n)
 {
-	u32 start, rest;
+	u32 list, start, rest;
 
 	tm_assert_raw_locked(heap->lock);
 	if (n < TM_HEAP_MIN || n > heap->size)
 		return TM_HEAP_NONE;
 	n = tm_index(n, heap->size + 1);
-	start = tm_heap_find(heap, n);
-	if (start == TM_HEAP_NONE)
+	list = tm_heap_find(heap, n);
+	if (list == TM_HEAP_NONE)
 		return TM_HEAP_NONE;
-	rest = tm_heap_unlink(heap, start) - n;
+	start = *tm_heap_head(heap, list);
+	rest = tm_heap_pop(heap, list, start) - n;
 	if (rest < TM_HEAP_MIN)
 		n += rest;
 	else
@@ -235,8 +261,8 @@ u32 tm_heap_largest(const struct tm_heap *heap)
 		return 0;
 	row = tm_fls32(heap->rows);
 	tm_step();
-	return tm_heap_value(heap,
-			     heap->head[row][tm_fls32(heap->subs[row])]);
+	return tm_heap_value(heap, heap->head[row * TM_HEAP_SUBS +
+					      tm_fls32(heap->subs[row])]);
 }
 
 u32 tm_heap_slide_begin(struct tm_heap *heap, u32 hole)
@@ -280,11 +306,10 @@ u32 tm_heap_slide_end(struct tm_heap *heap, u32 hole)
 /* A list: what is in it belongs there, both links agree. Return: how many it has. */
 static u32 tm_heap_check_list(const struct tm_heap *heap, u32 list)
 {
-	u32 start = heap->head[list / TM_HEAP_SUBS][list % TM_HEAP_SUBS];
-	u32 prev = TM_HEAP_NONE, nr = 0;
+	u32 start = heap->head[list], prev = TM_HEAP_NONE, nr = 0;
 
-	if (!tm_heap_has(heap, list))
-		return 0;
+	tm_warn_on((heap->subs[list / TM_HEAP_SUBS] >> list % TM_HEAP_SUBS & 1) !=
+		   (start != TM_HEAP_NONE));
 	while (start != TM_HEAP_NONE) {
 		u32 n;
 
@@ -308,7 +333,7 @@ static void tm_heap_check_lists(const struct tm_heap *heap)
 	for (u32 row = 0; row < TM_HEAP_ROWS; row++)
 		tm_warn_on((heap->rows >> row & 1) != !!heap->subs[row]);
 	tm_warn_on(heap->rows >> TM_HEAP_ROWS);
-	for (u32 list = 0; list < TM_HEAP_ROWS * TM_HEAP_SUBS; list++)
+	for (u32 list = 0; list < TM_HEAP_LISTS; list++)
 		nr += tm_heap_check_list(heap, list);
 	tm_warn_on(nr != heap->nr_free);
 }

@@ -53,6 +53,7 @@ enum tm_heap_type {
 #define TM_HEAP_SUBS		(1u << TM_HEAP_SUB_BITS)
 /* Powers of two from 2^5 on, and one row for all below. */
 #define TM_HEAP_ROWS		(26 - TM_HEAP_SUB_BITS + 2)
+#define TM_HEAP_LISTS		(TM_HEAP_ROWS * TM_HEAP_SUBS)
 
 /* No block. */
 #define TM_HEAP_NONE		(~0u)
@@ -76,8 +77,8 @@ static inline u32 tm_heap_tag(u32 type, u32 value)
  * @nr_used: used blocks
  * @nr_free: free blocks
  * @rows: bit r: row r has a free block
- * @subs: bit s of row r: list s has one
- * @head: first free block of each list; without meaning while its bit is 0
+ * @subs: bit s of row r: list r * TM_HEAP_SUBS + s has one
+ * @head: first free block of each list, or TM_HEAP_NONE
  * @cursor: start of some block, for who walks over the heap a step at a time: it stays a start when blocks merge
  */
 struct tm_heap {
@@ -89,7 +90,7 @@ struct tm_heap {
 	u32 nr_free;
 	u32 rows;
 	u32 subs[TM_HEAP_ROWS];
-	u32 head[TM_HEAP_ROWS][TM_HEAP_SUBS];
+	u32 head[TM_HEAP_LISTS];
 	u32 cursor;
 };
 

@@ -61,6 +61,12 @@ static u32 tm_rt_note(const struct tm_rt *rt, u32 start)
 	return tm_rt_tag_value(rt, tm_rt_last(rt, start));
 }
 
+static u32 tm_rt_make_note(u32 kind, u32 client, u32 index)
+{
+	return kind << TM_RT_NOTE_KIND_SHIFT |
+	       client << TM_RT_NOTE_CLIENT_SHIFT | index;
+}
+
 static u32 tm_rt_note_kind(u32 note)
 {
 	return note >> TM_RT_NOTE_KIND_SHIFT;
@@ -78,25 +84,24 @@ static u32 tm_rt_note_index(u32 note)
 
 /* A block that the heap has just given out becomes a client's. */
 static void tm_rt_attach(struct tm_rt *rt, struct tm_rt_client *client,
-			 u32 start, u32 kind, u32 index)
+			 u32 start, u32 n, u32 kind, u32 index)
 {
 	u32 next = client->blocks;
-	struct tm_heap_node *last = tm_rt_node(rt, tm_rt_last(rt, start));
+	struct tm_heap_node *last = tm_rt_node(rt, start + n - 1);
 
-	last->tag |= kind << TM_RT_NOTE_KIND_SHIFT |
-		     client->index << TM_RT_NOTE_CLIENT_SHIFT | index;
+	last->tag |= tm_rt_make_note(kind, client->index, index);
 	tm_rt_node(rt, start)->link = next;
 	if (next != TM_HEAP_NONE)
 		tm_rt_node(rt, tm_rt_last(rt, next))->link = start;
 	client->blocks = start;
 }
 
-/* A client's block becomes nobody's. */
+/* A client's block of @n granules becomes nobody's. */
 static void tm_rt_detach(struct tm_rt *rt, struct tm_rt_client *client,
-			 u32 start)
+			 u32 start, u32 n)
 {
 	u32 next = tm_rt_node(rt, start)->link;
-	u32 prev = tm_rt_node(rt, tm_rt_last(rt, start))->link;
+	u32 prev = tm_rt_node(rt, start + n - 1)->link;
 
 	if (next != TM_HEAP_NONE)
 		tm_rt_node(rt, tm_rt_last(rt, next))->link = prev;
@@ -206,22 +211,16 @@ int tm_rt_join(struct tm_rt *rt, struct tm_rt_client *client, u32 priority)
 	client->index = index;
 	client->priority = priority;
 	client->blocks = TM_HEAP_NONE;
+	for (u32 i = 0; i < TM_RT_CLASSES; i++) {
+		client->sizes[i] = ~0u;
+		client->order[i] = (u8)i;
+	}
 	rt->client[index] = client;
 	rt->places[word] |= 1ull << index % 64;
 	return 0;
 }
 
 /* Reservations. */
-
-static struct tm_rt_class *tm_rt_class_of(struct tm_rt_client *client, u32 size)
-{
-	for (u32 i = 0; i < TM_RT_CLASSES; i++) {
-		tm_step();
-		if (client->class[i].size == size)
-			return &client->class[i];
-	}
-	return NULL;
-}
 
 /* Whether somebody waits whom a client must not overtake. */
 static bool tm_rt_must_wait(const struct tm_rt *rt, u32 priority)
@@ -232,34 +231,95 @@ static bool tm_rt_must_wait(const struct tm_rt *rt, u32 priority)
 	return rt->levels[word] >> priority % 64 || (!word && rt->levels[1]);
 }
 
+/*
+ * The first of a client's sizes that is not below @size: a binary search that takes the same steps for
+ * any number of classes. TM_RT_CLASSES - 1 also if there is none.
+ */
+static u32 tm_rt_size_place(const struct tm_rt_client *client, u32 size)
+{
+	u32 place = 0;
+
+	tm_static_assert(TM_RT_CLASSES == 16, "a power of two, halved to 1");
+	for (u32 half = TM_RT_CLASSES / 2; half; half /= 2) {
+		tm_step();
+		place += client->sizes[place + half - 1] < size ? half : 0;
+	}
+	return place;
+}
+
+/* The place at @at is for a class of @size now; those behind it move up. Return: the class. */
+static struct tm_rt_class *tm_rt_class_add(struct tm_rt_client *client, u32 at,
+					   u32 size)
+{
+	u32 i = client->nr_classes++;
+	u8 class = client->order[i];
+
+	for (; i > at; i--) {
+		tm_step();
+		client->sizes[i] = client->sizes[i - 1];
+		client->order[i] = client->order[i - 1];
+	}
+	client->sizes[at] = size;
+	client->order[at] = class;
+	return &client->class[class];
+}
+
+static void tm_rt_class_del(struct tm_rt_client *client, u32 size)
+{
+	u32 i = tm_rt_size_place(client, size), last = --client->nr_classes;
+	u8 class = client->order[i];
+
+	for (; i < last; i++) {
+		tm_step();
+		client->sizes[i] = client->sizes[i + 1];
+		client->order[i] = client->order[i + 1];
+	}
+	client->sizes[last] = ~0u;
+	client->order[last] = class;
+}
+
+/* The class that serves a size, or NULL. */
+static struct tm_rt_class *tm_rt_class_for(struct tm_rt_client *client,
+					   u32 size)
+{
+	u32 place = tm_rt_size_place(client, size);
+
+	if (place >= client->nr_classes || client->sizes[place] < size)
+		return NULL;
+	return &client->class[client->order[place]];
+}
+
 int tm_rt_reserve(struct tm_rt *rt, struct tm_rt_client *client, u32 size,
 		  u32 count)
 {
 	/* Its first granule and its last are the heap's. */
 	u64 n = (u64)size * count + 2;
 	struct tm_rt_class *class;
-	u32 run;
+	u32 run, granules, place;
 
 	tm_assert_raw_locked(rt->heap.lock);
 	if (!size || size > rt->heap.size || !count)
 		return -EINVAL;
-	if (tm_rt_class_of(client, size))
+	place = tm_rt_size_place(client, size);
+	if (client->sizes[place] == size)
 		return -EEXIST;
-	class = tm_rt_class_of(client, 0);
-	if (!class || n > rt->heap.size ||
+	if (client->nr_classes == TM_RT_CLASSES || n > rt->heap.size ||
 	    tm_rt_must_wait(rt, client->priority))
 		return -ENOSPC;
 	run = tm_heap_alloc(&rt->heap, (u32)n);
 	if (run == TM_HEAP_NONE)
 		return -ENOSPC;
-	tm_rt_attach(rt, client, run, TM_RT_RUN, (u32)(class - client->class));
+	class = tm_rt_class_add(client, place, size);
+	granules = tm_rt_granules(rt, run);
+	tm_rt_attach(rt, client, run, granules, TM_RT_RUN,
+		     (u32)(class - client->class));
 	*class = (struct tm_rt_class){
 		.size = size,
 		.count = count,
 		.run = run,
 		.free = TM_HEAP_NONE,
 	};
-	client->reserved += tm_rt_granules(rt, run);
+	client->reserved += granules;
 	return 0;
 }
 
@@ -267,48 +327,28 @@ int tm_rt_reserve(struct tm_rt *rt, struct tm_rt_client *client, u32 size,
 static void tm_rt_drop_class(struct tm_rt *rt, struct tm_rt_client *client,
 			     struct tm_rt_class *class)
 {
+	u32 n = tm_rt_granules(rt, class->run);
+
 	client->nr_blocks -= class->used;
 	client->used -= class->used * class->size;
-	client->reserved -= tm_rt_granules(rt, class->run);
+	client->reserved -= n;
+	tm_rt_class_del(client, class->size);
 	class->size = 0;
-	tm_rt_detach(rt, client, class->run);
+	tm_rt_detach(rt, client, class->run, n);
 	tm_rt_give(rt, class->run);
 }
 
 int tm_rt_unreserve(struct tm_rt *rt, struct tm_rt_client *client, u32 size)
 {
-	struct tm_rt_class *class;
+	struct tm_rt_class *class = tm_rt_class_for(client, size);
 
 	tm_assert_raw_locked(rt->heap.lock);
-	class = size ? tm_rt_class_of(client, size) : NULL;
-	if (!class)
+	if (!class || class->size != size)
 		return -ENOENT;
 	if (class->used)
 		return -EBUSY;
 	tm_rt_drop_class(rt, client, class);
 	return 0;
-}
-
-/* The class that serves a size, or NULL. */
-static struct tm_rt_class *tm_rt_class_for(struct tm_rt_client *client,
-					   u32 size)
-{
-	struct tm_rt_class *best = NULL;
-	u32 least = ~0u;
-
-	if (!client->reserved)
-		return NULL;
-	for (u32 i = 0; i < TM_RT_CLASSES; i++) {
-		struct tm_rt_class *class = &client->class[i];
-
-		tm_step();
-		/* A shorter one, or none, wraps around to above any difference. */
-		if (class->size - size < least) {
-			least = class->size - size;
-			best = class;
-		}
-	}
-	return least <= TM_HEAP_MAX ? best : NULL;
 }
 
 /* An item of a class that has one left. */
@@ -456,7 +496,7 @@ static int tm_rt_from_heap(struct tm_rt *rt, struct tm_rt_client *client,
 			   u32 size, u32 flags, struct tm_rt_block *block)
 {
 	bool movable = flags & TM_RT_ALLOC_MOVABLE;
-	u32 entry, start;
+	u32 entry, start, n;
 
 	if (movable && rt->nr_movable == rt->max_movable)
 		return -ENFILE;
@@ -464,8 +504,9 @@ static int tm_rt_from_heap(struct tm_rt *rt, struct tm_rt_client *client,
 							      size);
 	if (start == TM_HEAP_NONE)
 		return -ENOSPC;
+	n = tm_rt_granules(rt, start);
 	client->nr_blocks++;
-	client->used += tm_rt_granules(rt, start);
+	client->used += n;
 	if (movable) {
 		entry = tm_rt_entry_take(rt);
 		rt->movable[entry] = (struct tm_rt_movable){
@@ -474,15 +515,15 @@ static int tm_rt_from_heap(struct tm_rt *rt, struct tm_rt_client *client,
 			.state = TM_RT_RESTING,
 			.client = (u8)client->index,
 		};
-		tm_rt_attach(rt, client, start, TM_RT_MOVABLE_BLOCK, entry);
+		tm_rt_attach(rt, client, start, n, TM_RT_MOVABLE_BLOCK, entry);
 		tm_rt_movable_block(rt, entry, block);
 		return 0;
 	}
-	tm_rt_attach(rt, client, start, TM_RT_FIXED, 0);
+	tm_rt_attach(rt, client, start, n, TM_RT_FIXED, 0);
 	*block = (struct tm_rt_block){
 		.handle = start + 1,
 		.start = start,
-		.length = tm_rt_granules(rt, start),
+		.length = n,
 	};
 	return 0;
 }
@@ -521,11 +562,12 @@ int tm_rt_alloc(struct tm_rt *rt, struct tm_rt_client *client, u32 size,
 static void tm_rt_drop_block(struct tm_rt *rt, struct tm_rt_client *client,
 			     u32 start)
 {
-	u32 note = tm_rt_note(rt, start);
+	u32 n = tm_rt_granules(rt, start);
+	u32 note = tm_rt_tag_value(rt, start + n - 1);
 
 	client->nr_blocks--;
-	client->used -= tm_rt_granules(rt, start);
-	tm_rt_detach(rt, client, start);
+	client->used -= n;
+	tm_rt_detach(rt, client, start, n);
 	if (tm_rt_note_kind(note) == TM_RT_MOVABLE_BLOCK) {
 		u32 entry = tm_rt_note_index(note);
 
@@ -580,23 +622,23 @@ static u32 tm_rt_fixed(const struct tm_rt *rt,
 		       const struct tm_rt_client *client, u32 handle,
 		       u32 *start, bool *item)
 {
-	u32 note;
+	u32 type, n, note;
 
 	/* That of 0 wraps around to beyond any arena. */
 	*start = handle - 1;
 	if (*start >= rt->heap.size)
 		return 0;
 	*start = tm_index(*start, rt->heap.size);
-	*item = tm_rt_tag_type(rt, *start) == TM_HEAP_ITEM_USED;
+	type = tm_rt_tag_type(rt, *start);
+	*item = type == TM_HEAP_ITEM_USED;
 	if (*item)
 		return tm_rt_item_length(rt, client, *start);
-	if (tm_rt_tag_type(rt, *start) != TM_HEAP_USED_FIRST)
+	if (type != TM_HEAP_USED_FIRST)
 		return 0;
-	note = tm_rt_note(rt, *start);
-	if (tm_rt_note_kind(note) != TM_RT_FIXED ||
-	    tm_rt_note_client(note) != client->index)
-		return 0;
-	return tm_rt_granules(rt, *start);
+	n = tm_rt_granules(rt, *start);
+	note = tm_rt_tag_value(rt, *start + n - 1);
+	/* A fixed block has no index: the whole note is known. */
+	return note == tm_rt_make_note(TM_RT_FIXED, client->index, 0) ? n : 0;
 }
 
 int tm_rt_free(struct tm_rt *rt, struct tm_rt_client *client, u32 handle)
@@ -889,7 +931,7 @@ static u32 tm_rt_check_client(const struct tm_rt *rt,
 			      const struct tm_rt_client *client)
 {
 	u32 nr = 0, runs = 0, blocks = 0, used = 0, reserved = 0, classes = 0;
-	u32 prev = TM_HEAP_NONE;
+	u32 prev = TM_HEAP_NONE, places = 0;
 
 	for (u32 start = client->blocks; start != TM_HEAP_NONE;
 	     start = rt->heap.node[start].link) {
@@ -917,7 +959,18 @@ static u32 tm_rt_check_client(const struct tm_rt *rt,
 		blocks += items;
 		used += items * client->class[i].size;
 	}
-	tm_warn_on(classes != runs);
+	for (u32 i = 0; i < TM_RT_CLASSES; i++) {
+		u32 size = client->sizes[i], place = client->order[i];
+
+		places |= 1u << place % TM_RT_CLASSES;
+		if (i >= client->nr_classes)
+			tm_warn_on(size != ~0u || client->class[place].size);
+		else
+			tm_warn_on(client->class[place].size != size ||
+				   (i && client->sizes[i - 1] >= size));
+	}
+	tm_warn_on(places != (1u << TM_RT_CLASSES) - 1);
+	tm_warn_on(classes != runs || classes != client->nr_classes);
 	tm_warn_on(blocks != client->nr_blocks);
 	tm_warn_on(used != client->used);
 	tm_warn_on(reserved != client->reserved);

@@ -84,6 +84,9 @@ struct tm_rt_class {
  * @index: its place in tm_rt::client
  * @priority: below TM_RT_PRIORITIES
  * @class: its reservation, in no order
+ * @sizes: those of its classes, ascending; then ~0
+ * @order: the classes in that order; then the places of @class that are not in use
+ * @nr_classes: how many it has
  * @blocks: its first block in the heap, runs too, or TM_HEAP_NONE; linked both ways by their nodes
  * @nr_blocks: blocks and items allocated
  * @used: granules in them, and not in what is reserved and unused
@@ -93,6 +96,9 @@ struct tm_rt_client {
 	u32 index;
 	u32 priority;
 	struct tm_rt_class class[TM_RT_CLASSES];
+	u32 sizes[TM_RT_CLASSES];
+	u8 order[TM_RT_CLASSES];
+	u32 nr_classes;
 	u32 blocks;
 	u32 nr_blocks;
 	u32 used;

@@ -27,15 +27,19 @@ static inline void tm_histogram_init(struct tm_histogram *h)
 	}
 }
 
-/* Count an operation that began at @start and ends now. */
-static inline void tm_histogram_add(struct tm_histogram *h, u64 start)
+/* Count an operation that took @ns with reading the clock. */
+static inline void tm_histogram_count(struct tm_histogram *h, u64 ns)
 {
-	u64 ns = ktime_get_ns() - start;
-
 	ns -= min(h->clock, ns);
 	h->worst = max(h->worst, ns);
 	h->bucket[min_t(u64, ns, TM_HISTOGRAM_NS)]++;
 	h->count++;
+}
+
+/* Count an operation that began at @start and ends now. */
+static inline void tm_histogram_add(struct tm_histogram *h, u64 start)
+{
+	tm_histogram_count(h, ktime_get_ns() - start);
 }
 
 static inline u32 tm_histogram_median(const struct tm_histogram *h)

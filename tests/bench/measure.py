@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import core_alloc
 import fragmentation
+import rt_core
 import waste
 from rows import OUT, ROOT, Row, table, write
 
@@ -48,6 +49,7 @@ PAGES = "alloc_pages + __free_pages"
 MMAP = "mmap + touch + munmap"
 MEMFD = "blocks of a memfd, mapped"
 MAPPED = "mmap of the cached file"
+ATOMIC = "kmalloc(GFP_ATOMIC)"
 
 BENCHES = {
     "alloc": Bench(
@@ -93,7 +95,21 @@ BENCHES = {
             "torn-reads": Spec("a file written over", 0, "checks", "ours"),
         },
     ),
+    "rt": Bench(
+        programs=("rt_late",),
+        # hogs run beside it: minutes, on a busy machine many
+        guest=("--kernel", "6.12-rt", "--memory", "1G", "--append", "init_on_alloc=0", "--timeout", "1800"),
+        rows={
+            "worst-over-median": Spec(ATOMIC, 3.0, "fraction", "ours"),
+            "worst-insns": Spec(ATOMIC, 1000, bounded="ours"),
+            "reserved-misses": Spec("without a reservation", 0, "allocations", "ours"),
+            "late-returns": Spec("try, sleep 100 us, try again", 0, "returns", "ours"),
+        },
+    ),
 }
+
+#: What a boot's benchmark has beside it: calls of the core, on this machine.
+BESIDE: dict[str, Callable[[], list[Row]]] = {"rt": rt_core.measure}
 
 #: Traces through the core, on this machine.
 TRACES: dict[str, Callable[[], list[Row]]] = {
@@ -144,7 +160,9 @@ def scaling() -> list[Row]:
 
 def measure(name: str) -> list[Row]:
     others = {**TRACES, "scaling": scaling}
-    return others[name]() if name in others else boot(name, BENCHES[name])
+    if name in others:
+        return others[name]()
+    return boot(name, BENCHES[name]) + (BESIDE[name]() if name in BESIDE else [])
 
 
 def main() -> None:

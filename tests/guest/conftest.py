@@ -32,6 +32,7 @@ USAGE = (
     "clients/count", "clients/tensors", "clients/bytes", "clients/kept",
     "buddy/used_pages", "chunk/used", "chunk/quarantined", "chunk/charged",
     "kv/caches", "kv/held", "model/slots", "model/generations", "model/held",
+    "rt/arenas", "rt/held", "rt/used",
 )  # fmt: skip
 
 
@@ -126,8 +127,9 @@ def trace() -> Iterator[None]:
 @pytest.fixture
 def settings() -> Iterator[None]:
     """Put back what a test changes in sysfs."""
-    names = ("chunk/capacity", "chunk/reserve", "clients/default_quota")
+    names = ("chunk/capacity", "chunk/reserve", "clients/default_quota", "rt/size", "rt/ready")
     before = {name: read(name) for name in names}
     yield
+    assert write("rt/ready", 0) == 0  # or the size could not be what it was
     for name, value in before.items():
         assert write(name, value) == 0

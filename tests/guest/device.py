@@ -156,6 +156,20 @@ class Raw(Descriptor):
         assert result == 0, errno.errorcode.get(result, result)
         return Slot(request.fd, name)
 
+    def try_rt(self, size: int = CHUNK, arena: int = -1, **fields: int) -> tuple[int, abi.RTOpen]:
+        request = abi.RTOpen(size=size, arena=arena, **{"fd": -1, **fields})
+        return self.ioctl(abi.IOC_RT_OPEN, request), request
+
+    def rt(self, size: int = CHUNK, **fields: int) -> RT:
+        """A new arena."""
+        result, request = self.try_rt(size, **fields)
+        assert result == 0, errno.errorcode.get(result, result)
+        return RT(request.fd)
+
+    def join(self, other: RT, priority: int = 0) -> RT:
+        """Another RT client of the same arena."""
+        return self.rt(0, arena=other.fd, priority=priority)
+
     def set_quota(self, value: int) -> int:
         return self.ioctl(abi.IOC_SET_QUOTA, abi.Quota(bytes=value))
 
@@ -343,6 +357,96 @@ class View:
                 data = self.memory[self.span(seq, token, plane, group)]
                 expected = pattern(value, plane, g.token_bytes)
                 assert data == expected, (seq, group, plane, token, value)
+
+
+class RT(Descriptor):
+    """One RT client of an arena."""
+
+    def info(self) -> abi.RTInfo:
+        info = abi.RTInfo()
+        assert self.ioctl(abi.IOC_RT_INFO, info) == 0
+        return info
+
+    def counts(self) -> dict[str, int]:
+        """What a call that fails leaves as it was."""
+        info = self.info()
+        return {name: getattr(info, name) for name, *_ in info._fields_}
+
+    def reserve(self, size: int, count: int, flags: int = 0) -> int:
+        return self.ioctl(abi.IOC_RT_RESERVE, abi.RTReserve(size=size, count=count, flags=flags))
+
+    def try_alloc(self, size: int, deadline_ns: int = 0, flags: int = 0) -> tuple[int, abi.RTAlloc]:
+        item = abi.RTAlloc(size=size, deadline_ns=deadline_ns, flags=flags)
+        return self.ioctl(abi.IOC_RT_ALLOC, item), item
+
+    def alloc(self, size: int, deadline_ns: int = 0, flags: int = 0) -> abi.RTAlloc:
+        result, item = self.try_alloc(size, deadline_ns, flags)
+        assert result == 0, errno.errorcode.get(result, result)
+        return item
+
+    def alloc_errno(self, size: int, deadline_ns: int = 0, flags: int = 0) -> int:
+        """Why there is none; one that there is after all stays."""
+        return self.try_alloc(size, deadline_ns, flags)[0]
+
+    def free(self, handle: int, flags: int = 0) -> int:
+        return self.ioctl(abi.IOC_RT_FREE, abi.RTBlock(handle=handle, flags=flags))
+
+    def pin(self, handle: int, flags: int = 0) -> tuple[int, int]:
+        item = abi.RTBlock(handle=handle, flags=flags)
+        return self.ioctl(abi.IOC_RT_PIN, item), item.offset
+
+    def unpin(self, handle: int, flags: int = 0) -> int:
+        return self.ioctl(abi.IOC_RT_UNPIN, abi.RTBlock(handle=handle, flags=flags))
+
+    def set_priority(self, priority: int, flags: int = 0) -> int:
+        return self.ioctl(abi.IOC_RT_PRIORITY, abi.RTPriority(priority=priority, flags=flags))
+
+    def alloc_batch(
+        self, sizes: Sequence[int], deadline_ns: int = 0, flags: int = 0
+    ) -> tuple[int, abi.Batch, list[abi.RTAlloc]]:
+        requests = (abi.RTAlloc(size=s, deadline_ns=deadline_ns, flags=flags) for s in sizes)
+        items = (abi.RTAlloc * len(sizes))(*requests)
+        result, batch = self.batch(abi.IOC_RT_ALLOC_BATCH, items)
+        return result, batch, list(items)
+
+    def free_batch(self, handles: Sequence[int]) -> tuple[int, abi.Batch]:
+        items = (abi.RTBlock * len(handles))(*(abi.RTBlock(handle=h) for h in handles))
+        return self.batch(abi.IOC_RT_FREE_BATCH, items)
+
+    def fill(self, size: int, flags: int = 0) -> list[abi.RTAlloc]:
+        """Blocks of one size, as many as there is room for."""
+        blocks = []
+        while True:
+            result, item = self.try_alloc(size, flags=flags)
+            if result:
+                assert result in (errno.ENOSPC, errno.ENFILE)
+                return blocks
+            blocks.append(item)
+
+    def fill_up(self) -> list[abi.RTAlloc]:
+        """All of the arena that is not reserved, in blocks of any size."""
+        blocks = []
+        while (largest := self.info().largest):
+            blocks.append(self.alloc(largest))
+        return blocks
+
+    def view(self, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
+        """The whole arena."""
+        return self.map(self.info().size, 0, prot=prot)
+
+    def folder(self) -> Path:
+        """Its own in sysfs."""
+        text = Path(f"/proc/self/fdinfo/{self.fd}").read_text()
+        found = re.search(r"^tensormem-rt:\t(\d+)$", text, re.M)
+        assert found, text
+        return SYSFS / "rt" / found[1]
+
+    def read(self, name: str) -> int:
+        return int((self.folder() / name).read_text())
+
+    def histogram(self, name: str) -> list[int]:
+        """Counts by the binary logarithm of nanoseconds."""
+        return [int(word) for word in (self.folder() / name).read_text().split()]
 
 
 #: What poll(2) may say of a slot or a generation.

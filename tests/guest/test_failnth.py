@@ -14,6 +14,8 @@ import mmap
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from device import (
     DEVICE,
     KV,
     PAGE,
+    RT,
     SYSFS,
     Generation,
     Raw,
@@ -807,20 +810,24 @@ def test_model_stage(filled: Slot, flags: int, settings: None) -> None:
     path.unlink()
 
 
+LOOK = """
+import pathlib, sys
+while True:
+    for path in pathlib.Path(sys.argv[1]).glob("*/*_bytes"):
+        try:
+            path.read_text()
+        except OSError:
+            continue  # it is gone
+"""
+
+
 def test_model_stage_while_somebody_looks(filled: Slot) -> None:
     """Its folder comes and goes under readers of its files, and nobody waits for the other for ever."""
     assert filled.abort(3) == 0
     file = file_of(weights("staged", PAGE))
     request = abi.ModelStage(file=file, fd=-1)
-    folder = SYSFS / "model" / filled.name
-    pid = os.fork()
-    if pid == 0:
-        while True:
-            for path in folder.glob("*/*_bytes"):
-                try:
-                    path.read_text()
-                except OSError:
-                    continue  # it is gone
+    # no fork of this process: it would take a page for each of its own that it writes to, and fail at that instead
+    looker = subprocess.Popen([sys.executable, "-c", LOOK, SYSFS / "model" / filled.name])
 
     def check(result: int) -> None:
         if result == 0:
@@ -828,8 +835,8 @@ def test_model_stage_while_somebody_looks(filled: Slot) -> None:
         wait_for(lambda: filled.info().generations == 2)
 
     assert {errno.ENOMEM, errno.EFAULT} <= sweep(lambda: filled.ioctl(abi.IOC_MODEL_STAGE, request), check)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    looker.kill()
+    assert looker.wait() == -signal.SIGKILL
     os.close(file)
 
 
@@ -1009,3 +1016,218 @@ def test_model_mmap(filled: Slot) -> None:
             assert view[:] == weights(2, MODEL)
             view.close()
         assert gen.info().readers == 1
+
+
+# The RT pool
+
+MOVABLE = abi.RTFlag.MOVABLE
+SECOND = 10**9
+
+
+def pool() -> tuple[int, ...]:
+    """What a call that fails leaves as it was."""
+    names = ("rt/used", "rt/held", "rt/arenas", "clients/bytes", "chunk/used", "buddy/used_pages")
+    return (*map(read, names), descriptors(), len(list((SYSFS / "rt").iterdir())))
+
+
+@pytest.fixture
+def rt(raw: Raw) -> Iterator[RT]:
+    with raw.rt(CHUNK, movable=64) as arena:
+        yield arena
+
+
+@pytest.mark.parametrize("ready", [0, 2, 3])
+def test_rt_open(raw: Raw, settings: None, ready: int) -> None:
+    """An arena, or nothing of it; also when some of its chunks were set aside."""
+    request = abi.RTOpen(size=3 * CHUNK, arena=-1, movable=64, fd=-1)
+    empty_pool()
+    assert write("rt/ready", ready * CHUNK) == 0
+    before = pool()
+
+    def check(result: int) -> None:
+        if result == 0:
+            with RT(request.fd) as rt:
+                view = rt.view()
+                assert view[:] == bytes(3 * CHUNK)
+                view[:] = b"\x5e" * (3 * CHUNK)
+                view.close()
+        else:
+            assert request.fd == -1
+        request.fd = -1
+        # what was ready may have been used, and others taken in its place, soon
+        wait_for(lambda: read("rt/held") == ready * CHUNK)
+        after = pool()
+        assert after == (*before[:-2], before[-2] + 1, before[-1])
+        if ready == 0:
+            empty_pool()
+
+    assert {errno.ENOMEM, errno.EFAULT} <= sweep(lambda: raw.ioctl(abi.IOC_RT_OPEN, request), check)
+
+
+def test_rt_join(raw: Raw, rt: RT) -> None:
+    request = abi.RTOpen(arena=rt.fd, fd=-1)
+    before, counts = pool(), rt.counts()
+
+    def check(result: int) -> None:
+        if result == 0:
+            with RT(request.fd) as other:
+                assert other.info().clients == 2
+        request.fd = -1
+        assert pool() == (*before[:-2], before[-2] + 1, before[-1])
+        assert rt.counts() == counts
+
+    assert {errno.ENOMEM, errno.EFAULT} <= sweep(lambda: raw.ioctl(abi.IOC_RT_OPEN, request), check)
+
+
+def test_rt_mmap(rt: RT) -> None:
+    """All of it is mapped or nothing is; what was given up comes back, if not now then later."""
+    view, before = rt.view(), pool()
+    data = weights("arena", CHUNK)
+    view[:] = data
+    maps: list[mmap.mmap] = []
+
+    def call() -> int:
+        try:
+            maps.append(rt.map(CHUNK, 0))
+        except OSError as error:
+            return error.errno or -1
+        return 0
+
+    def check(result: int) -> None:
+        assert len(maps) == (result == 0)
+        for mapping in maps:
+            assert mapping[:] == data
+            mapping.close()
+        maps.clear()
+
+    assert errno.ENOMEM in sweep(call, check)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    populate_write = 23
+
+    def populate() -> int:
+        return ctypes.get_errno() if libc.madvise(address, CHUNK, populate_write) else 0
+
+    def given_up(_: int) -> None:
+        assert view[:] == data
+        assert libc.madvise(address, CHUNK, mmap.MADV_DONTNEED) == 0
+
+    given_up(0)
+    sweep(populate, given_up)
+    view.close()
+    assert pool() == before
+
+
+def same(rt: RT, before: dict[str, int]) -> None:
+    assert rt.counts() == before
+
+
+def test_rt_calls_need_no_memory(rt: RT) -> None:
+    """Copies may fail, and then nothing was done. Nothing else can: no call asks for memory."""
+    block, moves = rt.alloc(256), rt.alloc(256, flags=MOVABLE)
+    before = [rt.counts()]
+
+    def unchanged(result: int, undo: Callable[[], int]) -> None:
+        if result == 0:
+            assert undo() == 0
+        now = rt.counts()
+        assert {**now, "allocs": 0} == {**before[0], "allocs": 0}
+        assert result == 0 or now["allocs"] == before[0]["allocs"]
+        before[0] = now
+
+    reserve = abi.RTReserve(size=300, count=3)
+    alloc = abi.RTAlloc(size=5000)
+    pin = abi.RTBlock(handle=moves.handle)
+    priority = abi.RTPriority(priority=5)
+    calls: list[tuple[int, abi.Struct, Callable[[], int]]] = [
+        (abi.IOC_RT_INFO, abi.RTInfo(), lambda: 0),
+        (abi.IOC_RT_RESERVE, reserve, lambda: rt.reserve(300, 0)),
+        (abi.IOC_RT_ALLOC, alloc, lambda: rt.free(alloc.handle)),
+        (abi.IOC_RT_PIN, pin, lambda: rt.unpin(pin.handle)),
+        (abi.IOC_RT_UNPIN, pin, lambda: rt.pin(pin.handle)[0]),
+        (abi.IOC_RT_PRIORITY, priority, lambda: rt.set_priority(0)),
+    ]
+    for request, item, undo in calls:
+        results = sweep(lambda r=request, i=item: rt.ioctl(r, i), lambda result, u=undo: unchanged(result, u))
+        assert results == {errno.EFAULT}, hex(request)
+    for handle in (block.handle, moves.handle):
+        item = abi.RTBlock(handle=handle)
+
+        def freed(result: int, item: abi.RTBlock = item) -> None:
+            assert rt.info().blocks == 2 - (result == 0)
+            if result == 0:
+                item.handle = rt.alloc(256).handle
+
+        assert sweep(lambda i=item: rt.ioctl(abi.IOC_RT_FREE, i), freed) == {errno.EFAULT}
+
+
+def test_rt_batches(rt: RT) -> None:
+    """All or none, wherever it fails."""
+    items = (abi.RTAlloc * 8)(*(abi.RTAlloc(size=900 * (i + 1), flags=MOVABLE * (i % 2)) for i in range(8)))
+    batch = abi.Batch(items=ctypes.addressof(items), count=8, item_size=ctypes.sizeof(abi.RTAlloc))
+    before = rt.counts()
+
+    def check(result: int) -> None:
+        if result == 0:
+            assert rt.info().blocks == 8
+            assert rt.free_batch([i.handle for i in items])[0] == 0
+            before["allocs"] = rt.info().allocs
+        same(rt, before)
+
+    assert sweep(lambda: rt.ioctl(abi.IOC_RT_ALLOC_BATCH, batch), check) == {errno.EFAULT}
+    blocks = (abi.RTBlock * 8)()
+    frees = abi.Batch(items=ctypes.addressof(blocks), count=8, item_size=ctypes.sizeof(abi.RTBlock))
+
+    def again(result: int) -> None:
+        assert rt.info().blocks == (0 if result == 0 else 8)
+        if result == 0:
+            assert rt.ioctl(abi.IOC_RT_ALLOC_BATCH, batch) == 0
+            for i in range(8):
+                blocks[i].handle = items[i].handle
+
+    again(0)
+    assert sweep(lambda: rt.ioctl(abi.IOC_RT_FREE_BATCH, frees), again) == {errno.EFAULT}
+
+
+def test_rt_compaction_needs_no_memory(raw: Raw) -> None:
+    """Nor does waiting: with a deadline a block is had that was refused without."""
+    with raw.rt(CHUNK, movable=256) as rt:
+        blocks = rt.fill(CHUNK // 128, MOVABLE)
+        for i, block in enumerate(blocks):
+            assert (rt.unpin if i % 2 else rt.free)(block.handle) == 0
+        item = abi.RTAlloc(size=CHUNK // 3, deadline_ns=300 * SECOND)
+        assert rt.alloc_errno(item.size) == errno.ENOSPC
+        got: list[int] = []
+
+        def check(result: int) -> None:
+            assert rt.info().blocks == len(blocks) // 2 + (result == 0)
+            if result == 0:
+                assert rt.free(item.handle) == 0
+                got.append(item.handle)
+
+        assert sweep(lambda: rt.ioctl(abi.IOC_RT_ALLOC, item), check) == {errno.EFAULT}
+        assert got
+        assert rt.info().moves
+
+
+def test_rt_ready(settings: None) -> None:
+    """Set aside, all of it or as much as before."""
+    empty_pool()
+    path = os.open(SYSFS / "rt/ready", os.O_WRONLY)
+
+    def call() -> int:
+        try:
+            os.pwrite(path, b"%d" % (3 * CHUNK), 0)
+        except OSError as error:
+            return error.errno or -1
+        return 0
+
+    def check(result: int) -> None:
+        expected = 3 * CHUNK if result == 0 else 0
+        assert (read("rt/ready"), read("rt/held"), read("rt/used")) == (expected, expected, 0)
+        assert write("rt/ready", 0) == 0
+        empty_pool()
+
+    assert errno.ENOMEM in sweep(call, check)
+    os.close(path)

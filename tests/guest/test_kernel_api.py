@@ -15,7 +15,8 @@ from device import PAGE, read, write
 
 MODULES = Path(__file__).parents[2] / "kmod/tests"
 DEBUGFS = Path("/sys/kernel/debug")
-RESULTS = DEBUGFS / "kunit/tensormem/results"
+#: KUnit suites of the sample module, and how many cases each has.
+SUITES = {"tensormem": 7, "tensormem-rt": 5}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,10 +57,11 @@ def test_a_sample_that_cannot_be_made_is_refused() -> None:
 @pytest.mark.skipif(not (DEBUGFS / "kunit").exists(), reason="this kernel has no KUnit")
 def test_kunit() -> None:
     with loaded("tm_sample"):
-        results = RESULTS.read_text()
-    cases = re.findall(r"^ +(ok|not ok) \d+ (\w+)", results, re.MULTILINE)
-    assert len(cases) == 7, results
-    assert all(verdict == "ok" for verdict, _ in cases), results
+        told = {name: (DEBUGFS / "kunit" / name / "results").read_text() for name in SUITES}
+    for name, results in told.items():
+        cases = re.findall(r"^ +(ok|not ok) \d+ (\w+)", results, re.MULTILINE)
+        assert len(cases) == SUITES[name], results
+        assert all(verdict == "ok" for verdict, _ in cases), results
 
 
 def test_the_slab_checks_itself_on_all_cpus() -> None:

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from device import CHUNK, KINDS, PAGE, SYSFS, Raw, Slot, read, write
 from tensormem import abi
 
 ABI = Path(__file__).parents[2] / "docs/ABI/sysfs-class-misc-tensormem"
-WRITABLE = ("chunk/capacity", "chunk/reserve", "clients/default_quota")
+WRITABLE = ("chunk/capacity", "chunk/reserve", "clients/default_quota", "rt/size", "rt/ready")
 
 
-FOLDERS = ("chunk", "buddy", "slab", "clients", "dispatch", "kv", "model")
+FOLDERS = ("chunk", "buddy", "slab", "clients", "dispatch", "kv", "model", "rt", "board")
 WRITE_ONLY = ("buddy/compact",)
+#: Which hold 64 numbers.
+HISTOGRAMS = ("latency", "missed")
 
 
 def files() -> list[str]:
@@ -29,17 +32,19 @@ def files() -> list[str]:
 
 
 def numbers() -> list[str]:
-    words = [f for f in files() if f.startswith("dispatch/") or f == "kv/codec" or f.endswith("/state")]
-    return [f for f in files() if f not in words and f not in WRITE_ONLY]
+    words = [f for f in files() if f.startswith("dispatch/") or f in ("kv/codec", "board/name") or f.endswith("/state")]
+    return [f for f in files() if f not in words and f not in WRITE_ONLY and f.split("/")[-1] not in HISTOGRAMS]
 
 
 @pytest.fixture
-def a_model(slot: Slot) -> None:
-    """Which has files of its own."""
+def objects(raw: Raw, slot: Slot) -> Iterator[None]:
+    """A model and an RT client, which have files of their own."""
     slot.swap(bytes(PAGE))
+    with raw.rt():
+        yield
 
 
-@pytest.mark.usefixtures("a_model")
+@pytest.mark.usefixtures("objects")
 def test_each_file_is_documented_and_each_documented_file_exists() -> None:
     documented = re.findall(r"^What:\s+/sys/class/misc/tensormem/(\S+)", ABI.read_text(), re.M)
     # a name of the manual's may stand for several: node<N>, dispatch/<kind>
@@ -50,17 +55,20 @@ def test_each_file_is_documented_and_each_documented_file_exists() -> None:
         assert any(re.fullmatch(pattern, name) for name in files()), pattern
 
 
-@pytest.mark.usefixtures("a_model")
+@pytest.mark.usefixtures("objects")
 def test_each_holds_one_number() -> None:
     for name in numbers():
         assert re.fullmatch(r"\d+\n", (SYSFS / name).read_text()), name
+    for name in (f for f in files() if f.split("/")[-1] in HISTOGRAMS):
+        assert re.fullmatch(r"\d+( \d+){63}\n", (SYSFS / name).read_text()), name
 
 
-@pytest.mark.usefixtures("a_model")
+@pytest.mark.usefixtures("objects")
 def test_modes() -> None:
     for name in files():
         mode = (SYSFS / name).stat().st_mode & 0o777
-        expected = 0o644 if name in WRITABLE else 0o200 if name in WRITE_ONLY else 0o444
+        writable = name in WRITABLE or re.fullmatch(r"rt/\d+/priority", name)
+        expected = 0o644 if writable else 0o200 if name in WRITE_ONLY else 0o444
         assert mode == expected, name
 
 
@@ -83,7 +91,7 @@ def test_values_out_of_range(settings: None) -> None:
         assert client.try_alloc(1)[0] == errno.ENOSPC
 
 
-@pytest.mark.usefixtures("a_model")
+@pytest.mark.usefixtures("objects")
 def test_ordinary_users_read_and_do_not_write() -> None:
     pid = os.fork()
     if pid == 0:

@@ -29,7 +29,17 @@ typedef unsigned long long u64;
 #define tm_warn_on(cond)						\
 	tm_host_warn(!!(cond), #cond, __FILE__, __LINE__)
 
-bool tm_host_warn(bool cond, const char *text, const char *file, int line);
+/* A warning came: counted, or the end. */
+void tm_host_warned(const char *text, const char *file, int line);
+
+static inline bool tm_host_warn(bool cond, const char *text, const char *file,
+				int line)
+{
+	if (cond)
+		tm_host_warned(text, file, line);
+	return cond;
+}
+
 /* The next @n warnings are counted instead of ending the program. */
 void tm_host_expect_warnings(unsigned int n);
 /* Warnings still expected; forgets them. */
@@ -87,7 +97,7 @@ static inline unsigned int tm_ctz64(u64 v)
 static inline unsigned int tm_fls32(u32 v)
 {
 	tm_host_require(v);
-	return 31u - (unsigned int)__builtin_clz(v);
+	return 31u ^ (unsigned int)__builtin_clz(v);
 }
 
 /* The same numbers in each run. */

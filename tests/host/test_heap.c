@@ -361,9 +361,9 @@ TEST(heap_check_finds)
 		case 2: heap.nr_used++; break;
 		case 3: heap.cursor = 1; break;
 		case 4: heap.rows |= 4; break;
-		case 5: heap.subs[0] |= 2; heap.head[0][1] = 5; break;
-		case 6: heap.subs[0] |= 2; heap.head[0][1] = 0; break;
-		case 7: heap.head[0][5] = 5; break;
+		case 5: heap.subs[0] |= 2; heap.head[1] = 5; break;
+		case 6: heap.subs[0] |= 2; heap.head[1] = 0; break;
+		case 7: heap.head[5] = 5; break;
 		case 8: heap.node[5].link = 15; break;
 		case 9: heap.node[5].link = 40; break;
 		case 10: heap.node[7].tag = tm_heap_tag(TM_HEAP_USED_FIRST, 2); break;

@@ -1187,7 +1187,7 @@ TEST(rt_check_finds)
 	spare = class->free;
 	item = run + 1 + run + 3 - spare;
 	block = b->blocks;
-	for (u32 what = 0; what < 47; what++) {
+	for (u32 what = 0; what < 51; what++) {
 		u32 warned, last = block + 4, entry = node[last].tag & 0xffff;
 
 		switch (what) {
@@ -1228,8 +1228,7 @@ TEST(rt_check_finds)
 		case 34: node[spare].link = spare; break;
 		case 35: node[spare].tag |= 1u << 4; break;
 		case 36: node[item].tag = node[spare].tag; break;
-		case 37: a->class[3].size = 4;
-			 a->class[3].free = TM_HEAP_NONE; break;
+		case 37: a->sizes[1] = 1; break;
 		case 38: rt->places[0] |= 64; break;
 		case 39: rt->places[3] |= 1ull << 62; break;
 		case 40: a->index = 1; break;
@@ -1238,7 +1237,13 @@ TEST(rt_check_finds)
 		case 43: m.waiter[0].core.state = TM_RT_SERVED; break;
 		case 44: m.waiter[0].core.priority--; break;
 		case 45: m.waiter[1].core.prev[0] = &m.waiter[1].core; break;
-		default: node[run + 11 - 1].tag |= 16; break;
+		case 46: node[run + 11 - 1].tag |= 16; break;
+		case 47: a->order[3] = 2; break;
+		case 48: a->nr_classes = 0; break;
+		case 49: class->waiting = &m.waiter[0].core;
+			 m.waiter[0].core.next[1] = &m.waiter[0].core;
+			 m.waiter[0].core.prev[1] = &m.waiter[0].core; break;
+		default: a->sizes[0] = 3; break;
 		}
 		tm_host_expect_warnings(1000);
 		tm_rt_check(rt);
@@ -1384,7 +1389,7 @@ static void reserve_steps(void)
 
 	/* All places, and one for which there is none. */
 	for (u32 i = 0; i <= TM_RT_CLASSES; i++)
-		(void)COUNT(reserve, tm_rt_reserve(&steps_rt, client, 1 + i, 8));
+		(void)COUNT(reserve, tm_rt_reserve(&steps_rt, client, 17 - i, 8));
 	for (u32 k = 0; k < 2; k++) {
 		for (u32 i = 0; i < 8; i++)
 			CHECK_EQ(COUNT(item, tm_rt_alloc(&steps_rt, client, 1,
@@ -1488,11 +1493,11 @@ TEST(rt_steps_do_not_grow_with_the_arena)
 				CHECK_EQ(now[k], small[k]);
 		}
 	}
-	CHECK(worst.alloc <= 22 && worst.item <= 18);
+	CHECK(worst.alloc <= 26 && worst.item <= 8);
 	CHECK(worst.free <= 35 && worst.free_item <= 14);
-	CHECK(worst.reserve <= 51 && worst.unreserve <= 39);
+	CHECK(worst.reserve <= 37 && worst.unreserve <= 43);
 	CHECK(worst.join <= 4 && worst.leave <= 38);
 	CHECK(worst.pin <= 5 && worst.unpin <= 1);
-	CHECK(worst.wait <= 20 && worst.cancel <= 4 && worst.serve <= 26);
-	CHECK(worst.begin <= 11 && worst.end <= 32);
+	CHECK(worst.wait <= 8 && worst.cancel <= 4 && worst.serve <= 26);
+	CHECK(worst.begin <= 12 && worst.end <= 32);
 }

@@ -172,7 +172,7 @@ struct tensormem_rt;
  * @priority: who is served first when several wait, 0 to 99
  *
  * Context: process context; may sleep.
- * Return: the client, or an ERR_PTR: -EINVAL; -ENOSPC when the pool has no such room; -ENOMEM.
+ * Return: the client, or an ERR_PTR: -EINVAL; -ENOSPC when the pool has no such room; -ENOMEM; -EINTR on a fatal signal.
  */
 struct tensormem_rt *tensormem_rt_open(size_t size, unsigned int priority);
 
@@ -205,7 +205,7 @@ int __must_check tensormem_rt_reserve(struct tensormem_rt *rt, size_t size,
  * @deadline: CLOCK_MONOTONIC: how long to compact and wait for it; 0: not at all
  *
  * Takes a constant number of steps under a raw spinlock of the arena, and more only when there is no memory and a
- * @deadline.
+ * @deadline. The address is one of vmalloc's: for DMA, take the pages by vmalloc_to_page().
  *
  * Context: any, hard interrupts too, if @deadline is 0; else process context, and it may sleep.
  * Return: the block, aligned to ARCH_DMA_MINALIGN at least, with undefined contents; or an ERR_PTR: -EINVAL for a size of 0 or beyond the

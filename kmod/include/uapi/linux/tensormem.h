@@ -1074,7 +1074,7 @@ struct tensormem_rt_reserve {
 /*
  * Flags of RT_ALLOC.
  *
- * ABSOLUTE: @deadline_ns is a time of CLOCK_MONOTONIC and not from now on. RESERVED: inside the reservation or
+ * ABSOLUTE: @deadline_ns is a time of CLOCK_MONOTONIC (the machine's, also in a time namespace) and not from now on. RESERVED: inside the reservation or
  * ENOSPC at once. MOVABLE: the block, up to TENSORMEM_RT_STEP granules, may be moved while it is not
  * pinned; it never comes from a reservation, and is pinned at first.
  */
