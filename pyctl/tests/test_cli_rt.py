@@ -177,6 +177,12 @@ def test_pool_show(run: Run) -> None:
     assert "rt pool value memory" in words(runner().invoke(cli, ["pool", "show"]))
 
 
+def test_status(run: Run) -> None:
+    lines = words(runner().invoke(cli, ["status"]))
+    assert "arenas of the RT pool 1 4 MiB" in lines
+    assert "set aside for them 8 MiB" in lines
+
+
 # -- settings -----------------------------------------------------------------------------------
 
 

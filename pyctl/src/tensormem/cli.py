@@ -217,6 +217,11 @@ def status(as_json: bool) -> None:
     if models is not None:
         rows.append(("model slots", _number(models.get("slots")), _size(models.get("held"))))
         rows.append(("  their generations", _number(models.get("generations")), ""))
+    arenas = now.groups.get("rt")
+    if arenas is not None:
+        used = _size(arenas.get("used"))
+        rows.append(("arenas of the RT pool", _number(arenas.get("arenas")), used))
+        rows.append(("  set aside for them", "", _size(arenas.get("ready"))))
     rows.append(("clients", _number(clients.get("count")), _size(clients.get("bytes"))))
     rows.append(("  their tensors", _number(clients.get("tensors")), ""))
     rows.append(("  kept for reuse, or held", "", _size(clients.get("kept"))))

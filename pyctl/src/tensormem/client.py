@@ -237,7 +237,7 @@ class _Session(Session):
         if number == errno.EPERM:
             limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
             short = f"this user's pinned memory would exceed RLIMIT_MEMLOCK, {format_size(limit)}"
-            remedy = errors.RAISE_MEMLOCK
+            remedy = f"free pinned tensors or do without pinned=True, or {errors.RAISE_MEMLOCK}"
         if number == errno.ENOSPC and item.numa == Numa.BIND:
             short = f"the chunk pool is at its capacity on {_node_list(item.nodes)}"
             remedy = "allow more nodes, free tensors, or see 'tensormem numa'"

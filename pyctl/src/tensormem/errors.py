@@ -61,10 +61,10 @@ __all__ = [
     "from_errno",
 ]
 
-#: What to do when pinned memory meets its limit.
+#: What to do, beside asking for less, when pinned memory or an arena meets its limit.
 RAISE_MEMLOCK = (
-    "free pinned tensors or do without pinned=True, or as root raise the limit: '* - memlock"
-    " unlimited' in /etc/security/limits.conf, LimitMEMLOCK=infinity for a service"
+    "as root raise the limit: '* - memlock unlimited' in /etc/security/limits.conf,"
+    " LimitMEMLOCK=infinity for a service"
 )
 
 #: What to do when a reservation or a priority is refused.

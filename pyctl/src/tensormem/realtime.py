@@ -228,19 +228,32 @@ class _Session(Session):
         Raises:
             OSError: with the errno of the ABI.
         """
-        end = time.monotonic_ns() + deadline.ns if deadline.ns and not deadline.absolute else 0
+        begin = time.monotonic_ns()
+        try:
+            self.device.ioctl(request, argument)
+        except InterruptedError:
+            self.again(request, argument, items, deadline, begin)
+
+    def again(
+        self,
+        request: int,
+        argument: abi.Struct,
+        items: Sequence[abi.RTAlloc],
+        deadline: _Deadline,
+        begin: int,
+    ) -> None:
+        """Make a call again that a signal has ended, for the time that is left since it began."""
+        relative = deadline.ns and not deadline.absolute
         try:
             while True:
-                try:
+                for item in items if relative else ():
+                    item.deadline_ns = max(1, begin + deadline.ns - time.monotonic_ns())
+                with contextlib.suppress(InterruptedError):
                     self.device.ioctl(request, argument)
                     return
-                except InterruptedError:
-                    for item in items if end else ():
-                        item.deadline_ns = max(1, end - time.monotonic_ns())
         finally:
-            if end:
-                for item in items:
-                    item.deadline_ns = deadline.ns
+            for item in items:
+                item.deadline_ns = deadline.ns
 
     def allocate(self, items: Sequence[abi.RTAlloc], deadline: _Deadline) -> list[_Block]:
         """Allocate all items or none."""
@@ -563,11 +576,12 @@ class RTBuffer:
             raise errors.InvalidArgument("this buffer is taken already", "give() it back first")
         if self._session.closed or not self._open:
             raise self._session.no_longer()
+        begin = time.monotonic_ns()
         try:
-            if self._deadline.ns:
-                self._session.patiently(abi.IOC_RT_ALLOC, item, (item,), self._deadline)
-            else:
+            try:
                 self._ioctl(abi.IOC_RT_ALLOC, item)
+            except InterruptedError:
+                self._session.again(abi.IOC_RT_ALLOC, item, (item,), self._deadline, begin)
         except OSError as error:
             raise self._session.refusal(error.errno or 0, item) from None
         block.handle = item.handle
@@ -921,13 +935,13 @@ def _refused(number: int, size: int, priority: int) -> errors.TensormemError:
         if number == errno.ENOSPC:
             return errors.RTPoolFull(f"{what}, the RT pool or the chunk pool has no room for it")
     if number == errno.EPERM and priority:
-        cause = f"{what} with priority {priority}: it takes CAP_SYS_NICE, and to be locked"
+        cause = f"{what} with priority {priority}, no CAP_SYS_NICE or beyond RLIMIT_MEMLOCK"
         return errors.NotPermitted(cause, f"{errors.RAISE_PRIORITY}; {errors.RAISE_MEMLOCK}")
     if number == errno.EPERM:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         cause = f"{what}, this user's pinned memory would exceed RLIMIT_MEMLOCK"
         cause += f", {format_size(limit)}" if limit >= 0 else ""
-        return errors.NotPermitted(cause, errors.RAISE_MEMLOCK)
+        return errors.NotPermitted(cause, f"ask for less, or {errors.RAISE_MEMLOCK}")
     plain = errors.from_errno(number)
     known = type(plain) is not errors.TensormemError
     return errors.from_errno(number, f"{what}, {plain.cause}" if known else what)
