@@ -30,6 +30,8 @@ SYSFS = Path("/sys/class/misc/tensormem")
 TRACING = Path("/sys/kernel/tracing")
 PAGE = mmap.PAGESIZE
 CHUNK = 2 << 20
+#: Whether every access is checked (KASAN), which makes all of it some ten times slower.
+KASAN = any(line.split()[2] == "kasan_report" for line in Path("/proc/kallsyms").open())
 
 KINDS = tuple(abi.Kind)
 

@@ -14,6 +14,8 @@ import mmap
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -807,20 +809,24 @@ def test_model_stage(filled: Slot, flags: int, settings: None) -> None:
     path.unlink()
 
 
+LOOK = """
+import pathlib, sys
+while True:
+    for path in pathlib.Path(sys.argv[1]).glob("*/*_bytes"):
+        try:
+            path.read_text()
+        except OSError:
+            continue  # it is gone
+"""
+
+
 def test_model_stage_while_somebody_looks(filled: Slot) -> None:
     """Its folder comes and goes under readers of its files, and nobody waits for the other for ever."""
     assert filled.abort(3) == 0
     file = file_of(weights("staged", PAGE))
     request = abi.ModelStage(file=file, fd=-1)
-    folder = SYSFS / "model" / filled.name
-    pid = os.fork()
-    if pid == 0:
-        while True:
-            for path in folder.glob("*/*_bytes"):
-                try:
-                    path.read_text()
-                except OSError:
-                    continue  # it is gone
+    # no fork of this process: it would take a page for each of its own that it writes to, and fail at that instead
+    looker = subprocess.Popen([sys.executable, "-c", LOOK, SYSFS / "model" / filled.name])
 
     def check(result: int) -> None:
         if result == 0:
@@ -828,8 +834,8 @@ def test_model_stage_while_somebody_looks(filled: Slot) -> None:
         wait_for(lambda: filled.info().generations == 2)
 
     assert {errno.ENOMEM, errno.EFAULT} <= sweep(lambda: filled.ioctl(abi.IOC_MODEL_STAGE, request), check)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    looker.kill()
+    assert looker.wait() == -signal.SIGKILL
     os.close(file)
 
 
