@@ -574,7 +574,7 @@ def events(name: str) -> list[dict[str, str]]:
 
 def wait_for(
     condition: Callable[[], object],
-    seconds: float = 30,
+    seconds: float = 300,
     told: Callable[[], str] = lambda: "did not come about",
 ) -> None:
     end = time.monotonic() + seconds
