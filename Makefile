@@ -31,7 +31,8 @@ help:
 
 demo:
 	@qemu/install-deps demo
-	@qemu/guest run --kernel $(KERNEL) --cpus 2 --memory 1G --timeout 600 -- tensormem demo
+	@qemu/guest run --kernel $(KERNEL) --cpus 2 --memory 1G --timeout 600 -- \
+		sh -c "tensormem demo && tensormem demo --swap"
 
 test: $(READY)
 	@qemu/install-deps test

@@ -30,6 +30,8 @@ SYSFS = Path("/sys/class/misc/tensormem")
 TRACING = Path("/sys/kernel/tracing")
 PAGE = mmap.PAGESIZE
 CHUNK = 2 << 20
+#: Whether every access is checked (KASAN), which makes all of it some ten times slower.
+KASAN = any(line.split()[2] == "kasan_report" for line in Path("/proc/kallsyms").open())
 
 KINDS = tuple(abi.Kind)
 
@@ -676,7 +678,7 @@ def events(name: str) -> list[dict[str, str]]:
 
 def wait_for(
     condition: Callable[[], object],
-    seconds: float = 30,
+    seconds: float = 300,
     told: Callable[[], str] = lambda: "did not come about",
 ) -> None:
     end = time.monotonic() + seconds

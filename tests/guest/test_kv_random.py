@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from device import KASAN
+
 PROGRAM = Path(__file__).parent / "kv_random"
-#: Of all runs together; a tenth of it where every access is checked (KASAN).
+#: Of all runs together; a tenth of it under KASAN.
 TOTAL = 1_000_000
-KASAN = any(line.split()[2] == "kasan_report" for line in Path("/proc/kallsyms").open())
 LARGE_PAGES = os.sysconf("SC_PAGESIZE") > 4096
 
 #: One worker: the model is exact. Runs and their shares of the total; two of them at a time.

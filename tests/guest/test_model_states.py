@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from device import CHUNK, PAGE, SYSFS, Generation, Raw, Slot, becomes, file_of, read, round_up, wait_for, weights
+from device import CHUNK, KASAN, PAGE, SYSFS, Generation, Raw, Slot, becomes, file_of, read, round_up, wait_for, weights
 from tensormem import abi
 
 CREATE, EXCL, WRITE = abi.OpenFlag.CREATE, abi.OpenFlag.EXCL, abi.OpenFlag.WRITE
@@ -545,7 +545,7 @@ def test_any_order(slot: Slot, seed: int) -> None:
         for number in [n for n, s in state.items() if s == RETIRED and n not in kept]:
             del state[number]
 
-    for _ in range(200):
+    for _ in range(60 if KASAN else 200):
         kind = dice.randrange(8)
         number = dice.choice([0, *state, last + 1])
         active, previous, staged = at(ACTIVE), at(PREVIOUS), at(STAGED)
