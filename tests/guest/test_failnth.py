@@ -834,9 +834,12 @@ def test_model_stage_while_somebody_looks(filled: Slot) -> None:
             Generation(request.fd, request.generation).settled().close()
         wait_for(lambda: filled.info().generations == 2)
 
-    assert {errno.ENOMEM, errno.EFAULT} <= sweep(lambda: filled.ioctl(abi.IOC_MODEL_STAGE, request), check)
-    looker.kill()
-    assert looker.wait() == -signal.SIGKILL
+    try:
+        assert {errno.ENOMEM, errno.EFAULT} <= sweep(lambda: filled.ioctl(abi.IOC_MODEL_STAGE, request), check)
+    finally:
+        looker.kill()
+        ended = looker.wait()
+    assert ended == -signal.SIGKILL
     os.close(file)
 
 
