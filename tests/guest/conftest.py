@@ -36,6 +36,12 @@ USAGE = (
 )  # fmt: skip
 
 
+def pytest_collection_finish() -> None:
+    # what is there by now stays: the collection after each test need not look at it
+    gc.collect()
+    gc.freeze()
+
+
 class KernelLog:
     """The kernel's messages from now on."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import random
@@ -606,6 +607,7 @@ def polled(fd: int, seconds: float = 0) -> int:
     return sum(events for _, events in poll.poll(seconds * 1000))
 
 
+@functools.lru_cache(maxsize=8)
 def weights(tag: object, size: int) -> bytes:
     """Bytes of a model: no two pages of it are alike."""
     return random.Random(repr(tag)).randbytes(size)

@@ -28,7 +28,7 @@ KEEP = abi.StageFlag.KEEP
 NEW = CREATE | EXCL | WRITE
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER = 0, 1, 2, 3
 OWNER, GROUP, MEMBER, STRANGER = 1000, 990, 1001, 65534
-SIZE = CHUNK + 3 * PAGE
+SIZE = 3 * PAGE + 1
 
 
 def become(uid: int, gid: int, *groups: int) -> None:
