@@ -65,15 +65,15 @@ def pytest(name: str, *where: str) -> Stage:
 
 #: What has descriptors of its own beside a client's, and takes as long as all else.
 OBJECTS = ("kv_*", "model_*")
-#: Parts of the guest suite: the files, or those not in OBJECTS when there are none, and the guest's memory nodes.
-PARTS: dict[str, tuple[tuple[str, ...], int]] = {
-    "guest": (("*",), 1),
-    "tensors": ((), 1),
-    "objects": (OBJECTS, 1),
-    "numa": (("numa",), 2),
+#: Parts of the guest suite: the files, or those not in OBJECTS when there are none; the guest's memory nodes and CPUs.
+PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
+    "guest": (("*",), 1, 2),
+    "tensors": ((), 1, 2),
+    "objects": (OBJECTS, 1, 2),
+    "numa": (("numa",), 2, 2),
     "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "model_*",
-               "reuse", "rt_abi", "rt_mapping", "small", "sysfs"), 1),
-    "rt": (("rt_*", "kernel_api"), 1),
+               "reuse", "rt_abi", "rt_mapping", "small", "sysfs"), 1, 2),
+    "rt": (("rt_*", "kernel_api"), 1, 4),
 }
 
 
@@ -86,11 +86,11 @@ def guest_files(patterns: tuple[str, ...]) -> list[str]:
 def guest(kernel: str, select: str, part: str = "guest") -> Stage:
     """A part of the guest suite on one kernel. Its report comes back through a shared folder."""
     name = f"{part}-{kernel}"
-    files, nodes = PARTS[part]
+    files, nodes, cpus = PARTS[part]
     where = guest_files(files) or sorted(set(guest_files(("*",))) - set(guest_files(OBJECTS)))
     inside = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
               f"--junitxml=/share/{name}/junit.xml", *where)  # fmt: skip
-    options = ("--kernel", kernel, "--cpus", "2", "--memory", "1G", "--numa", str(nodes),
+    options = ("--kernel", kernel, "--cpus", str(cpus), "--memory", "1G", "--numa", str(nodes),
                "--timeout", str(GUEST_TIMEOUT.get(kernel, 3600)),
                "--share", str(RESULTS / name))  # fmt: skip
     chosen = ("-k", select) if select else ()

@@ -71,7 +71,7 @@ def usage() -> dict[str, int]:
     return {name: read(name) for name in USAGE}
 
 
-def settled(expected: dict[str, int], seconds: float = 10) -> dict[str, int]:
+def settled(expected: dict[str, int], seconds: float = 60) -> dict[str, int]:
     """The usage, once it is down to what is expected or time is up: the last close is asynchronous."""
     end = time.monotonic() + seconds
     now = usage()

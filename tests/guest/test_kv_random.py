@@ -14,7 +14,7 @@ import pytest
 from device import KASAN
 
 PROGRAM = Path(__file__).parent / "kv_random"
-#: Of all runs together; a twentieth of it where it has run already and is slow: under KASAN, with large pages.
+#: Of all runs together; a tenth of it on kernels where it runs once more: under KASAN, with large pages.
 TOTAL = 1_000_000
 LARGE_PAGES = os.sysconf("SC_PAGESIZE") > 4096
 
@@ -58,7 +58,7 @@ def happens(options: str) -> list[str]:
 
 def steps(options: str) -> int:
     """Of each worker of a run."""
-    total = TOTAL // (20 if KASAN or LARGE_PAGES else 1)
+    total = TOTAL // (10 if KASAN or LARGE_PAGES else 1)
     return total * RUNS[options] // sum(RUNS.values()) // workers(options) + 1
 
 

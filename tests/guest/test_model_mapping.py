@@ -429,6 +429,7 @@ def test_faults_of_a_first_pass(slot: Slot, trace: None) -> None:
         libc.munmap(at, total * CHUNK)
 
 
+@pytest.mark.parametrize("tail", [1, PAGE, 5 * PAGE + 1, CHUNK - PAGE, CHUNK - 1])
 def test_the_tail_is_mapped_by_pages(slot: Slot, trace: None, tail: int) -> None:
     slot.swap(weights(tail, CHUNK + tail))
     with slot.acquire() as gen:
