@@ -35,7 +35,6 @@ struct tm_smalls;
  * @closing: nothing may be parked any more, and the window is nobody's: its ranges go
  *           without being taken out; set under tm_park_lock and invalidate_lock
  * @forks: mappings of it that fork() has begun to copy, ever
- * @forks_passed: so many of them are known to be over (quarantine.c)
  * @turn: whose turn it is when its memory is interleaved over nodes
  * @all: on the list of all clients
  * @id: names the client in traces
@@ -56,7 +55,6 @@ struct tm_client {
 	struct tm_smalls *smalls;
 	bool closing;
 	atomic_t forks;
-	int forks_passed;
 	atomic_t turn;
 	struct list_head all;
 	u32 id;

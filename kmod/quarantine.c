@@ -6,9 +6,11 @@
  * And memory that a fork() may still be about to map. Kernels with special PMD
  * entries copy them in two steps (copy_huge_pmd() reads the parent's entry without a
  * lock and then sets the child's), so that a block may be emptied in the parent and
- * afterwards appear in the child. Such memory waits until every fork under way has
- * passed (a grace period of RCU tasks: none sleeps between the two steps), its
- * mappings are emptied once more, and only then is it free.
+ * afterwards appear in the child. Such memory waits until nobody is between the two
+ * steps who was so when it had been emptied (a grace period of RCU tasks: none sleeps there),
+ * its mappings are emptied once more, and only then is it free. That fork may go on
+ * all the same: who has slept elsewhere has passed the grace period and not come to its end.
+ * So each memory waits anew, once its client has ever been forked.
  */
 #include <linux/atomic.h>
 #include <linux/fs.h>
@@ -80,7 +82,7 @@ static void tm_quarantine_enter(struct tm_client *client,
 	memory->debtor = tm_client_get(client);
 }
 
-/* Whether a fork that is under way may map a block of @region again. */
+/* Whether a fork may map a block of @region again: nobody tells when one is over. */
 static bool tm_quarantine_forking(struct tm_client *client,
 				  const struct tm_region *region)
 {
@@ -89,7 +91,7 @@ static bool tm_quarantine_forking(struct tm_client *client,
 		return false;
 	/* Pairs with tm_vm_open(): counted before it copies, or emptied after. */
 	smp_mb();
-	return atomic_read(&client->forks) != READ_ONCE(client->forks_passed);
+	return atomic_read(&client->forks);
 }
 
 /**
@@ -142,7 +144,7 @@ void tm_quarantine_free(struct tm_client *client, struct tm_region *region)
 	tm_quarantine_put(client, memory);
 }
 
-/* Every fork that began before has passed: empty what it may have mapped. */
+/* Nobody is half-way any more: empty what those may have mapped. */
 static bool tm_quarantine_passed(struct tm_memory *memory)
 {
 	struct tm_client *client = memory->debtor;
@@ -151,10 +153,7 @@ static bool tm_quarantine_passed(struct tm_memory *memory)
 			    memory->length, true);
 	/* A fork since then may have copied from one that had just mapped it. */
 	smp_mb();
-	if (atomic_read(&client->forks) != memory->forks)
-		return false;
-	WRITE_ONCE(client->forks_passed, memory->forks);
-	return true;
+	return atomic_read(&client->forks) == memory->forks;
 }
 
 static void tm_quarantine_pass(struct work_struct *work)

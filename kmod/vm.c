@@ -248,14 +248,14 @@ static vm_fault_t tm_vm_fault(struct vm_fault *vmf)
 	return result;
 }
 
-/*
- * fork() is about to copy a mapping, or one is split in two, which we cannot tell
- * from that: quarantine.c wants to know.
- */
+/* fork() is about to copy a mapping: quarantine.c wants to know. */
 static void tm_vm_open(struct vm_area_struct *vma)
 {
 	struct tm_client *client = vma->vm_file->private_data;
 
+	/* One that is split in two. */
+	if (vma->vm_mm == current->mm)
+		return;
 	atomic_inc(&client->forks);
 	/* Pairs with tm_quarantine_forking(): counted before anything is copied. */
 	smp_mb__after_atomic();
