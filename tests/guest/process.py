@@ -128,7 +128,7 @@ class Faults:
     """
 
     RING = 64  # pages, a power of two
-    TYPE_SOFTWARE, PAGE_FAULTS, SAMPLE_ADDR, EXCLUDE_HV = 1, 2, 1 << 3, 1 << 6
+    TYPE_SOFTWARE, PAGE_FAULTS, SAMPLE_ADDR, DISABLED = 1, 2, 1 << 3, 1 << 0
     HEAD, SAMPLE, ENABLE, DISABLE = 1024, 9, 0x2400, 0x2401
 
     def __init__(self, address: int, length: int) -> None:
@@ -138,7 +138,7 @@ class Faults:
     def __enter__(self) -> Self:
         attributes = _PerfAttributes(type=self.TYPE_SOFTWARE, size=ctypes.sizeof(_PerfAttributes),
                                      config=self.PAGE_FAULTS, sample_period=1, sample_type=self.SAMPLE_ADDR,
-                                     flags=1 | self.EXCLUDE_HV)  # fmt: skip
+                                     flags=self.DISABLED)  # fmt: skip
         perf_event_open = 241
         self.fd = libc.syscall(perf_event_open, ctypes.byref(attributes), 0, -1, -1, 0)
         assert self.fd >= 0, os.strerror(ctypes.get_errno())
