@@ -31,6 +31,8 @@ SMOKE = ("6.12-16k", "6.12-rt", "6.1", "newest")
 GUEST_TIMEOUT = {"debug": 7200}
 #: A guest spends half its time on one CPU, so two of them share a machine well.
 LANES = 2
+#: Lines of a failed stage's output.
+SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Counts:
     failed: int = 0
     skipped: int = 0
     bad: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)  # what each of them said
 
     def __str__(self) -> str:
         skipped = f", {self.skipped} skipped" if self.skipped else ""
@@ -125,10 +128,13 @@ def stages(select: str) -> list[Stage]:
 def count_junit(path: Path) -> Counts:
     counts = Counts()
     for case in ElementTree.parse(path).getroot().iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
-        if case.find("failure") is not None or case.find("error") is not None:
+        trouble = case.find("failure")
+        trouble = case.find("error") if trouble is None else trouble
+        if trouble is not None:
             counts.failed += 1
-            counts.bad.append(name)
+            why = trouble.get("message", "").split("\n")[0]
+            counts.bad.append(f"{case.get('classname')}::{case.get('name')}: {why}")
+            counts.said.append(trouble.text or "")
         elif case.find("skipped") is not None:
             counts.skipped += 1
         else:
@@ -158,6 +164,13 @@ def count(stage: Stage, code: int, log: Path) -> Counts:
     return counts
 
 
+def explain(counts: Counts, log: Path) -> list[str]:
+    """What a stage's failures said; without such, the end of its log."""
+    lines = [line for name, text in zip(counts.bad, counts.said, strict=False)
+             for line in (f"FAILED {name}", *text.splitlines()[-SHOWN // len(counts.said):])]  # fmt: skip
+    return lines or log.read_text().splitlines()[-SHOWN:]
+
+
 def run(stage: Stage) -> Counts:
     folder = RESULTS / stage.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +186,7 @@ def run(stage: Stage) -> Counts:
     seconds = time.monotonic() - begin
     report = [f"{stage.name:<16} {counts!s:<34} {seconds:6.0f} s"]
     if counts.failed:
-        report += ["    " + line for line in log.read_text().splitlines()[-80:]]
+        report += ["    " + line for line in explain(counts, log)]
         report.append(f"    whole output: {log}")
     print("\n".join(report), flush=True)
     return counts
