@@ -468,6 +468,9 @@ int main(int argc, char **argv)
 		if (pid < 0)
 			err(1, "fork");
 		if (!pid) {
+			/* Eight of them would leave the loads little of two CPUs. */
+			if (nice(5) < 0)
+				err(1, "nice");
 			read_on(&common->reader[i], mix(seed * MAX_READERS + i));
 			_exit(0);
 		}

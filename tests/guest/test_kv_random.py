@@ -18,7 +18,7 @@ PROGRAM = Path(__file__).parent / "kv_random"
 #: Of all runs together; a tenth of it on kernels where it runs once more: under KASAN, with large pages.
 TOTAL = 1_000_000
 #: Runs at most, each with a seed of its own.
-SEEDS = 5
+SEEDS = 10
 LARGE_PAGES = os.sysconf("SC_PAGESIZE") > 4096
 
 #: One worker: the model is exact. Runs and their shares of the total; two of them at a time.

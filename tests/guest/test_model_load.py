@@ -682,7 +682,7 @@ def slot_memory(slot: Slot) -> int:
 
 def test_the_base_goes_while_it_is_compared(slot: Slot) -> None:
     """The active one is replaced under the load: what it shares stays good."""
-    data = weights("d", 16 * PAGE) * (CHUNK // (16 * PAGE)) * 24
+    data = weights("d", 16 * PAGE) * (CHUNK // (16 * PAGE)) * (8 if KASAN else 24)
     for _ in range(2 if KASAN else 4):
         slot.swap(data)
         file = file_of(data)

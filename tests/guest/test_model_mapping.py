@@ -16,7 +16,21 @@ from pathlib import Path
 import pytest
 from test_huge import BLOCK, BLOCKS, UNHUGE
 
-from device import CHUNK, PAGE, Generation, Raw, Slot, address_of, becomes, events, read, round_up, wait_for, weights
+from device import (
+    CHUNK,
+    KASAN,
+    PAGE,
+    Generation,
+    Raw,
+    Slot,
+    address_of,
+    becomes,
+    events,
+    read,
+    round_up,
+    wait_for,
+    weights,
+)
 from process import FAILED, Faults, Iovec, dies, hold, let_go, libc, readable, status_of, writable
 from tensormem import abi
 
@@ -610,7 +624,7 @@ def test_maps_and_faults_race_with_swaps(slot: Slot) -> None:
             stop[number + 1] = min(rounds, 255)
             os._exit(bad != 0)
         children.append(pid)
-    for turn in range(60):
+    for turn in range(20 if KASAN else 60):
         slot.swap(models[turn % 3])
         if turn % 4 == 3:
             assert slot.rollback()[0] == 0
