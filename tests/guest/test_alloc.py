@@ -248,7 +248,7 @@ def test_the_reserve_never_stands_in_the_way(raw: Raw, settings: None) -> None:
         assert result == 0
         assert raw.free_batch([item.handle for item in items])[0] == 0
         assert write("chunk/capacity", 1) == 0
-        wait_for(lambda: read("chunk/total") <= 1, seconds=5)
+        wait_for(lambda: read("chunk/total") <= 1)
         assert write("chunk/reserve", 0) == 0
 
 
