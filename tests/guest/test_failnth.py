@@ -860,7 +860,7 @@ def test_model_load(slot: Slot) -> None:
         error = gen.failed()  # the checksum is wrong in any case
         results.add(error)
         assert error in (errno.ENOMEM, errno.EBADMSG, errno.EFAULT)
-        assert read("model/held") == held
+        becomes("model/held", held)
         gen.close()
     assert errno.ENOMEM in results
     with slot.acquire() as active:
