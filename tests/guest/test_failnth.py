@@ -33,6 +33,7 @@ from device import (
     Seq,
     Slot,
     View,
+    becomes,
     chain,
     file_of,
     full,
