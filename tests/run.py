@@ -6,8 +6,9 @@
     tests/run.py host guest-6.12  only these
     tests/run.py --list           their names
 
-The output of a stage goes to build/test/STAGE.log and is shown when it fails. A
-stage counts what its runner counted; one that ran no test has failed.
+The output of a stage goes to build/test/STAGE.log. When it fails, what its failed tests
+said is shown, and the log's end. A stage counts what its runner counted; one that ran
+no test has failed.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ SMOKE = ("6.12-16k", "6.12-rt", "6.1", "newest")
 GUEST_TIMEOUT = {"debug": 7200}
 #: A guest spends half its time on one CPU, so two of them share a machine well.
 LANES = 2
-#: Lines of a failed stage's output.
-SHOWN = 80
+#: Lines shown of a failed stage: of its failed tests, or of its log; and of the log's end after the tests'.
+SHOWN, END = 80, 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Counts:
     failed: int = 0
     skipped: int = 0
     bad: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)  # what each of them said
+    said: list[str] = field(default_factory=list)  # what each of those tests said
 
     def __str__(self) -> str:
         skipped = f", {self.skipped} skipped" if self.skipped else ""
@@ -134,7 +135,7 @@ def count_junit(path: Path) -> Counts:
             counts.failed += 1
             why = trouble.get("message", "").split("\n")[0]
             counts.bad.append(f"{case.get('classname')}::{case.get('name')}: {why}")
-            counts.said.append(trouble.text or "")
+            counts.said.append(f"{trouble.text or ''}\nFAILED {counts.bad[-1]}")
         elif case.find("skipped") is not None:
             counts.skipped += 1
         else:
@@ -165,10 +166,10 @@ def count(stage: Stage, code: int, log: Path) -> Counts:
 
 
 def explain(counts: Counts, log: Path) -> list[str]:
-    """What a stage's failures said; without such, the end of its log."""
-    lines = [line for name, text in zip(counts.bad, counts.said, strict=False)
-             for line in (f"FAILED {name}", *text.splitlines()[-SHOWN // len(counts.said):])]  # fmt: skip
-    return lines or log.read_text().splitlines()[-SHOWN:]
+    """What a stage's failed tests said, each its share of the lines, and the end of its log: a guest reports there."""
+    each = SHOWN // max(len(counts.said), 1)
+    said = [line for text in counts.said for line in text.splitlines()[-max(each, 1) :]]
+    return said + log.read_text().splitlines()[-(END if said else SHOWN) :]
 
 
 def run(stage: Stage) -> Counts:

@@ -31,6 +31,8 @@ SYSFS = Path("/sys/class/misc/tensormem")
 TRACING = Path("/sys/kernel/tracing")
 PAGE = mmap.PAGESIZE
 CHUNK = 2 << 20
+#: Seconds to wait for what comes about by itself: an emulated board beside others is slow.
+PATIENCE = 300
 #: Whether every access is checked (KASAN), which makes all of it some ten times slower.
 KASAN = any(line.split()[2] == "kasan_report" for line in Path("/proc/kallsyms").open())
 
@@ -678,12 +680,8 @@ def events(name: str) -> list[dict[str, str]]:
     return [dict(field.split("=", 1) for field in line.split()) for line in lines]
 
 
-def wait_for(
-    condition: Callable[[], object],
-    seconds: float = 300,
-    told: Callable[[], str] = lambda: "did not come about",
-) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object], told: Callable[[], str] = lambda: "did not come about") -> None:
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, told()
         time.sleep(0.02)

@@ -84,7 +84,7 @@ def run(options: str) -> Counter[str]:
         if not missing:
             print(options, seed, dict(counts))
             return counts
-    pytest.fail(f"{options}: never happened in {SEEDS} runs: {missing}")
+    pytest.fail(f"{options}: never happened in {SEEDS} runs: {missing} of {dict(counts)}")
 
 
 def test_alone() -> None:
