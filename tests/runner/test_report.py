@@ -7,7 +7,6 @@ from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
 import pytest
-
 import run
 
 
