@@ -21,8 +21,18 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, histogram, system
+from .console import (
+    WIDTH,
+    Group,
+    emit,
+    json_option,
+    show_number,
+    show_size,
+    size_value,
+    table,
+)
 from .demo import CHECKPOINTS, PERIOD_US, PROMPT, REQUESTS, SECONDS, SWAPS, TOKENS
-from .units import format_ns, format_quota, format_size, parse_size
+from .units import format_ns, format_quota, format_size
 
 if TYPE_CHECKING:
     from . import model as model_module
@@ -33,17 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cli", "main"]
 
-WIDTH = 80
-
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def json_option(function: _F) -> _F:
-    """Give a command ``--json``; its callback gets ``as_json``."""
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
-    )(function)
-
 
 _checkpoint_option = click.option(
     "--checkpoint",
@@ -52,74 +52,6 @@ _checkpoint_option = click.option(
     show_default=True,
     help="Early (a) or final (b) weights of one training run.",
 )
-
-
-def emit(document: Any) -> None:
-    """Print the one JSON document."""
-    click.echo(json.dumps(document, indent=2))
-
-
-def _parse(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """Turn a size such as ``64M`` into bytes; a bad one is wrong usage."""
-    try:
-        return None if value is None else parse_size(value)
-    except errors.InvalidArgument as error:
-        raise click.BadParameter(str(error), ctx, param) from None
-
-
-class Command(click.Command):
-    """A command whose errors are one line, or one document with ``--json``."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run it; every error that has a remedy ends in exit code 1."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise
-        except errors.TensormemError as error:
-            failure = error
-        except OSError as error:
-            name = f"{error.filename}: " if error.filename else ""
-            failure = errors.TensormemError(
-                f"{name}{error.strerror or error}", "see 'tensormem doctor'", error.errno
-            )
-        if ctx.params.get("as_json"):
-            emit(
-                {
-                    "error": {
-                        "type": type(failure).__name__,
-                        "cause": failure.cause,
-                        "remedy": failure.remedy,
-                        "errno": failure.errno,
-                    }
-                }
-            )
-        else:
-            click.echo(click.style("tensormem: ", fg="red") + str(failure), err=True)
-        return ctx.exit(1)
-
-
-class Group(click.Group):
-    """A group of such commands."""
-
-    command_class = Command
-    group_class = type
-
-
-def table(
-    rows: Sequence[Sequence[str]], *, left: int = 1, rule_before_last: bool = False
-) -> Iterable[str]:
-    """Yield aligned lines: a head, then rows; the first ``left`` columns to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for number, row in enumerate(rows):
-        if rule_before_last and number == len(rows) - 1:
-            yield "  " + "-" * (sum(widths) + 2 * (len(widths) - 1))
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        line = ("  " + "  ".join(cells)).rstrip()
-        yield click.style(line, bold=True) if number == 0 else line
 
 
 @click.group(
@@ -145,14 +77,6 @@ def _document(status: system.Status) -> dict[str, Any]:
     if "dispatch" in groups:
         groups["dispatch"] = _dispatch(status)
     return {"chunk_size": system.CHUNK_SIZE, **groups}
-
-
-def _number(value: int | None) -> str:
-    return "-" if value is None else str(value)
-
-
-def _size(value: int | None, unit: int = 1) -> str:
-    return "-" if value is None else format_size(value * unit)
 
 
 def _bar(used: int, ready: int, capacity: int, width: int = 40) -> str:
@@ -191,40 +115,41 @@ def status(as_json: bool) -> None:
         ("used", "chunks in large tensors"),
     ):
         value = chunk.get(name)
-        rows.append((what, _number(value), _size(value, system.CHUNK_SIZE)))
+        rows.append((what, show_number(value), show_size(value, system.CHUNK_SIZE)))
     charged, held = chunk.get("charged"), chunk.get("quarantined")
     if charged:
         what = "chunks charged to cgroups"
-        rows.append((what, _number(charged), _size(charged, system.CHUNK_SIZE)))
+        rows.append((what, show_number(charged), show_size(charged, system.CHUNK_SIZE)))
     if held:
-        rows.append(("pages freed but held", _number(held), _size(held, page)))
+        rows.append(("pages freed but held", show_number(held), show_size(held, page)))
     rows.append(
         (
             "chunks in the buddy pool",
-            _number(buddy.get("chunks")),
-            _size(buddy.get("chunks"), system.CHUNK_SIZE),
+            show_number(buddy.get("chunks")),
+            show_size(buddy.get("chunks"), system.CHUNK_SIZE),
         )
     )
     for name, what in (("used_pages", "  its pages used"), ("free_pages", "  its pages free")):
         value = buddy.get(name)
-        rows.append((what, _number(value), _size(value, page)))
+        rows.append((what, show_number(value), show_size(value, page)))
     slab = now.groups.get("slab")
     if slab is not None:
         value = slab.get("pages")
-        rows.append(("  its pages in slabs", _number(value), _size(value, page)))
-        rows.append(("    small tensors in them", "", _size(slab.get("bytes"))))
+        rows.append(("  its pages in slabs", show_number(value), show_size(value, page)))
+        rows.append(("    small tensors in them", "", show_size(slab.get("bytes"))))
     models = now.groups.get("model")
     if models is not None:
-        rows.append(("model slots", _number(models.get("slots")), _size(models.get("held"))))
-        rows.append(("  their generations", _number(models.get("generations")), ""))
+        slots, held = models.get("slots"), models.get("held")
+        rows.append(("model slots", show_number(slots), show_size(held)))
+        rows.append(("  their generations", show_number(models.get("generations")), ""))
     arenas = now.groups.get("rt")
     if arenas is not None:
-        used = _size(arenas.get("used"))
-        rows.append(("arenas of the RT pool", _number(arenas.get("arenas")), used))
-        rows.append(("  set aside for them", "", _size(arenas.get("ready"))))
-    rows.append(("clients", _number(clients.get("count")), _size(clients.get("bytes"))))
-    rows.append(("  their tensors", _number(clients.get("tensors")), ""))
-    rows.append(("  kept for reuse, or held", "", _size(clients.get("kept"))))
+        used = show_size(arenas.get("used"))
+        rows.append(("arenas of the RT pool", show_number(arenas.get("arenas")), used))
+        rows.append(("  set aside for them", "", show_size(arenas.get("ready"))))
+    rows.append(("clients", show_number(clients.get("count")), show_size(clients.get("bytes"))))
+    rows.append(("  their tensors", show_number(clients.get("tensors")), ""))
+    rows.append(("  kept for reuse, or held", "", show_size(clients.get("kept"))))
     quota = clients.get("default_quota")
     rows.append(("  quota of a new client", "", "-" if quota is None else format_quota(quota)))
     for line in table(rows):
@@ -364,11 +289,11 @@ def pool_show(name: str | None, as_json: bool) -> None:
 @click.option(
     "--capacity",
     metavar="SIZE",
-    callback=_parse,
+    callback=size_value,
     help="Most memory the pool may hold, for example 1G.",
 )
 @click.option(
-    "--reserve", metavar="SIZE", callback=_parse, help="Memory it keeps ready, for example 64M."
+    "--reserve", metavar="SIZE", callback=size_value, help="Memory it keeps ready, for example 64M."
 )
 @json_option
 def pool_set(name: str, capacity: int | None, reserve: int | None, as_json: bool) -> None:
@@ -405,7 +330,7 @@ def pool_compact(as_json: bool) -> None:
         emit({"emptied": emptied, "chunk_size": system.CHUNK_SIZE})
         return
     plural = "chunk" if emptied == 1 else "chunks"
-    click.echo(f"buddy pool: {emptied} {plural} emptied ({_size(emptied, system.CHUNK_SIZE)})")
+    click.echo(f"buddy pool: {emptied} {plural} emptied ({show_size(emptied, system.CHUNK_SIZE)})")
 
 
 @cli.command()
@@ -428,8 +353,8 @@ def numa(as_json: bool) -> None:
         ("node", "capacity", "held", "ready", "chunks used", "runs used", *counts)
     ]
     for number, group in nodes.items():
-        memory = [_size(group.get(name), _unit(name)) for name in sizes]
-        rows.append((str(number), *memory, *(_number(group.get(name)) for name in counts)))
+        memory = [show_size(group.get(name), _unit(name)) for name in sizes]
+        rows.append((str(number), *memory, *(show_number(group.get(name)) for name in counts)))
     for line in table(rows):
         click.echo(line)
     click.echo("\n  hits: chunks and runs from the node that was tried first")
@@ -495,21 +420,21 @@ def _kv_report(cache: system.KVStatus) -> None:
         click.echo(f"  [{bar}]  {format_size(limit)}")
         click.echo("   # in sequences   = cached   . free\n")
     ratios = _kv_ratios(cache)
-    count = f"{_number(get('sequences'))} of {_number(get('max_sequences'))}"
+    count = f"{show_number(get('sequences'))} of {show_number(get('max_sequences'))}"
     rows = [
         ("", "count", "memory"),
-        ("sequences", count, _size(held)),
-        ("  tokens in one, at most", _number(get("max_tokens")), ""),
-        ("  tokens in a block", _number(get("block_tokens")), ""),
-        ("cached for their prefix", "", _size(cached)),
-        ("packed", _percent(ratios["packing"]), _size(get("packed"))),
-        ("  unpacked it would be", "", _size(get("unpacked"))),
-        ("taken in chunks", "", _size(get("held"))),
-        ("blocks asked for by hash", _number(get("lookups")), ""),
+        ("sequences", count, show_size(held)),
+        ("  tokens in one, at most", show_number(get("max_tokens")), ""),
+        ("  tokens in a block", show_number(get("block_tokens")), ""),
+        ("cached for their prefix", "", show_size(cached)),
+        ("packed", _percent(ratios["packing"]), show_size(get("packed"))),
+        ("  unpacked it would be", "", show_size(get("unpacked"))),
+        ("taken in chunks", "", show_size(get("held"))),
+        ("blocks asked for by hash", show_number(get("lookups")), ""),
         ("  of these found", _percent(ratios["hit_rate"]), ""),
     ]
     rows += [
-        (what, _number(get(name)), "")
+        (what, show_number(get(name)), "")
         for name, what in (
             ("copies", "blocks copied"),
             ("evictions", "cached blocks given up"),
@@ -990,7 +915,7 @@ def model_list(as_json: bool) -> None:
                 f"{_user(slot.uid)}:{_group(slot.gid)}",
                 f"{slot.mode:04o}",
                 places[0],
-                _size(active.get("size") if active else None),
+                show_size(active.get("size") if active else None),
                 *places[1:],
                 str(sum(g.get("readers") or 0 for g in slot.generations)),
             )
@@ -1018,9 +943,10 @@ def model_show(slot: str, as_json: bool) -> None:
     for g in found.generations:
         size, loaded = g.get("size"), g.get("loaded")
         memory = ["in its file", ""] if g.get("cached") else []
-        memory = memory or [_size(g.get("private_bytes")), _size(g.get("shared_bytes"))]
+        memory = memory or [show_size(g.get("private_bytes")), show_size(g.get("shared_bytes"))]
         part = _percent(_ratio(loaded, size))
-        rows.append((str(g.number), g.state, _size(size), part, *memory, _number(g.get("readers"))))
+        readers = show_number(g.get("readers"))
+        rows.append((str(g.number), g.state, show_size(size), part, *memory, readers))
     for line in table(rows, left=2):
         click.echo(line)
     for g in found.generations:
@@ -1095,9 +1021,9 @@ def rt_list(as_json: bool) -> None:
     ]
     for client in pool.clients:
         get = client.get
-        places = [_number(get("arena")), _size(get("size")), _number(get("priority"))]
-        memory = [_size(get("reserved")), _size(get("used"))]
-        counts = [_number(get(name)) for name in names]
+        places = [show_number(get("arena")), show_size(get("size")), show_number(get("priority"))]
+        memory = [show_size(get("reserved")), show_size(get("used"))]
+        counts = [show_number(get(name)) for name in names]
         rows.append((str(client.id), *places, *memory, *counts))
     for line in table(rows):
         click.echo(line)
@@ -1133,12 +1059,12 @@ def rt_show(client: int | None, as_json: bool) -> None:
         emit(_rt_document(found))
         return
     get = found.get
-    head = f"RT client {found.id} in arena {_number(get('arena'))} of {_size(get('size'))}"
-    click.echo(click.style(f"{head}, priority {_number(get('priority'))}", bold=True))
-    rows = [("", "count", "memory"), ("reserved for it", "", _size(get("reserved")))]
-    rows.append(("blocks", _number(get("blocks")), _size(get("used"))))
+    head = f"RT client {found.id} in arena {show_number(get('arena'))} of {show_size(get('size'))}"
+    click.echo(click.style(f"{head}, priority {show_number(get('priority'))}", bold=True))
+    rows = [("", "count", "memory"), ("reserved for it", "", show_size(get("reserved")))]
+    rows.append(("blocks", show_number(get("blocks")), show_size(get("used"))))
     rows += [
-        (what, _number(get(name)), "")
+        (what, show_number(get(name)), "")
         for name, what in (
             ("allocs", "blocks that it ever got"),
             ("refused", "requests refused"),
@@ -1159,13 +1085,13 @@ def _rt_pool_report(pool: system.RTPoolStatus) -> None:
         bar = _bar(used, max(0, held - used), size)
         click.echo(f"RT pool  [{bar}]  {format_size(size)}")
         click.echo("          # in arenas   = set aside   . left with the system\n")
-    rows = [("", "count", "memory"), ("arenas", _number(pool.get("arenas")), _size(used))]
-    rows.append(("set aside, in use or not", "", _size(pool.get("ready"))))
+    rows = [("", "count", "memory"), ("arenas", show_number(pool.get("arenas")), show_size(used))]
+    rows.append(("set aside, in use or not", "", show_size(pool.get("ready"))))
     rows.append(("clients", str(len(pool.clients)), ""))
     for name, what in (("reserved", "  reserved for them"), ("used", "  allocated")):
-        rows.append((what, "", _size(sum(c.get(name) or 0 for c in pool.clients))))
+        rows.append((what, "", show_size(sum(c.get(name) or 0 for c in pool.clients))))
     rows += [
-        (what, _number(pool.get(name)), "")
+        (what, show_number(pool.get(name)), "")
         for name, what in (
             ("allocs", "blocks allocated so far"),
             ("refused", "requests refused"),
@@ -1182,10 +1108,10 @@ def _rt_setting(name: str, pool: system.RTPoolStatus, as_json: bool) -> None:
     if as_json:
         emit({name: pool.get(name)})
     else:
-        click.echo(f"RT pool: {name} {_size(pool.get(name))}")
+        click.echo(f"RT pool: {name} {show_size(pool.get(name))}")
 
 
-_rt_size_argument = click.argument("size", required=False, metavar="[SIZE]", callback=_parse)
+_rt_size_argument = click.argument("size", required=False, metavar="[SIZE]", callback=size_value)
 
 
 @rt.command("size")
@@ -1226,7 +1152,7 @@ def rt_priority(client: int, priority: int | None, as_json: bool) -> None:
     if as_json:
         emit({"id": found.id, "priority": found.get("priority")})
     else:
-        click.echo(f"RT client {found.id}: priority {_number(found.get('priority'))}")
+        click.echo(f"RT client {found.id}: priority {show_number(found.get('priority'))}")
 
 
 @rt.command("test")
@@ -1235,7 +1161,7 @@ def rt_priority(client: int, priority: int | None, as_json: bool) -> None:
     help="Blocks to allocate and free, one after the other.",
 )  # fmt: skip
 @click.option(
-    "--size", metavar="SIZE", callback=_parse, default="1K", show_default=True,
+    "--size", metavar="SIZE", callback=size_value, default="1K", show_default=True,
     help="Bytes of each.",
 )  # fmt: skip
 @click.option(
@@ -1504,14 +1430,14 @@ def _demo_report(result: Result, page: int) -> None:
         click.echo()
         if chunk is not None:
             click.echo(
-                f"  chunk pool   chunks: {_number(chunk.get('used'))} used,"
-                f" {_number(chunk.get('free'))} ready, of {_number(chunk.get('capacity'))}"
-                f" ({_size(chunk.get('capacity'), system.CHUNK_SIZE)})"
+                f"  chunk pool   chunks: {show_number(chunk.get('used'))} used,"
+                f" {show_number(chunk.get('free'))} ready, of {show_number(chunk.get('capacity'))}"
+                f" ({show_size(chunk.get('capacity'), system.CHUNK_SIZE)})"
             )
         if buddy is not None:
             click.echo(
-                f"  buddy pool   {_size(buddy.get('used_pages'), page)} used in"
-                f" {_number(buddy.get('chunks'))} more"
+                f"  buddy pool   {show_size(buddy.get('used_pages'), page)} used in"
+                f" {show_number(buddy.get('chunks'))} more"
             )
     click.echo()
     click.echo(
