@@ -22,6 +22,7 @@
 #include "model_file.h"
 #include "model_sysfs.h"
 #include "pages.h"
+#include "pressure.h"
 #include "rt_file.h"
 #include "rt_sysfs.h"
 #include "sysfs.h"
@@ -227,6 +228,8 @@ static long tm_device_ioctl(struct file *file, unsigned int cmd,
 		return tm_device_set_quota(client, user, size);
 	case _IOC_NR(TENSORMEM_IOC_SET_NUMA):
 		return tm_device_set_numa(client, user, size);
+	case _IOC_NR(TENSORMEM_IOC_RELIEVE):
+		return tm_pressure_file_relieve(user, size);
 	case _IOC_NR(TENSORMEM_IOC_ALLOC):
 		return tm_args_single(client, user, size, tm_device_alloc);
 	case _IOC_NR(TENSORMEM_IOC_FREE):
@@ -300,11 +303,13 @@ int __init tm_device_init(void)
 	}
 	tm_models_start(&tm_device.this_device->kobj);
 	tm_rt_sysfs_start(&tm_device.this_device->kobj);
+	tm_pressure_start(&tm_device.this_device->kobj);
 	return 0;
 }
 
 void tm_device_exit(void)
 {
+	tm_pressure_stop();
 	tm_rt_sysfs_exit();
 	tm_model_sysfs_exit();
 	misc_deregister(&tm_device);

@@ -26,6 +26,10 @@
 static atomic_t tm_kv_ids = ATOMIC_INIT(0);
 static atomic64_t tm_nr_kvs = ATOMIC64_INIT(0);
 
+/* All caches; who was visited last is the last. */
+static DEFINE_MUTEX(tm_kvs_mutex);
+static LIST_HEAD(tm_kvs);
+
 static const u32 tm_kv_rules[] = {
 	[TENSORMEM_KV_FULL] = TM_KV_FULL,
 	[TENSORMEM_KV_WINDOW] = TM_KV_WINDOW,
@@ -208,6 +212,7 @@ struct tm_kv *tm_kv_create(struct tm_client *client,
 	if (!kv)
 		return ERR_PTR(-ENOMEM);
 	init_rwsem(&kv->lock);
+	refcount_set(&kv->ref, 1);
 	mutex_init(&kv->readers);
 	init_waitqueue_head(&kv->events);
 	err = tm_kv_init(kv, request, groups);
@@ -223,6 +228,9 @@ struct tm_kv *tm_kv_create(struct tm_client *client,
 	kv->client = tm_client_get(client);
 	kv->id = atomic_inc_return(&tm_kv_ids);
 	atomic64_inc(&tm_nr_kvs);
+	mutex_lock(&tm_kvs_mutex);
+	list_add_tail(&kv->all, &tm_kvs);
+	mutex_unlock(&tm_kvs_mutex);
 	return kv;
 
 err_tables:
@@ -269,14 +277,12 @@ void tm_kv_mark_dirty(struct tm_kv *kv, struct tm_page_id page)
 		  kv->backing[tm_page_chunk(g, page).v].dirty);
 }
 
-/**
- * tm_kv_destroy - free a cache and all it holds
- * @kv: the cache; consumed
- *
- * Context: may sleep. The last descriptor and mapping are gone, so nobody looks.
- */
-void tm_kv_destroy(struct tm_kv *kv)
+/* Free a cache and all it holds: nobody looks any more. */
+static void tm_kv_destroy(struct tm_kv *kv)
 {
+	mutex_lock(&tm_kvs_mutex);
+	list_del(&kv->all);
+	mutex_unlock(&tm_kvs_mutex);
 	tm_kv_pack_exit(kv);
 	tm_kv_compact_exit(kv);
 	down_write(&kv->lock);
@@ -295,4 +301,77 @@ void tm_kv_destroy(struct tm_kv *kv)
 	iput(kv->inode);
 	tm_kv_free_tables(kv);
 	kvfree(kv);
+}
+
+/**
+ * tm_kv_put - let go of a cache
+ * @kv: the cache
+ *
+ * Context: may sleep. With the last of its users go its descriptor's and mappings', so that
+ * all it holds can be freed.
+ */
+void tm_kv_put(struct tm_kv *kv)
+{
+	if (refcount_dec_and_test(&kv->ref))
+		tm_kv_destroy(kv);
+}
+
+/* The cache that was not visited for longest, or NULL. */
+static struct tm_kv *tm_kvs_next(void)
+{
+	struct tm_kv *kv;
+
+	mutex_lock(&tm_kvs_mutex);
+	kv = list_first_entry_or_null(&tm_kvs, struct tm_kv, all);
+	if (kv) {
+		list_move_tail(&kv->all, &tm_kvs);
+		/* It may be on its way out: then the next one will do. */
+		if (!refcount_inc_not_zero(&kv->ref))
+			kv = NULL;
+	}
+	mutex_unlock(&tm_kvs_mutex);
+	return kv;
+}
+
+/**
+ * tm_kvs_visit - call a function for each cache, once
+ * @visit: what to call, under no lock; false: that is enough
+ * @data: for it
+ *
+ * Who was visited last is visited last the next time: what is taken is taken in turn.
+ *
+ * Context: may sleep.
+ */
+void tm_kvs_visit(bool (*visit)(struct tm_kv *kv, void *data), void *data)
+{
+	u64 nr = atomic64_read(&tm_nr_kvs);
+	bool more = true;
+
+	while (nr-- && more) {
+		struct tm_kv *kv = tm_kvs_next();
+
+		if (!kv)
+			continue;
+		more = visit(kv, data);
+		tm_kv_put(kv);
+	}
+}
+
+/**
+ * tm_kvs_try - the same for one who may wait for nobody
+ * @visit: what to call, under tm_kvs_mutex; it tries the locks that it wants
+ * @data: for it
+ *
+ * Context: may sleep; under any lock that reclaim may run under.
+ */
+void tm_kvs_try(bool (*visit)(struct tm_kv *kv, void *data), void *data)
+{
+	struct tm_kv *kv;
+
+	if (!mutex_trylock(&tm_kvs_mutex))
+		return;
+	list_for_each_entry(kv, &tm_kvs, all)
+		if (!visit(kv, data))
+			break;
+	mutex_unlock(&tm_kvs_mutex);
 }

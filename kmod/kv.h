@@ -3,7 +3,9 @@
 #define TM_KV_H
 
 #include <linux/bitmap.h>
+#include <linux/list.h>
 #include <linux/mutex.h>
+#include <linux/refcount.h>
 #include <linux/rwsem.h>
 #include <linux/types.h>
 #include <linux/wait.h>
@@ -53,6 +55,8 @@ struct tm_kv_layout {
  * struct tm_kv - a KV cache: what one descriptor stands for
  * @lock: guards everything below but what says otherwise; faults map under it for
  *        reading, so that who holds it for writing knows what is mapped
+ * @ref: one of the descriptor, one of who relieves the system of what it holds
+ * @all: on the list of all caches
  * @cache: sequences and their blocks
  * @client: who pays
  * @inode: an anonymous inode whose i_mapping is the window
@@ -75,6 +79,8 @@ struct tm_kv_layout {
  */
 struct tm_kv {
 	struct rw_semaphore lock;
+	refcount_t ref;
+	struct list_head all;
 	struct tm_cache cache;
 	struct tm_client *client;
 	struct inode *inode;
@@ -104,7 +110,10 @@ struct tm_kv_totals {
 struct tm_kv *tm_kv_create(struct tm_client *client,
 			   const struct tensormem_kv_create *request,
 			   const struct tensormem_kv_group *groups);
-void tm_kv_destroy(struct tm_kv *kv);
+void tm_kv_put(struct tm_kv *kv);
+
+void tm_kvs_visit(bool (*visit)(struct tm_kv *kv, void *data), void *data);
+void tm_kvs_try(bool (*visit)(struct tm_kv *kv, void *data), void *data);
 
 u64 tm_kv_window_pages(const struct tm_kv *kv);
 void tm_kv_totals(struct tm_kv_totals *totals);

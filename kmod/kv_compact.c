@@ -33,15 +33,22 @@ static bool tm_kv_compact_due(const struct tm_kv *kv)
 	return pool->free_pages >= 2 * chunk + pool->nr_chunks * (chunk / 16);
 }
 
-/* Return: pages moved. */
-static u32 tm_kv_compact_some(struct tm_kv *kv)
+/**
+ * tm_kv_compact_some - move pages of a cache together, and let others have it again
+ * @kv: the cache, locked for writing
+ * @all: as long as there is a chunk to be had; else while it is worth everybody's mappings
+ *
+ * Context: may sleep. Return: pages moved.
+ */
+u32 tm_kv_compact_some(struct tm_kv *kv, bool all)
 {
 	struct tm_kv_pool *pool = &kv->cache.pool;
 	struct tm_kv_move move;
 	u32 i;
 
 	lockdep_assert_held_write(&kv->lock);
-	for (i = 0; i < TM_KV_COMPACT_BATCH && tm_kv_compact_due(kv); i++) {
+	for (i = 0; i < TM_KV_COMPACT_BATCH && (all || tm_kv_compact_due(kv));
+	     i++) {
 		if (tm_kv_move_begin(pool, &move))
 			break;
 		if (!i)
@@ -62,7 +69,7 @@ static void tm_kv_compact_work(struct work_struct *work)
 
 	do {
 		down_write(&kv->lock);
-		moved = tm_kv_compact_some(kv);
+		moved = tm_kv_compact_some(kv, false);
 		up_write(&kv->lock);
 		tm_kv_trim(kv);
 		cond_resched();

@@ -624,7 +624,7 @@ static void tm_kv_file_fdinfo(struct seq_file *out, struct file *file)
 
 static int tm_kv_file_release(struct inode *inode, struct file *file)
 {
-	tm_kv_destroy(file->private_data);
+	tm_kv_put(file->private_data);
 	return 0;
 }
 
@@ -662,7 +662,7 @@ static struct file *tm_kv_new_file(struct tm_kv *kv)
 					       kv, O_RDWR | O_CLOEXEC);
 
 	if (IS_ERR(file)) {
-		tm_kv_destroy(kv);
+		tm_kv_put(kv);
 		return file;
 	}
 	/* The mappings hang on an inode of its own: a window of its own. */

@@ -66,6 +66,40 @@ static struct tm_memory *tm_kv_remove(struct tm_kv *kv)
 	return memory;
 }
 
+/**
+ * tm_kv_take_empty - take chunks out that are empty
+ * @kv: the cache, locked for writing
+ * @most: so many at most
+ * @list: where they go, for tm_kv_give_back_all()
+ *
+ * Context: never sleeps. Return: how many.
+ */
+u32 tm_kv_take_empty(struct tm_kv *kv, u32 most, struct list_head *list)
+{
+	u32 taken;
+
+	lockdep_assert_held_write(&kv->lock);
+	for (taken = 0; taken < most; taken++) {
+		struct tm_memory *memory = tm_kv_remove(kv);
+
+		if (!memory)
+			break;
+		list_add(&memory->held, list);
+	}
+	return taken;
+}
+
+/* Give back what tm_kv_take_empty() took. Context: may sleep; not under kv->lock. */
+void tm_kv_give_back_all(struct tm_kv *kv, struct list_head *list)
+{
+	struct tm_memory *memory, *next;
+
+	list_for_each_entry_safe(memory, next, list, held) {
+		list_del(&memory->held);
+		tm_kv_give_back(kv, memory);
+	}
+}
+
 /* Whether @nr chunks can be had by growth and eviction together. */
 static bool tm_kv_possible(const struct tm_kv *kv, u64 nr)
 {

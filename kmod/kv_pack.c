@@ -151,19 +151,8 @@ static u32 tm_kv_pack_most(const struct tm_kv *kv)
 	return most;
 }
 
-/**
- * tm_kv_pack - compress the blocks that only one sequence holds
- * @kv: the cache
- * @id: the sequence
- * @packed: what became of how many
- *
- * A block at a time: others have the cache between two.
- *
- * Context: may sleep. Return: 0, -ENOENT, -EOPNOTSUPP, -ENOMEM for the codec's buffers,
- * -EINTR.
- */
-int tm_kv_pack(struct tm_kv *kv, struct tm_seq_id id,
-	       struct tm_kv_packed *packed)
+static int tm_kv_pack_all(struct tm_kv *kv, struct tm_seq_id id,
+			  struct tm_kv_packed *packed)
 {
 	int err = tm_packer_get(tm_kv_pack_most(kv));
 
@@ -182,6 +171,25 @@ int tm_kv_pack(struct tm_kv *kv, struct tm_seq_id id,
 		if (err == -ERANGE)
 			err = 0;
 	}
+	return err;
+}
+
+/**
+ * tm_kv_pack - compress the blocks that only one sequence holds
+ * @kv: the cache
+ * @id: the sequence
+ * @packed: what became of how many
+ *
+ * A block at a time: others have the cache between two.
+ *
+ * Context: may sleep. Return: 0, -ENOENT, -EOPNOTSUPP, -ENOMEM for the codec's buffers,
+ * -EINTR.
+ */
+int tm_kv_pack(struct tm_kv *kv, struct tm_seq_id id,
+	       struct tm_kv_packed *packed)
+{
+	int err = tm_kv_pack_all(kv, id, packed);
+
 	tm_kv_settle(kv);
 	return err;
 }
@@ -269,26 +277,42 @@ static u32 tm_kv_idlest(const struct tm_kv *kv, bool *later)
 	return best;
 }
 
-static void tm_kv_pack_work(struct work_struct *work)
+/**
+ * tm_kv_pack_idlest - pack the sequence that was not used for longest
+ * @kv: the cache
+ * @above: only while more pages than this are used
+ * @later: set when there are sequences that may become idle
+ *
+ * What comes free stays in the cache.
+ *
+ * Context: may sleep. Return: 0, -ENODATA when there is none to pack, or as tm_kv_pack().
+ */
+int tm_kv_pack_idlest(struct tm_kv *kv, u64 above, bool *later)
 {
-	struct tm_kv *kv = container_of(work, struct tm_kv, pack_work.work);
 	u32 place = TM_NONE;
 	struct tm_kv_packed packed;
 	struct tm_seq_id id;
-	bool later = false;
 
+	*later = false;
 	down_write(&kv->lock);
-	if (tm_kv_used_pages(kv) > kv->pack_target)
-		place = tm_kv_idlest(kv, &later);
+	if (tm_kv_used_pages(kv) > above)
+		place = tm_kv_idlest(kv, later);
 	if (place != TM_NONE) {
 		kv->tried[place] = READ_ONCE(kv->used[place]);
 		id = tm_cache_id(&kv->cache, place);
 	}
 	up_write(&kv->lock);
+	return place == TM_NONE ? -ENODATA : tm_kv_pack_all(kv, id, &packed);
+}
 
-	if (place != TM_NONE) {
-		int err = tm_kv_pack(kv, id, &packed);
+static void tm_kv_pack_work(struct work_struct *work)
+{
+	struct tm_kv *kv = container_of(work, struct tm_kv, pack_work.work);
+	bool later;
+	int err = tm_kv_pack_idlest(kv, READ_ONCE(kv->pack_target), &later);
 
+	if (err != -ENODATA) {
+		tm_kv_settle(kv);
 		/* Without a codec there is nothing to wait for. */
 		if (err != -EOPNOTSUPP)
 			mod_delayed_work(system_unbound_wq, &kv->pack_work,

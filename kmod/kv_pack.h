@@ -18,6 +18,7 @@ void tm_kv_pack_wake(struct tm_kv *kv, bool refused);
 
 int __must_check tm_kv_pack(struct tm_kv *kv, struct tm_seq_id id,
 			    struct tm_kv_packed *packed);
+int __must_check tm_kv_pack_idlest(struct tm_kv *kv, u64 above, bool *later);
 int __must_check tm_kv_unpack_all(struct tm_kv *kv, struct tm_seq_id id,
 				  struct tm_kv_packed *packed);
 int __must_check tm_kv_unpack(struct tm_kv *kv, u32 place, u32 group,

@@ -9,6 +9,7 @@
 #include "packer.h"
 #include "pages.h"
 #include "park.h"
+#include "pressure.h"
 #include "quarantine.h"
 #include "rt.h"
 #include "rt_pool.h"
@@ -39,11 +40,16 @@ static int __init tm_init(void)
 		goto err_park;
 	tm_arenas_init();
 	tm_rt_pool_init();
-	err = tm_device_init();
+	err = tm_pressure_init();
 	if (err)
 		goto err_rt;
+	err = tm_device_init();
+	if (err)
+		goto err_pressure;
 	return 0;
 
+err_pressure:
+	tm_pressure_exit();
 err_rt:
 	tm_rt_pool_exit();
 	tm_models_exit();
@@ -61,6 +67,7 @@ err_pages:
 static void __exit tm_exit(void)
 {
 	tm_device_exit();
+	tm_pressure_exit();
 	tm_rt_pool_exit();
 	tm_models_exit();
 	tm_packer_exit();

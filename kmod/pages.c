@@ -18,6 +18,11 @@
  *   tm_kv::lock                 a KV cache (kv.c)
  *   tm_packer::mutex            a set of buffers to pack or unpack with (packer.c)
  *
+ * and outside of both lists, but for mmap_lock, which nobody takes in it:
+ *
+ *   tm_pressure_mutex           one relief at a time (pressure.c)
+ *   tm_kvs_mutex                the list of KV caches (kv.c); their locks are only tried in it
+ *
  * and for model slots, none of which is held while memory is taken or given back:
  *
  *   tm_models_mutex             their names (model.c)
@@ -95,11 +100,23 @@ struct tm_node {
 	struct work_struct reserve_work;
 };
 
+/**
+ * struct tm_giving - somebody who gives memory back because the system is short of it
+ * @task: who, or NULL
+ * @chunks: given by him since he began; his alone
+ */
+struct tm_giving {
+	struct task_struct *task;
+	u64 chunks;
+};
+
 static struct {
 	struct tm_geometry geometry;
 	struct tm_node *node[TM_MAX_NODES];	/* NULL: no memory */
 	u32 slots;
 	struct tm_shrinker *shrinker;
+	unsigned long floor;		/* pages */
+	struct tm_giving giving[TM_GIVERS];
 } tm_pools;
 
 u64 tm_pages_node_mask __read_mostly;
@@ -231,6 +248,53 @@ static void tm_pages_to_system(struct page *page, bool split)
 		__free_page(page + i);
 }
 
+/* Give back a chunk for good, and tell who asked for that. */
+static void tm_pages_give(struct page *page, bool split)
+{
+	tm_pages_to_system(page, split);
+	for (u32 i = 0; i < TM_GIVERS; i++)
+		if (READ_ONCE(tm_pools.giving[i].task) == current)
+			tm_pools.giving[i].chunks++;
+}
+
+static bool tm_pages_giving(void)
+{
+	for (u32 i = 0; i < TM_GIVERS; i++)
+		if (READ_ONCE(tm_pools.giving[i].task))
+			return true;
+	return false;
+}
+
+/**
+ * tm_pages_giving_begin - count what current gives back from now on
+ * @giver: as whom; one task at a time
+ *
+ * Meanwhile no reserve is filled: that would take what is being given.
+ *
+ * Context: any. Return: false when current does so as another already.
+ */
+bool tm_pages_giving_begin(enum tm_giver giver)
+{
+	for (u32 i = 0; i < TM_GIVERS; i++)
+		if (READ_ONCE(tm_pools.giving[i].task) == current)
+			return false;
+	tm_pools.giving[giver].chunks = 0;
+	WRITE_ONCE(tm_pools.giving[giver].task, current);
+	return true;
+}
+
+/* Context: any; who began. */
+void tm_pages_giving_end(enum tm_giver giver)
+{
+	WRITE_ONCE(tm_pools.giving[giver].task, NULL);
+}
+
+/* Bytes that the system got from @giver since he began. Context: any; himself. */
+u64 tm_pages_given(enum tm_giver giver)
+{
+	return tm_pools.giving[giver].chunks << TM_CHUNK_SHIFT;
+}
+
 /**
  * tm_pages_zero - zero a run
  * @run: the run
@@ -257,8 +321,11 @@ static struct page *tm_node_pick_up(struct tm_node *n, struct tm_chunk_id id)
 	return page;
 }
 
-/* Give free chunks in excess back, @most of them. Return: how many. */
-static u32 tm_node_trim(struct tm_node *n, u32 most)
+/*
+ * Give free chunks back, @most of them: those in excess, or with @reserve all. Return:
+ * how many.
+ */
+static u32 tm_node_trim(struct tm_node *n, u32 most, bool reserve)
 {
 	u32 done = 0;
 
@@ -269,7 +336,7 @@ static u32 tm_node_trim(struct tm_node *n, u32 most)
 		bool split;
 
 		spin_lock(&n->lock);
-		if (tm_chunk_excess(&n->chunk))
+		if (reserve || tm_chunk_excess(&n->chunk))
 			err = tm_chunk_remove(&n->chunk, &id);
 		if (!err) {
 			split = n->chunk.chunks[id.v].form.split;
@@ -278,7 +345,7 @@ static u32 tm_node_trim(struct tm_node *n, u32 most)
 		spin_unlock(&n->lock);
 		if (err)
 			break;
-		tm_pages_to_system(page, split);
+		tm_pages_give(page, split);
 		trace_tensormem_chunk_shrink(n->nid, id.v);
 		done++;
 	}
@@ -299,7 +366,7 @@ static void tm_node_trim_to_capacity(struct tm_node *n)
 	over = tm_node_over_capacity(n) ?
 	       tm_chunk_total(&n->chunk) - n->chunk.capacity : 0;
 	spin_unlock(&n->lock);
-	tm_node_trim(n, over);
+	tm_node_trim(n, over, false);
 }
 
 /* Ask the system for the memory of a chunk that is GROWING. */
@@ -356,6 +423,13 @@ static int tm_node_grown(struct tm_node *n, struct tm_chunk_id id,
 	return page ? 0 : -ENOMEM;
 }
 
+/* Whether the system has so much memory that a chunk for the reserve is not missed. */
+static bool tm_pages_plenty(void)
+{
+	return si_mem_available() >=
+	       READ_ONCE(tm_pools.floor) + tm_chunk_pages(tm_pools.geometry);
+}
+
 /* Bring the reserve to its size: zero what is free, then grow, then recast. */
 static void tm_node_refill(struct work_struct *work)
 {
@@ -369,7 +443,7 @@ static void tm_node_refill(struct work_struct *work)
 		bool deficit;
 
 		spin_lock(&n->lock);
-		deficit = tm_chunk_deficit(&n->chunk);
+		deficit = !tm_pages_giving() && tm_chunk_deficit(&n->chunk);
 		err = deficit ? tm_chunk_zero_begin(&n->chunk, &id) : -ENOENT;
 		spin_unlock(&n->lock);
 		if (!deficit)
@@ -386,6 +460,8 @@ static void tm_node_refill(struct work_struct *work)
 			spin_unlock(&n->lock);
 			continue;
 		}
+		if (!tm_pages_plenty())
+			break;
 		err = tm_node_grow_begin(n, false, &id);
 		if (err)
 			err = tm_node_grow_begin(n, true, &id);
@@ -487,7 +563,7 @@ static void tm_node_put(struct tm_node *n, struct tm_chunk_id id, bool zeroed)
 	kick = tm_chunk_deficit(&n->chunk);
 	spin_unlock(&n->lock);
 	if (page)
-		tm_pages_to_system(page, split);
+		tm_pages_give(page, split);
 	if (over)
 		tm_node_trim_to_capacity(n);
 	else if (kick)
@@ -843,10 +919,49 @@ int tm_pages_set_reserve(u32 chunks)
 		n->chunk.reserve = share;
 		spin_unlock(&n->lock);
 		if (shrink)
-			tm_node_trim(n, U32_MAX);
+			tm_node_trim(n, U32_MAX, false);
 		tm_node_kick(n);
 	}
 	return 0;
+}
+
+/**
+ * tm_pages_trim - give free chunks to the system, at last those of the reserve
+ * @bytes: how much; rounded up to chunks
+ *
+ * Context: any that may free pages; no lock of ours but those outside of tm_node::lock.
+ */
+void tm_pages_trim(u64 bytes)
+{
+	u64 most = (bytes >> TM_CHUNK_SHIFT) +
+		   !!(bytes & (TM_CHUNK_SIZE - 1));
+	struct tm_node *n;
+
+	/* What no node has to keep goes before what some node keeps ready. */
+	for (u32 reserve = 0; reserve < 2; reserve++)
+		tm_for_each_node(n)
+			most -= tm_node_trim(n, min(most, (u64)U32_MAX),
+					     reserve);
+}
+
+/**
+ * tm_pages_set_floor - what the system is to have before the reserve grows
+ * @bytes: of available memory
+ *
+ * Context: any.
+ */
+void tm_pages_set_floor(u64 bytes)
+{
+	WRITE_ONCE(tm_pools.floor, bytes >> PAGE_SHIFT);
+}
+
+/* There may be memory again for a reserve that is not full. Context: any. */
+void tm_pages_refill(void)
+{
+	struct tm_node *n;
+
+	tm_for_each_node(n)
+		tm_node_kick(n);
 }
 
 /* The shrinker counts pages; free chunks above the reserve can go. */
@@ -873,7 +988,7 @@ static unsigned long tm_pages_scan(struct shrinker *shrinker,
 	u32 done = 0;
 
 	tm_for_each_node(n)
-		done += tm_node_trim(n, most - done);
+		done += tm_node_trim(n, most - done, false);
 	sc->nr_scanned = (unsigned long)done << order;
 	return done ? (unsigned long)done << order : SHRINK_STOP;
 }
@@ -882,7 +997,7 @@ static void tm_node_destroy(struct tm_node *n)
 {
 	cancel_work_sync(&n->reserve_work);
 	n->chunk.reserve = 0;
-	tm_node_trim(n, U32_MAX);
+	tm_node_trim(n, U32_MAX, false);
 	kvfree(n->page);
 	tm_buddy_destroy(&n->charged_buddy);
 	tm_buddy_destroy(&n->buddy);

@@ -95,6 +95,13 @@ struct tm_pages_pass {
 	u64 emptied;
 };
 
+/* Who gives memory back because the system is short of it. */
+enum tm_giver {
+	TM_GIVER_RELIEF,	/* under tm_pressure_mutex */
+	TM_GIVER_OOM,		/* before the kernel kills somebody; under its own lock */
+	TM_GIVERS,
+};
+
 /* The nodes that have memory, a bit each. */
 extern u64 tm_pages_node_mask;
 
@@ -127,5 +134,12 @@ void tm_pages_move_fail(const struct tm_run *from, const struct tm_run *to);
 bool tm_pages_could_hold(u64 nodes, u64 nr_pages);
 int __must_check tm_pages_set_capacity(u32 chunks);
 int __must_check tm_pages_set_reserve(u32 chunks);
+
+bool __must_check tm_pages_giving_begin(enum tm_giver giver);
+void tm_pages_giving_end(enum tm_giver giver);
+u64 tm_pages_given(enum tm_giver giver);
+void tm_pages_trim(u64 bytes);
+void tm_pages_set_floor(u64 bytes);
+void tm_pages_refill(void);
 
 #endif

@@ -166,6 +166,12 @@ u64 tm_park_relieve(u64 bytes, bool wait)
 	return done;
 }
 
+/* Bytes that are parked. Context: any. */
+u64 tm_park_held(void)
+{
+	return READ_ONCE(tm_park_bytes);
+}
+
 /* Take all that @client has parked. */
 static void tm_park_take_all(struct tm_client *client, struct list_head *list)
 {
@@ -233,7 +239,7 @@ void tm_park_close(struct tm_client *client)
 static unsigned long tm_park_count(struct shrinker *shrinker,
 				   struct shrink_control *sc)
 {
-	unsigned long pages = READ_ONCE(tm_park_bytes) >> PAGE_SHIFT;
+	unsigned long pages = tm_park_held() >> PAGE_SHIFT;
 
 	return pages ?: SHRINK_EMPTY;
 }

@@ -13,6 +13,7 @@
 #include "limits.h"
 #include "memory.h"
 #include "park.h"
+#include "pressure.h"
 #include "quarantine.h"
 #include "runcache.h"
 #include "supply.h"
@@ -59,6 +60,8 @@ static bool tm_supply_relieve(struct tm_client *client,
 
 	if (err != -EDQUOT && err != -ENOSPC && err != -ENOMEM)
 		return false;
+	if (err == -ENOMEM)
+		tm_pressure_wake();
 	/* What can never be had is to cost nobody anything. */
 	if (!tm_supply_possible(client, request))
 		return false;

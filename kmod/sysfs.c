@@ -19,6 +19,7 @@
 #include "memory.h"
 #include "numa.h"
 #include "pages.h"
+#include "pressure.h"
 #include "quarantine.h"
 #include "runcache.h"
 #include "small.h"
@@ -346,6 +347,7 @@ static const struct attribute_group *const tm_fixed_groups[] = {
 	&tm_clients_group,
 	&tm_dispatch_group,
 	&tm_board_group,
+	&tm_pressure_group,
 };
 
 static struct tm_node_group *tm_node_groups;

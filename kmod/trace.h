@@ -446,6 +446,59 @@ TRACE_EVENT(tensormem_rt_move,
 		  __entry->from, __entry->to, __entry->length)
 );
 
+/* The numbers of enum tensormem_relief. */
+#define tm_show_relief(step)						\
+	__print_symbolic(step,						\
+			 { 0, "chunks" },				\
+			 { 1, "prefixes" },				\
+			 { 2, "idle" })
+
+#define tm_show_pressure(level)						\
+	__print_symbolic(level,						\
+			 { 0, "none" },					\
+			 { 1, "low" },					\
+			 { 2, "critical" })
+
+/* A step of a relief is done. wanted, given: bytes; latency_ns: of the step. */
+TRACE_EVENT(tensormem_pressure_step,
+	TP_PROTO(u32 step, u64 wanted, u64 given, u64 latency_ns),
+	TP_ARGS(step, wanted, given, latency_ns),
+	TP_STRUCT__entry(
+		__field(u64, wanted)
+		__field(u64, given)
+		__field(u64, latency_ns)
+		__field(u32, step)
+	),
+	TP_fast_assign(
+		__entry->wanted = wanted;
+		__entry->given = given;
+		__entry->latency_ns = latency_ns;
+		__entry->step = step;
+	),
+	TP_printk("step=%s wanted=%llu given=%llu latency_ns=%llu",
+		  tm_show_relief(__entry->step), __entry->wanted,
+		  __entry->given, __entry->latency_ns)
+);
+
+/* The level has changed. available: bytes the system has; given: by the relief before. */
+TRACE_EVENT(tensormem_pressure_level,
+	TP_PROTO(u32 level, u64 available, u64 given),
+	TP_ARGS(level, available, given),
+	TP_STRUCT__entry(
+		__field(u64, available)
+		__field(u64, given)
+		__field(u32, level)
+	),
+	TP_fast_assign(
+		__entry->available = available;
+		__entry->given = given;
+		__entry->level = level;
+	),
+	TP_printk("level=%s available=%llu given=%llu",
+		  tm_show_pressure(__entry->level), __entry->available,
+		  __entry->given)
+);
+
 #endif
 
 #undef TRACE_INCLUDE_PATH

@@ -19,6 +19,7 @@ INCLUDE = Path(__file__).parents[2] / "kmod" / "include" / "uapi"
 HEADER = INCLUDE / "linux" / "tensormem.h"
 STRUCTS = [
     abi.Info, abi.Alloc, abi.Free, abi.Query, abi.Batch, abi.Quota, abi.SetNuma,
+    abi.Relieve,
     abi.KVGroup, abi.KVCreate, abi.KVInfo, abi.KVOpen, abi.KVClose, abi.KVExtend,
     abi.KVTruncate, abi.KVFork, abi.KVHash, abi.KVHashes, abi.KVAdopt, abi.KVQuery,
     abi.KVPack, abi.KVReset, abi.KVEvent,
@@ -111,10 +112,13 @@ def test_every_constant_of_the_header(compiled: dict[str, int]) -> None:
     for enum in (abi.ModelState, abi.OpenFlag, abi.StageFlag):
         ours |= {f"TENSORMEM_MODEL_{m.name}": int(m) for m in enum}
     ours |= {f"TENSORMEM_RT_{f.name}": int(f) for f in abi.RTFlag}
+    ours |= {f"TENSORMEM_PRESSURE_{p.name}": int(p) for p in abi.PressureLevel}
+    ours |= {f"TENSORMEM_RELIEF_{r.name}": int(r) for r in abi.Relief}
     ours |= {
         f"TENSORMEM_{name}": value
         for name, value in vars(abi).items()
-        if name.startswith(("IOC_", "KV_", "MODEL_", "RT_", "SHA256")) and name != "IOC_MAGIC"
+        if name.startswith(("IOC_", "KV_", "MODEL_", "RT_", "RELIEF_", "SHA256"))
+        and name != "IOC_MAGIC"
     }
     names = _constants_in_header()
     assert len(names) >= 94

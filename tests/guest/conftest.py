@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from device import TRACING, Raw, Slot, read, write
+from device import SYSFS, TRACING, Raw, Slot, read, wait_for, write
 from tensormem import abi
 
 KMEMLEAK = Path("/sys/kernel/debug/kmemleak")
@@ -139,3 +139,14 @@ def settings() -> Iterator[None]:
     assert write("rt/ready", 0) == 0  # or the size could not be what it was
     for name, value in before.items():
         assert write(name, value) == 0
+
+
+@pytest.fixture
+def watermarks() -> Iterator[None]:
+    """Put the watermarks back, and wait until there is no pressure."""
+    low, high = read("pressure/low"), read("pressure/high")
+    yield
+    assert write("pressure/low", 0) == 0
+    assert write("pressure/high", high) == 0
+    assert write("pressure/low", low) == 0
+    wait_for(lambda: (SYSFS / "pressure/level").read_text() == "none\n")

@@ -175,6 +175,17 @@ class Raw(Descriptor):
         """Another RT client of the same arena."""
         return self.rt(0, arena=other.fd, priority=priority)
 
+    def try_relieve(self, size: int, steps: int = 0, **fields: int) -> tuple[int, abi.Relieve]:
+        item = abi.Relieve(bytes=size, steps=steps, **fields)
+        return self.ioctl(abi.IOC_RELIEVE, item), item
+
+    def relieve(self, size: int, *steps: abi.Relief) -> list[int]:
+        """Bytes given back by each step."""
+        result, item = self.try_relieve(size, sum(1 << step for step in steps))
+        assert result == 0, errno.errorcode.get(result, result)
+        assert item.given == sum(item.step)
+        return list(item.step)
+
     def set_quota(self, value: int) -> int:
         return self.ioctl(abi.IOC_SET_QUOTA, abi.Quota(bytes=value))
 

@@ -16,11 +16,13 @@ from device import CHUNK, KINDS, PAGE, SYSFS, Raw, Slot, read, write
 from tensormem import abi
 
 ABI = Path(__file__).parents[2] / "docs/ABI/sysfs-class-misc-tensormem"
-WRITABLE = ("chunk/capacity", "chunk/reserve", "clients/default_quota", "rt/size", "rt/ready")
+WRITABLE = ("chunk/capacity", "chunk/reserve", "clients/default_quota", "rt/size", "rt/ready",
+            "pressure/low", "pressure/high")  # fmt: skip
 
 
-FOLDERS = ("chunk", "buddy", "slab", "clients", "dispatch", "kv", "model", "rt", "board")
+FOLDERS = ("chunk", "buddy", "slab", "clients", "dispatch", "kv", "model", "rt", "board", "pressure")
 WRITE_ONLY = ("buddy/compact",)
+WORDS = ("kv/codec", "board/name", "pressure/level")
 #: Which hold 64 numbers.
 HISTOGRAMS = ("latency", "missed")
 
@@ -32,7 +34,7 @@ def files() -> list[str]:
 
 
 def numbers() -> list[str]:
-    words = [f for f in files() if f.startswith("dispatch/") or f in ("kv/codec", "board/name") or f.endswith("/state")]
+    words = [f for f in files() if f.startswith("dispatch/") or f in WORDS or f.endswith("/state")]
     return [f for f in files() if f not in words and f not in WRITE_ONLY and f.split("/")[-1] not in HISTOGRAMS]
 
 

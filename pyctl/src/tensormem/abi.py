@@ -46,6 +46,7 @@ __all__ = [
     "IOC_MODEL_STAGE",
     "IOC_QUERY",
     "IOC_QUERY_BATCH",
+    "IOC_RELIEVE",
     "IOC_RT_ALLOC",
     "IOC_RT_ALLOC_BATCH",
     "IOC_RT_FREE",
@@ -63,6 +64,7 @@ __all__ = [
     "KV_PEEK",
     "KV_UNPACK",
     "MODEL_NAME",
+    "RELIEF_STEPS",
     "RT_MAX_BATCH",
     "RT_MAX_CLASSES",
     "RT_MAX_PRIORITY",
@@ -103,6 +105,7 @@ __all__ = [
     "Numa",
     "OpenFlag",
     "Pool",
+    "PressureLevel",
     "Query",
     "Quota",
     "RTAlloc",
@@ -112,6 +115,8 @@ __all__ = [
     "RTOpen",
     "RTPriority",
     "RTReserve",
+    "Relief",
+    "Relieve",
     "SetNuma",
     "StageFlag",
     "Struct",
@@ -182,6 +187,22 @@ class KVEventType(IntEnum):
     CLEARED = 3
 
 
+class PressureLevel(IntEnum):
+    """``enum tensormem_pressure_level``."""
+
+    NONE = 0
+    LOW = 1
+    CRITICAL = 2
+
+
+class Relief(IntEnum):
+    """``enum tensormem_relief``: what a relief does, in this order."""
+
+    CHUNKS = 0
+    PREFIXES = 1
+    IDLE = 2
+
+
 class ModelState(IntEnum):
     """``enum tensormem_model_state``: what has become of a generation."""
 
@@ -229,6 +250,9 @@ KV_PEEK = 1 << 0
 #: Flag of ``struct tensormem_kv_pack``: bring everything back instead.
 KV_UNPACK = 1 << 0
 
+
+#: Steps of a relief.
+RELIEF_STEPS = 3
 
 #: Bytes for a slot's name with its final 0.
 MODEL_NAME = 64
@@ -348,6 +372,19 @@ class SetNuma(Struct):
         ("numa", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
         ("nodes", ctypes.c_uint64),
+    )
+
+
+class Relieve(Struct):
+    """``struct tensormem_relieve``."""
+
+    c_name = "tensormem_relieve"
+    _fields_ = (
+        ("bytes", ctypes.c_uint64),
+        ("steps", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("given", ctypes.c_uint64),
+        ("step", ctypes.c_uint64 * RELIEF_STEPS),
     )
 
 
@@ -757,6 +794,7 @@ def iowr(number: int, size: int) -> int:
 IOC_INFO = iowr(0x00, ctypes.sizeof(Info))
 IOC_SET_QUOTA = iowr(0x01, ctypes.sizeof(Quota))
 IOC_SET_NUMA = iowr(0x02, ctypes.sizeof(SetNuma))
+IOC_RELIEVE = iowr(0x03, ctypes.sizeof(Relieve))
 IOC_ALLOC = iowr(0x10, ctypes.sizeof(Alloc))
 IOC_FREE = iowr(0x11, ctypes.sizeof(Free))
 IOC_QUERY = iowr(0x12, ctypes.sizeof(Query))

@@ -74,8 +74,8 @@
  *     ENOBUFS  The window has no gap of this size left. Free tensors.
  *     EBUSY    A new quota is below what the client already holds.
  *     EPERM    Not allowed: PROT_EXEC, a quota above clients/default_quota
- *              without CAP_SYS_RESOURCE, or TENSORMEM_PINNED beyond
- *              RLIMIT_MEMLOCK without CAP_IPC_LOCK.
+ *              without CAP_SYS_RESOURCE, TENSORMEM_PINNED beyond
+ *              RLIMIT_MEMLOCK without CAP_IPC_LOCK, or RELIEVE without CAP_SYS_ADMIN.
  *     EINTR    A fatal signal ended the call.
  *     ENOTTY   Not a tensormem ioctl.
  *
@@ -1125,11 +1125,51 @@ struct tensormem_rt_priority {
 	__u32 flags;
 };
 
+/* What a relief does, in this order, until enough has been given to the system. */
+enum tensormem_relief {
+	TENSORMEM_RELIEF_CHUNKS		= 0,	/* free chunks, the reserve, what is kept for reuse */
+	TENSORMEM_RELIEF_PREFIXES	= 1,	/* KV: what is free, then cached blocks, the oldest first */
+	TENSORMEM_RELIEF_IDLE		= 2,	/* KV: sequences not used for a second are packed */
+};
+
+#define TENSORMEM_RELIEF_STEPS	3
+
+/**
+ * struct tensormem_relieve - give memory back to the system
+ * @bytes: in: how much, at least 1; whole chunks are given
+ * @steps: in: which steps, a bit for each of enum tensormem_relief; 0: all
+ * @flags: in: must be 0
+ * @given: out: bytes that the system got from this call, not from others meanwhile
+ * @step: out: of these, by enum tensormem_relief
+ *
+ * Less may be given than asked for: that is no error. Nothing is lost but what can be had
+ * again: cached prefixes have to be computed, packed sequences come back by a touch. The RT
+ * pool gives nothing. Takes CAP_SYS_ADMIN. One relief at a time: others wait.
+ */
+struct tensormem_relieve {
+	__u64 bytes;
+	__u32 steps;
+	__u32 flags;
+	__u64 given;
+	__u64 step[TENSORMEM_RELIEF_STEPS];
+};
+
+/*
+ * How short of memory the system is: pressure/level in sysfs. LOW: below pressure/low, and then until
+ * pressure/high. CRITICAL: below half of pressure/low, and then until that.
+ */
+enum tensormem_pressure_level {
+	TENSORMEM_PRESSURE_NONE		= 0,
+	TENSORMEM_PRESSURE_LOW		= 1,
+	TENSORMEM_PRESSURE_CRITICAL	= 2,
+};
+
 #define TENSORMEM_IOC_MAGIC		0xB7
 
 #define TENSORMEM_IOC_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x00, struct tensormem_info)
 #define TENSORMEM_IOC_SET_QUOTA		_IOWR(TENSORMEM_IOC_MAGIC, 0x01, struct tensormem_quota)
 #define TENSORMEM_IOC_SET_NUMA		_IOWR(TENSORMEM_IOC_MAGIC, 0x02, struct tensormem_set_numa)
+#define TENSORMEM_IOC_RELIEVE		_IOWR(TENSORMEM_IOC_MAGIC, 0x03, struct tensormem_relieve)
 #define TENSORMEM_IOC_ALLOC		_IOWR(TENSORMEM_IOC_MAGIC, 0x10, struct tensormem_alloc)
 #define TENSORMEM_IOC_FREE		_IOWR(TENSORMEM_IOC_MAGIC, 0x11, struct tensormem_free)
 #define TENSORMEM_IOC_QUERY		_IOWR(TENSORMEM_IOC_MAGIC, 0x12, struct tensormem_query)
