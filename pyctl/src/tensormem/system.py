@@ -35,6 +35,7 @@ __all__ = [
     "compact",
     "kv_caches",
     "model_slots",
+    "proc_path",
     "read",
     "root_path",
     "rt_client",
@@ -42,6 +43,7 @@ __all__ = [
     "set_chunk_pool",
     "set_rt_pool",
     "set_rt_priority",
+    "write_value",
 ]
 
 DEFAULT_ROOT = "/sys/class/misc/tensormem"
@@ -121,7 +123,7 @@ class Status:
     def pools(self) -> list[Group]:
         """Return the groups that are pools, level 1 first."""
         order = ["chunk", "buddy", "slab"]
-        others = ("board", "clients", "dispatch", "model")
+        others = ("board", "clients", "dispatch", "model", "pressure")
         names = [n for n in self.groups if n not in others and not _NODE.match(n)]
         names.sort(key=lambda n: order.index(n) if n in order else len(order))
         return [self.groups[n] for n in names]
@@ -158,6 +160,11 @@ class PoolLimits:
 def root_path(root: str | os.PathLike[str] | None = None) -> Path:
     """Return the directory in use: the argument, ``TENSORMEM_SYSFS`` or the default."""
     return Path(root or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
+
+
+def proc_path(proc: str | os.PathLike[str] | None = None) -> Path:
+    """Return the directory in use for ``/proc``: the argument, ``TENSORMEM_PROC`` or that."""
+    return Path(proc or os.environ.get(PROC_VARIABLE) or "/proc")
 
 
 def read(root: str | os.PathLike[str] | None = None) -> Status:
@@ -273,6 +280,17 @@ def compact(root: str | os.PathLike[str] | None = None) -> int:
         )
     _write(root_path(root) / "buddy" / "compact", 1)
     return (read(root).group("buddy").get("emptied") or 0) - before
+
+
+def write_value(name: str, value: int, root: str | os.PathLike[str] | None = None) -> None:
+    """Write a number to a file such as ``pressure/low``; needs root.
+
+    Raises:
+        NotPermitted: the caller is not root.
+        InvalidArgument: the module refuses the value.
+        TensormemError: another refusal.
+    """
+    _write(root_path(root) / name, value, {errno.EINVAL: "it is out of range; docs/ABI says which"})
 
 
 _CHUNK_REMEDIES = {
@@ -578,7 +596,7 @@ def kv_caches(proc: str | os.PathLike[str] | None = None) -> KVCaches:
     Args:
         proc: another directory than /proc, for tests.
     """
-    top = Path(proc or os.environ.get(PROC_VARIABLE) or "/proc")
+    top = proc_path(proc)
     users: dict[int, list[KVUser]] = {}
     values: dict[int, dict[str, int]] = {}
     hidden = 0
