@@ -75,10 +75,13 @@ PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "tensors": ((), 1, 2),
     "objects": (OBJECTS, 1, 2),
     "numa": (("numa",), 2, 2),
+    "pressure": (("pressure_hog",), 1, 2),
     "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "model_*",
                "reuse", "rt_abi", "rt_mapping", "small", "sysfs"), 1, 2),
     "rt": (("rt_*", "kernel_api"), 1, 4),
 }
+#: Memory of the guests of a part; of the others 1G.
+MEMORY = {"pressure": "512M"}
 
 
 def guest_files(patterns: tuple[str, ...]) -> list[str]:
@@ -94,7 +97,8 @@ def guest(kernel: str, select: str, part: str = "guest") -> Stage:
     where = guest_files(files) or sorted(set(guest_files(("*",))) - set(guest_files(OBJECTS)))
     inside = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
               f"--junitxml=/share/{name}/junit.xml", *where)  # fmt: skip
-    options = ("--kernel", kernel, "--cpus", str(cpus), "--memory", "1G", "--numa", str(nodes),
+    options = ("--kernel", kernel, "--cpus", str(cpus), "--memory", MEMORY.get(part, "1G"),
+               "--numa", str(nodes),
                "--timeout", str(GUEST_TIMEOUT.get(kernel, 3600)),
                "--share", str(RESULTS / name))  # fmt: skip
     chosen = ("-k", select) if select else ()
@@ -117,6 +121,7 @@ def stages(select: str) -> list[Stage]:
         pytest("runner", "tests/runner"),
         guest("6.12", select),
         guest("6.12", select, "numa"),
+        guest("6.12", select, "pressure"),
         guest("debug", select, "objects"),
         guest("debug", select, "tensors"),
         guest("6.12-16k", select, "pages"),

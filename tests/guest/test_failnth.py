@@ -1236,3 +1236,35 @@ def test_rt_ready(settings: None) -> None:
 
     assert errno.ENOMEM in sweep(call, check)
     os.close(path)
+
+
+def test_relieve(raw: Raw, settings: None) -> None:
+    """What cannot be told is not begun; what was begun gives what it can, and nothing that is in use."""
+    with raw.kv([full(2, CHUNK // 256)], block_tokens=8) as kv:
+        view, live = kv.view(), kv.open(tokens=8)
+        values = tokens("live", 0, 8)
+        view.write(live, values)
+
+        def prepare() -> None:
+            empty_pool()
+            seq = kv.open(tokens=16 * 8)
+            assert kv.publish(seq, chain(os.urandom(8), 16)) == 0
+            assert kv.end(seq) == 0
+            items = [raw.alloc(CHUNK, pool=abi.Pool.CHUNK, flags=flags) for flags in (0, NOZERO)]
+            for item in items:
+                assert raw.free(item.handle) == 0
+
+        def check(result: int) -> None:
+            if result == 0:
+                assert request.given == sum(request.step)
+                assert request.step[0] == 2 * CHUNK
+                assert request.step[1] >= CHUNK
+            view.check(live, values)
+            request.given = 0
+            raw.relieve(1 << 40)
+            prepare()
+
+        request = abi.Relieve(bytes=1 << 40)
+        prepare()
+        assert sweep(lambda: raw.ioctl(abi.IOC_RELIEVE, request), check) >= {errno.EFAULT}
+        view.close()
