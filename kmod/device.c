@@ -14,6 +14,7 @@
 #include <uapi/linux/tensormem.h>
 
 #include "args.h"
+#include "bandwidth.h"
 #include "client.h"
 #include "core/geometry.h"
 #include "device.h"
@@ -34,6 +35,7 @@
 #define TM_MIN_QUERY	offsetofend(struct tensormem_query, handle)
 #define TM_MIN_NUMA	offsetofend(struct tensormem_set_numa, numa)
 #define TM_MIN_QUOTA	offsetofend(struct tensormem_quota, bytes)
+#define TM_MIN_BUDGET	offsetofend(struct tensormem_budget, bytes)
 
 static int tm_device_info(struct tm_client *client, void __user *arg,
 			  size_t size)
@@ -70,6 +72,41 @@ static int tm_device_set_quota(struct tm_client *client, void __user *arg,
 
 	err = tm_args_in(&quota, sizeof(quota), TM_MIN_QUOTA, arg, size);
 	return err ?: tm_client_set_quota(client, quota.bytes);
+}
+
+static int tm_device_set_budget(struct tm_client *client, void __user *arg,
+				size_t size)
+{
+	struct tensormem_budget budget;
+	int err;
+
+	err = tm_args_in(&budget, sizeof(budget), TM_MIN_BUDGET, arg, size);
+	return err ?: tm_bandwidth_set_budget(client, budget.bytes);
+}
+
+static int tm_device_bandwidth(struct tm_client *client, void __user *arg,
+			       size_t size)
+{
+	struct tensormem_bandwidth bandwidth;
+	struct tm_meter meter;
+	int err;
+
+	err = tm_args_in(&bandwidth, sizeof(bandwidth), 0, arg, size);
+	if (err)
+		return err;
+	tm_bandwidth_usage(client, &meter);
+	bandwidth = (struct tensormem_bandwidth){
+		.budget = meter.budget,
+		.used = meter.used,
+		.moved = meter.moved,
+		.excess = meter.excess,
+		.waits = meter.waits,
+		.held_ns = meter.held_ns,
+		.period_ns = tm_bandwidth_period_ns(),
+		.client = client->id,
+		.throttle = tm_bandwidth_throttles(),
+	};
+	return tm_args_out(arg, size, &bandwidth, sizeof(bandwidth));
 }
 
 static int tm_device_set_numa(struct tm_client *client, void __user *arg,
@@ -121,10 +158,14 @@ static int tm_device_alloc(void *object, const struct tm_items *items,
 	struct tm_client *client = object;
 	struct tensormem_alloc *requests;
 	struct tm_tensor **tensors;
-	int err = -ENOMEM;
 	u32 made = 0;
+	int err;
 
 	*failed = 0;
+	err = tm_bandwidth_wait(client);
+	if (err)
+		return err;
+	err = -ENOMEM;
 	requests = kvmalloc_array(items->count, sizeof(*requests), TM_GFP);
 	tensors = kvmalloc_array(items->count, sizeof(*tensors), TM_GFP);
 	if (!requests || !tensors)
@@ -227,6 +268,10 @@ static long tm_device_ioctl(struct file *file, unsigned int cmd,
 		return tm_device_set_quota(client, user, size);
 	case _IOC_NR(TENSORMEM_IOC_SET_NUMA):
 		return tm_device_set_numa(client, user, size);
+	case _IOC_NR(TENSORMEM_IOC_SET_BUDGET):
+		return tm_device_set_budget(client, user, size);
+	case _IOC_NR(TENSORMEM_IOC_BANDWIDTH):
+		return tm_device_bandwidth(client, user, size);
 	case _IOC_NR(TENSORMEM_IOC_ALLOC):
 		return tm_args_single(client, user, size, tm_device_alloc);
 	case _IOC_NR(TENSORMEM_IOC_FREE):

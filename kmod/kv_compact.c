@@ -11,6 +11,7 @@
 #include <linux/mm.h>
 #include <linux/workqueue.h>
 
+#include "bandwidth.h"
 #include "kv.h"
 #include "kv_memory.h"
 #include "kv_compact.h"
@@ -52,6 +53,8 @@ static u32 tm_kv_compact_some(struct tm_kv *kv)
 			  tm_kv_address(kv, move.from));
 		WARN_ON_ONCE(tm_kv_move_end(pool, true));
 	}
+	if (i)
+		tm_bandwidth_move(kv->client, TM_MOVER_KV, (u64)i << PAGE_SHIFT);
 	return i;
 }
 

@@ -2,6 +2,7 @@
 #include <linux/init.h>
 #include <linux/module.h>
 
+#include "bandwidth_core.h"
 #include "board.h"
 #include "client.h"
 #include "device.h"
@@ -39,11 +40,16 @@ static int __init tm_init(void)
 		goto err_park;
 	tm_arenas_init();
 	tm_rt_pool_init();
-	err = tm_device_init();
+	err = tm_cores_init();
 	if (err)
 		goto err_rt;
+	err = tm_device_init();
+	if (err)
+		goto err_cores;
 	return 0;
 
+err_cores:
+	tm_cores_exit();
 err_rt:
 	tm_rt_pool_exit();
 	tm_models_exit();
@@ -61,6 +67,7 @@ err_pages:
 static void __exit tm_exit(void)
 {
 	tm_device_exit();
+	tm_cores_exit();
 	tm_rt_pool_exit();
 	tm_models_exit();
 	tm_packer_exit();

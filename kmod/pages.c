@@ -47,6 +47,7 @@
 #include <linux/slab.h>
 #include <linux/workqueue.h>
 
+#include "bandwidth.h"
 #include "board.h"
 #include "compat.h"
 #include "core/buddy.h"
@@ -216,6 +217,8 @@ static struct page *tm_pages_from_system(struct tm_node *n, bool zeroed,
 	if (!form.split)
 		gfp |= __GFP_COMP;
 	page = alloc_pages_node(n->nid, gfp, order);
+	if (page && zeroed)
+		tm_bandwidth_count(TM_MOVER_CHUNK, TM_CHUNK_SIZE);
 	if (page && form.split)
 		split_page(page, order);
 	return page;
@@ -241,6 +244,9 @@ void tm_pages_zero(const struct tm_run *run)
 {
 	struct page *page = tm_pages_page(run);
 
+	tm_bandwidth_count(run->order == tm_pools.geometry.chunk_order ?
+				   TM_MOVER_CHUNK : TM_MOVER_BUDDY,
+			   PAGE_SIZE << run->order);
 	for (u32 i = 0; i < 1u << run->order; i++) {
 		clear_highpage(page + i);
 		cond_resched();
