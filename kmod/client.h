@@ -39,7 +39,7 @@ struct tm_smalls;
  * @turn: whose turn it is when its memory is interleaved over nodes
  * @all: on the list of all clients
  * @id: names the client in traces
- * @lock: guards what follows
+ * @lock: guards what follows, in bandwidth.c as well
  * @numa: where its memory comes from unless a call says otherwise
  * @quota: most bytes the client may hold
  * @used: bytes it holds

@@ -9,6 +9,7 @@
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/seq_file.h>
 #include <linux/slab.h>
 #include <linux/stddef.h>
 #include <uapi/linux/tensormem.h>
@@ -314,6 +315,24 @@ static int tm_device_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
+static void tm_device_fdinfo(struct seq_file *out, struct file *file)
+{
+	struct tm_client *client = file->private_data;
+	struct tm_meter meter;
+
+	tm_bandwidth_usage(client, &meter);
+	seq_printf(out, "tensormem-client:\t%u\n", client->id);
+#define TM_DEVICE_LINE(field)						\
+	seq_printf(out, #field ":\t%llu\n", meter.field)
+	TM_DEVICE_LINE(moved);
+	TM_DEVICE_LINE(budget);
+	TM_DEVICE_LINE(used);
+	TM_DEVICE_LINE(excess);
+	TM_DEVICE_LINE(waits);
+	TM_DEVICE_LINE(held_ns);
+#undef TM_DEVICE_LINE
+}
+
 static const struct file_operations tm_device_fops = {
 	.owner = THIS_MODULE,
 	.open = tm_device_open,
@@ -321,6 +340,7 @@ static const struct file_operations tm_device_fops = {
 	.unlocked_ioctl = tm_device_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,
 	.mmap = tm_vm_mmap,
+	.show_fdinfo = tm_device_fdinfo,
 	.get_unmapped_area = tm_vm_unmapped_area,
 };
 

@@ -33,6 +33,9 @@
  * tm_rt_pool_setting with tm_rt_pool_mutex in it (what arenas may have; the former is held while chunks are taken). Under tm_arena::lock, which is raw and taken in hard
  * interrupts, nothing is called but the core and the clock.
  *
+ * For bandwidth, beside all others: tm_core_setting, the lock of CPU hotplug, tm_core_mutex
+ * (bandwidth_core.c); tm_spare.lock is raw, and taken in hard interrupts.
+ *
  * The last of the first list is a spinlock held for a bounded number of steps; no page
  * or slab allocator is called under it. These stand alone, nothing is taken inside them:
  * tm_client::lock (a client's quota), tm_smalls::lock (its slabs), tm_park_lock,

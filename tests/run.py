@@ -78,7 +78,10 @@ PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "model_*",
                "reuse", "rt_abi", "rt_mapping", "small", "sysfs"), 1, 2),
     "rt": (("rt_*", "kernel_api"), 1, 4),
+    "pmu": (("pmu",), 1, 1),
 }
+#: Those whose clock counts instructions.
+ICOUNT = ("pmu",)
 
 
 def guest_files(patterns: tuple[str, ...]) -> list[str]:
@@ -96,7 +99,7 @@ def guest(kernel: str, select: str, part: str = "guest") -> Stage:
               f"--junitxml=/share/{name}/junit.xml", *where)  # fmt: skip
     options = ("--kernel", kernel, "--cpus", str(cpus), "--memory", "1G", "--numa", str(nodes),
                "--timeout", str(GUEST_TIMEOUT.get(kernel, 3600)),
-               "--share", str(RESULTS / name))  # fmt: skip
+               "--share", str(RESULTS / name), *(("--icount",) if part in ICOUNT else ()))  # fmt: skip
     chosen = ("-k", select) if select else ()
     return Stage(name, (GUEST, "run", *options, "--", *inside, *chosen), junit=True)
 
@@ -117,6 +120,7 @@ def stages(select: str) -> list[Stage]:
         pytest("runner", "tests/runner"),
         guest("6.12", select),
         guest("6.12", select, "numa"),
+        guest("6.12", select, "pmu"),
         guest("debug", select, "objects"),
         guest("debug", select, "tensors"),
         guest("6.12-16k", select, "pages"),

@@ -16,23 +16,26 @@ from device import CHUNK, KINDS, PAGE, SYSFS, Raw, Slot, read, write
 from tensormem import abi
 
 ABI = Path(__file__).parents[2] / "docs/ABI/sysfs-class-misc-tensormem"
-WRITABLE = ("chunk/capacity", "chunk/reserve", "clients/default_quota", "rt/size", "rt/ready")
+WRITABLE = ("chunk/capacity", "chunk/reserve", "clients/default_quota", "rt/size", "rt/ready",
+            "bandwidth/period_us", "bandwidth/throttle", "bandwidth/reclaim",
+            "bandwidth/client_budget", "core0/budget")  # fmt: skip
 
 
-FOLDERS = ("chunk", "buddy", "slab", "clients", "dispatch", "kv", "model", "rt", "board")
+FOLDERS = ("chunk", "buddy", "slab", "clients", "dispatch", "kv", "model", "rt", "board", "bandwidth")
 WRITE_ONLY = ("buddy/compact",)
 #: Which hold 64 numbers.
 HISTOGRAMS = ("latency", "missed")
 
 
 def files() -> list[str]:
-    folders = [SYSFS / folder for folder in FOLDERS] + list(SYSFS.glob("node*"))
+    folders = [SYSFS / folder for folder in FOLDERS] + [*SYSFS.glob("node*"), *SYSFS.glob("core*")]
     paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return sorted(str(path.relative_to(SYSFS)) for path in paths)
 
 
 def numbers() -> list[str]:
-    words = [f for f in files() if f.startswith("dispatch/") or f in ("kv/codec", "board/name") or f.endswith("/state")]
+    named = ("kv/codec", "board/name", "bandwidth/event")
+    words = [f for f in files() if f.startswith("dispatch/") or f in named or f.endswith("/state")]
     return [f for f in files() if f not in words and f not in WRITE_ONLY and f.split("/")[-1] not in HISTOGRAMS]
 
 
@@ -67,7 +70,7 @@ def test_each_holds_one_number() -> None:
 def test_modes() -> None:
     for name in files():
         mode = (SYSFS / name).stat().st_mode & 0o777
-        writable = name in WRITABLE or re.fullmatch(r"rt/\d+/priority", name)
+        writable = name in (*WRITABLE, "bandwidth/event") or re.fullmatch(r"rt/\d+/priority|core\d+/budget", name)
         expected = 0o644 if writable else 0o200 if name in WRITE_ONLY else 0o444
         assert mode == expected, name
 
