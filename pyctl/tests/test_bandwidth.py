@@ -207,8 +207,8 @@ def test_cores_without_budgets(run: Run, root: Path) -> None:
 
 
 def test_set_command(run: Run, root: Path) -> None:
-    words = "--cpu 10 --budget 3M --event cycles --throttle --reclaim --period 5000".split()
-    result = run("set", *words, "--client-budget", "8M")
+    rules = ["--event", "cycles", "--throttle", "--reclaim", "--period", "5000"]
+    result = run("set", "--cpu", "10", "--budget", "3M", *rules, "--client-budget", "8M")
     assert result.exit_code == 0, result.output
     assert "core 10 may have 3000000 cycles in a period" in result.output
     assert result.output.splitlines()[1:] == [
