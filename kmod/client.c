@@ -104,6 +104,7 @@ struct tm_client *tm_client_create(void)
 	tm_window_init(&client->window, tm_window_pages);
 	spin_lock_init(&client->lock);
 	client->quota = tm_client_default_quota();
+	tm_bandwidth_init(client);
 	client->id = atomic_inc_return(&tm_client_ids);
 	atomic64_inc(&tm_nr_clients);
 	mutex_lock(&tm_clients_mutex);

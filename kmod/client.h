@@ -10,6 +10,7 @@
 #include <linux/types.h>
 #include <linux/xarray.h>
 
+#include "bandwidth.h"
 #include "numa.h"
 #include "window.h"
 
@@ -38,12 +39,13 @@ struct tm_smalls;
  * @turn: whose turn it is when its memory is interleaved over nodes
  * @all: on the list of all clients
  * @id: names the client in traces
- * @lock: guards what follows
+ * @lock: guards what follows, in bandwidth.c as well
  * @numa: where its memory comes from unless a call says otherwise
  * @quota: most bytes the client may hold
  * @used: bytes it holds
  * @kept: those of @used that no tensor has: parked or in quarantine
  * @nr_tensors: tensors it holds
+ * @meter: bytes moved for it (bandwidth.c)
  */
 struct tm_client {
 	struct kref ref;
@@ -64,6 +66,7 @@ struct tm_client {
 	u64 used;
 	u64 kept;
 	u32 nr_tensors;
+	struct tm_meter meter;
 };
 
 struct tm_client_usage {

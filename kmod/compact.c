@@ -19,6 +19,7 @@
 #include <linux/mutex.h>
 #include <linux/sched/signal.h>
 
+#include "bandwidth.h"
 #include "client.h"
 #include "compact.h"
 #include "memory.h"
@@ -32,6 +33,7 @@ static void tm_compact_copy(const struct tm_run *to, const struct tm_run *from)
 {
 	struct page *dst = tm_pages_page(to), *src = tm_pages_page(from);
 
+	tm_bandwidth_count(TM_MOVER_BUDDY, PAGE_SIZE << from->order);
 	for (u32 i = 0; i < 1u << from->order; i++) {
 		copy_highpage(dst + i, src + i);
 		cond_resched();

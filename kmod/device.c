@@ -9,11 +9,13 @@
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/seq_file.h>
 #include <linux/slab.h>
 #include <linux/stddef.h>
 #include <uapi/linux/tensormem.h>
 
 #include "args.h"
+#include "bandwidth.h"
 #include "client.h"
 #include "core/geometry.h"
 #include "device.h"
@@ -35,6 +37,7 @@
 #define TM_MIN_QUERY	offsetofend(struct tensormem_query, handle)
 #define TM_MIN_NUMA	offsetofend(struct tensormem_set_numa, numa)
 #define TM_MIN_QUOTA	offsetofend(struct tensormem_quota, bytes)
+#define TM_MIN_BUDGET	offsetofend(struct tensormem_budget, bytes)
 
 static int tm_device_info(struct tm_client *client, void __user *arg,
 			  size_t size)
@@ -71,6 +74,41 @@ static int tm_device_set_quota(struct tm_client *client, void __user *arg,
 
 	err = tm_args_in(&quota, sizeof(quota), TM_MIN_QUOTA, arg, size);
 	return err ?: tm_client_set_quota(client, quota.bytes);
+}
+
+static int tm_device_set_budget(struct tm_client *client, void __user *arg,
+				size_t size)
+{
+	struct tensormem_budget budget;
+	int err;
+
+	err = tm_args_in(&budget, sizeof(budget), TM_MIN_BUDGET, arg, size);
+	return err ?: tm_bandwidth_set_budget(client, budget.bytes);
+}
+
+static int tm_device_bandwidth(struct tm_client *client, void __user *arg,
+			       size_t size)
+{
+	struct tensormem_bandwidth bandwidth;
+	struct tm_meter meter;
+	int err;
+
+	err = tm_args_in(&bandwidth, sizeof(bandwidth), 0, arg, size);
+	if (err)
+		return err;
+	tm_bandwidth_usage(client, &meter);
+	bandwidth = (struct tensormem_bandwidth){
+		.budget = meter.budget,
+		.used = meter.used,
+		.moved = meter.moved,
+		.excess = meter.excess,
+		.waits = meter.waits,
+		.held_ns = meter.held_ns,
+		.period_ns = tm_bandwidth_period_ns(),
+		.client = client->id,
+		.throttle = tm_bandwidth_throttles(),
+	};
+	return tm_args_out(arg, size, &bandwidth, sizeof(bandwidth));
 }
 
 static int tm_device_set_numa(struct tm_client *client, void __user *arg,
@@ -122,10 +160,14 @@ static int tm_device_alloc(void *object, const struct tm_items *items,
 	struct tm_client *client = object;
 	struct tensormem_alloc *requests;
 	struct tm_tensor **tensors;
-	int err = -ENOMEM;
 	u32 made = 0;
+	int err;
 
 	*failed = 0;
+	err = tm_bandwidth_wait(client);
+	if (err)
+		return err;
+	err = -ENOMEM;
 	requests = kvmalloc_array(items->count, sizeof(*requests), TM_GFP);
 	tensors = kvmalloc_array(items->count, sizeof(*tensors), TM_GFP);
 	if (!requests || !tensors)
@@ -230,6 +272,10 @@ static long tm_device_ioctl(struct file *file, unsigned int cmd,
 		return tm_device_set_numa(client, user, size);
 	case _IOC_NR(TENSORMEM_IOC_RELIEVE):
 		return tm_pressure_file_relieve(user, size);
+	case _IOC_NR(TENSORMEM_IOC_SET_BUDGET):
+		return tm_device_set_budget(client, user, size);
+	case _IOC_NR(TENSORMEM_IOC_BANDWIDTH):
+		return tm_device_bandwidth(client, user, size);
 	case _IOC_NR(TENSORMEM_IOC_ALLOC):
 		return tm_args_single(client, user, size, tm_device_alloc);
 	case _IOC_NR(TENSORMEM_IOC_FREE):
@@ -272,6 +318,24 @@ static int tm_device_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
+static void tm_device_fdinfo(struct seq_file *out, struct file *file)
+{
+	struct tm_client *client = file->private_data;
+	struct tm_meter meter;
+
+	tm_bandwidth_usage(client, &meter);
+	seq_printf(out, "tensormem-client:\t%u\n", client->id);
+#define TM_DEVICE_LINE(field)						\
+	seq_printf(out, #field ":\t%llu\n", meter.field)
+	TM_DEVICE_LINE(moved);
+	TM_DEVICE_LINE(budget);
+	TM_DEVICE_LINE(used);
+	TM_DEVICE_LINE(excess);
+	TM_DEVICE_LINE(waits);
+	TM_DEVICE_LINE(held_ns);
+#undef TM_DEVICE_LINE
+}
+
 static const struct file_operations tm_device_fops = {
 	.owner = THIS_MODULE,
 	.open = tm_device_open,
@@ -279,6 +343,7 @@ static const struct file_operations tm_device_fops = {
 	.unlocked_ioctl = tm_device_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,
 	.mmap = tm_vm_mmap,
+	.show_fdinfo = tm_device_fdinfo,
 	.get_unmapped_area = tm_vm_unmapped_area,
 };
 

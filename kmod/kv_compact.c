@@ -11,6 +11,7 @@
 #include <linux/mm.h>
 #include <linux/workqueue.h>
 
+#include "bandwidth.h"
 #include "kv.h"
 #include "kv_memory.h"
 #include "kv_compact.h"
@@ -59,6 +60,8 @@ u32 tm_kv_compact_some(struct tm_kv *kv, bool all)
 			  tm_kv_address(kv, move.from));
 		WARN_ON_ONCE(tm_kv_move_end(pool, true));
 	}
+	if (i)
+		tm_bandwidth_move(kv->client, TM_MOVER_KV, (u64)i << PAGE_SHIFT);
 	return i;
 }
 

@@ -17,6 +17,7 @@
 #include <uapi/linux/tensormem.h>
 
 #include "args.h"
+#include "bandwidth.h"
 #include "client.h"
 #include "kv.h"
 #include "kv_file.h"
@@ -465,16 +466,38 @@ static int tm_kv_file_reset(struct tm_kv *kv, void __user *arg, size_t size)
 	return tm_kv_reset(kv);
 }
 
+/* Whether a call may move bytes, and so has to wait for the client's budget. */
+static bool tm_kv_file_moves(unsigned int cmd)
+{
+	switch (_IOC_NR(cmd)) {
+	case _IOC_NR(TENSORMEM_IOC_KV_EXTEND):
+	case _IOC_NR(TENSORMEM_IOC_KV_EXTEND_BATCH):
+	case _IOC_NR(TENSORMEM_IOC_KV_FORK):
+	case _IOC_NR(TENSORMEM_IOC_KV_LOOKUP):
+	case _IOC_NR(TENSORMEM_IOC_KV_ADOPT):
+	case _IOC_NR(TENSORMEM_IOC_KV_PACK):
+		return true;
+	default:
+		return false;
+	}
+}
+
 static long tm_kv_file_ioctl(struct file *file, unsigned int cmd,
 			     unsigned long arg)
 {
 	struct tm_kv *kv = file->private_data;
 	void __user *user = (void __user *)arg;
 	size_t size = _IOC_SIZE(cmd);
+	int err;
 
 	if (_IOC_TYPE(cmd) != TENSORMEM_IOC_MAGIC ||
 	    _IOC_DIR(cmd) != (_IOC_READ | _IOC_WRITE))
 		return -ENOTTY;
+	if (tm_kv_file_moves(cmd)) {
+		err = tm_bandwidth_wait(kv->client);
+		if (err)
+			return err;
+	}
 
 	/* By number: the size in a command is the caller's idea of the struct. */
 	switch (_IOC_NR(cmd)) {

@@ -17,6 +17,7 @@
 #include <linux/overflow.h>
 #include <linux/sched.h>
 
+#include "bandwidth.h"
 #include "client.h"
 #include "kv.h"
 #include "kv_memory.h"
@@ -31,6 +32,7 @@ static void tm_kv_zero(struct tm_kv *kv, struct tm_kv_block block)
 	struct tm_geometry g = kv->cache.pool.geo.pages;
 	struct tm_kv_walk walk;
 	struct tm_page_id page;
+	u64 cleared = 0;
 
 	if (WARN_ON_ONCE(tm_kv_walk_start(&kv->cache.pool, block, &walk)))
 		return;
@@ -38,9 +40,14 @@ static void tm_kv_zero(struct tm_kv *kv, struct tm_kv_block block)
 		struct tm_kv_backing *backing =
 			&kv->backing[tm_page_chunk(g, page).v];
 
-		if (__test_and_set_bit(tm_page_index(g, page), backing->dirty))
+		if (__test_and_set_bit(tm_page_index(g, page),
+				       backing->dirty)) {
 			clear_page(tm_kv_address(kv, page));
+			cleared += PAGE_SIZE;
+		}
 	}
+	if (cleared)
+		tm_bandwidth_move(kv->client, TM_MOVER_KV, cleared);
 	cond_resched();
 }
 
@@ -65,6 +72,9 @@ static void tm_kv_copy(struct tm_kv *kv, const struct tm_cache_copies *copies)
 		if (WARN_ON_ONCE(tm_kv_walk_start(pool, copy->from, &from) ||
 				 tm_kv_walk_start(pool, copy->to, &to)))
 			return;
+		tm_bandwidth_move(kv->client, TM_MOVER_KV,
+				  (u64)pool->geo.block_pages[copy->group]
+				  << PAGE_SHIFT);
 		while (tm_kv_walk_next(pool, &from, &a) &&
 		       tm_kv_walk_next(pool, &to, &b)) {
 			tm_kv_mark_dirty(kv, b);

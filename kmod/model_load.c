@@ -24,6 +24,7 @@
 #include <linux/slab.h>
 #include <uapi/linux/tensormem.h>
 
+#include "bandwidth.h"
 #include "client.h"
 #include "memory.h"
 #include "model.h"
@@ -129,13 +130,15 @@ static int tm_model_read(struct tm_model_load *load, u64 pos, void *to,
 		ssize_t got;
 
 		try_to_freeze();
-		if (tm_model_given_up(load) || fatal_signal_pending(current))
+		if (tm_model_given_up(load) || fatal_signal_pending(current) ||
+		    tm_bandwidth_wait(load->gen->client))
 			return -EINTR;
 		got = kernel_read(load->file, to, size, &from);
 		if (got < 0)
 			return got;
 		if (!got)
 			return -EBADMSG;
+		tm_bandwidth_move(load->gen->client, TM_MOVER_MODEL, got);
 		to += got;
 		size -= got;
 	}
@@ -181,9 +184,12 @@ static int tm_model_fill(struct tm_model_load *load, u64 pos, u64 size,
 		if (err)
 			return err;
 		/* To the end of the page: behind the model there are zeros. */
-		if (*same && !tm_model_same(*same, done, to,
-					    PAGE_ALIGN(step)))
-			*same = NULL;
+		if (*same) {
+			tm_bandwidth_move(load->gen->client, TM_MOVER_MODEL,
+					  PAGE_ALIGN(step));
+			if (!tm_model_same(*same, done, to, PAGE_ALIGN(step)))
+				*same = NULL;
+		}
 		done += step;
 		WRITE_ONCE(load->gen->loaded, pos + done);
 		cond_resched();

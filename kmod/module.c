@@ -2,6 +2,7 @@
 #include <linux/init.h>
 #include <linux/module.h>
 
+#include "bandwidth_core.h"
 #include "board.h"
 #include "client.h"
 #include "device.h"
@@ -43,11 +44,16 @@ static int __init tm_init(void)
 	err = tm_pressure_init();
 	if (err)
 		goto err_rt;
-	err = tm_device_init();
+	err = tm_cores_init();
 	if (err)
 		goto err_pressure;
+	err = tm_device_init();
+	if (err)
+		goto err_cores;
 	return 0;
 
+err_cores:
+	tm_cores_exit();
 err_pressure:
 	tm_pressure_exit();
 err_rt:
@@ -67,6 +73,7 @@ err_pages:
 static void __exit tm_exit(void)
 {
 	tm_device_exit();
+	tm_cores_exit();
 	tm_pressure_exit();
 	tm_rt_pool_exit();
 	tm_models_exit();

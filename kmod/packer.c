@@ -18,6 +18,7 @@
 #include <linux/mutex.h>
 #include <linux/slab.h>
 
+#include "bandwidth.h"
 #include "codec.h"
 #include "core/planes.h"
 #include "kv.h"
@@ -160,6 +161,7 @@ static void tm_kv_stream_read(struct tm_kv_stream *stream, u8 *to, u32 bytes)
 {
 	struct tm_page_id page;
 
+	tm_bandwidth_move(stream->kv->client, TM_MOVER_KV, bytes);
 	while (bytes && tm_kv_walk_next(&stream->kv->cache.pool, &stream->walk,
 					&page)) {
 		u32 some = min_t(u32, bytes, PAGE_SIZE);
@@ -175,6 +177,7 @@ static void tm_kv_stream_write(struct tm_kv_stream *stream, const u8 *from,
 {
 	struct tm_page_id page;
 
+	tm_bandwidth_move(stream->kv->client, TM_MOVER_KV, bytes);
 	while (bytes && tm_kv_walk_next(&stream->kv->cache.pool, &stream->walk,
 					&page)) {
 		u32 some = min_t(u32, bytes, PAGE_SIZE);

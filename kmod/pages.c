@@ -38,6 +38,9 @@
  * tm_rt_pool_setting with tm_rt_pool_mutex in it (what arenas may have; the former is held while chunks are taken). Under tm_arena::lock, which is raw and taken in hard
  * interrupts, nothing is called but the core and the clock.
  *
+ * For bandwidth, beside all others: tm_core_setting, the lock of CPU hotplug, tm_core_mutex
+ * (bandwidth_core.c); tm_spare.lock is raw, and taken in hard interrupts.
+ *
  * The last of the first list is a spinlock held for a bounded number of steps; no page
  * or slab allocator is called under it. These stand alone, nothing is taken inside them:
  * tm_client::lock (a client's quota), tm_smalls::lock (its slabs), tm_park_lock,
@@ -52,6 +55,7 @@
 #include <linux/slab.h>
 #include <linux/workqueue.h>
 
+#include "bandwidth.h"
 #include "board.h"
 #include "compat.h"
 #include "core/buddy.h"
@@ -233,6 +237,8 @@ static struct page *tm_pages_from_system(struct tm_node *n, bool zeroed,
 	if (!form.split)
 		gfp |= __GFP_COMP;
 	page = alloc_pages_node(n->nid, gfp, order);
+	if (page && zeroed)
+		tm_bandwidth_count(TM_MOVER_CHUNK, TM_CHUNK_SIZE);
 	if (page && form.split)
 		split_page(page, order);
 	return page;
@@ -305,6 +311,9 @@ void tm_pages_zero(const struct tm_run *run)
 {
 	struct page *page = tm_pages_page(run);
 
+	tm_bandwidth_count(run->order == tm_pools.geometry.chunk_order ?
+				   TM_MOVER_CHUNK : TM_MOVER_BUDDY,
+			   PAGE_SIZE << run->order);
 	for (u32 i = 0; i < 1u << run->order; i++) {
 		clear_highpage(page + i);
 		cond_resched();

@@ -12,6 +12,7 @@
 #include <linux/sched/signal.h>
 #include <linux/string.h>
 
+#include "bandwidth.h"
 #include "rt.h"
 #include "trace.h"
 
@@ -27,6 +28,7 @@ static bool tm_rt_over(ktime_t deadline)
 static void tm_rt_copy(const struct tm_arena *arena,
 		       const struct tm_rt_move *move)
 {
+	tm_bandwidth_count(TM_MOVER_RT, tm_rt_bytes(move->length));
 	memmove(tm_arena_address(arena, move->to),
 		tm_arena_address(arena, move->from),
 		tm_rt_bytes(move->length));

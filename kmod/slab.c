@@ -38,6 +38,7 @@
 #include <linux/string.h>
 #include <linux/tensormem.h>
 
+#include "bandwidth.h"
 #include "core/slab.h"
 
 /* What a magazine may hold: so many bytes, but within these numbers of objects. */
@@ -308,8 +309,10 @@ void *tensormem_slab_alloc(struct tensormem_slab *slab)
 	while (unlikely(!tm_slab_take(slab, &object, 1)))
 		if (tm_slab_grow(slab))
 			return NULL;
-	if (slab->zeroed)
+	if (slab->zeroed) {
+		tm_bandwidth_count(TM_MOVER_SLAB, slab->size);
 		memset(object, 0, slab->size);
+	}
 	return object;
 }
 EXPORT_SYMBOL_GPL(tensormem_slab_alloc);
@@ -341,9 +344,11 @@ int tensormem_slab_alloc_bulk(struct tensormem_slab *slab, void **objects,
 		}
 		done += got;
 	}
-	if (slab->zeroed)
+	if (slab->zeroed) {
+		tm_bandwidth_count(TM_MOVER_SLAB, (u64)nr * slab->size);
 		for (u32 i = 0; i < nr; i++)
 			memset(objects[i], 0, slab->size);
+	}
 	return 0;
 }
 EXPORT_SYMBOL_GPL(tensormem_slab_alloc_bulk);

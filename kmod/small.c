@@ -12,6 +12,7 @@
 #include <linux/mm.h>
 #include <linux/slab.h>
 
+#include "bandwidth.h"
 #include "client.h"
 #include "memory.h"
 #include "quarantine.h"
@@ -91,6 +92,7 @@ static void tm_small_zero(struct tm_client *client,
 	const struct tm_memory *memory = tm_small_slab(object)->region.memory;
 	u32 at = tm_small_begin(object), left = tm_small_size(object);
 
+	tm_bandwidth_move(client, TM_MOVER_SLAB, left);
 	/* Compaction may be about to move the slab. */
 	filemap_invalidate_lock_shared(mapping);
 	while (left) {

@@ -8,6 +8,7 @@
 #include <linux/math.h>
 #include <linux/mm.h>
 
+#include "bandwidth.h"
 #include "client.h"
 #include "compact.h"
 #include "limits.h"
@@ -36,6 +37,8 @@ tm_supply_try(struct tm_client *client, const struct tm_memory_request *request)
 	memory = tm_memory_alloc(request);
 	if (IS_ERR(memory))
 		tm_client_uncharge(client, bytes);
+	else
+		tm_bandwidth_charge(client, bytes);
 	return memory;
 }
 

@@ -10,6 +10,7 @@
 #include <linux/sysfs.h>
 #include <uapi/linux/tensormem.h>
 
+#include "bandwidth_sysfs.h"
 #include "board.h"
 #include "client.h"
 #include "codec.h"
@@ -348,6 +349,7 @@ static const struct attribute_group *const tm_fixed_groups[] = {
 	&tm_dispatch_group,
 	&tm_board_group,
 	&tm_pressure_group,
+	&tm_bandwidth_group,
 };
 
 static struct tm_node_group *tm_node_groups;
@@ -379,9 +381,10 @@ const struct attribute_group **__init tm_sysfs_groups(void)
 
 	tm_node_groups = kcalloc(hweight64(nodes), sizeof(*tm_node_groups),
 				 GFP_KERNEL);
-	tm_groups = kcalloc(fixed + hweight64(nodes) + 1, sizeof(*tm_groups),
-			    GFP_KERNEL);
-	if (!tm_node_groups || !tm_groups) {
+	tm_groups = kcalloc(fixed + hweight64(nodes) + tm_core_groups_count() + 1,
+			    sizeof(*tm_groups), GFP_KERNEL);
+	if (!tm_node_groups || !tm_groups ||
+	    tm_core_groups_init(&tm_groups[fixed + hweight64(nodes)])) {
 		tm_sysfs_exit();
 		return NULL;
 	}
@@ -396,6 +399,7 @@ const struct attribute_group **__init tm_sysfs_groups(void)
 /* Context: may sleep; the device is gone. */
 void tm_sysfs_exit(void)
 {
+	tm_core_groups_exit();
 	kfree(tm_groups);
 	kfree(tm_node_groups);
 }

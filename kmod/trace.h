@@ -499,6 +499,32 @@ TRACE_EVENT(tensormem_pressure_level,
 		  __entry->given)
 );
 
+/*
+ * A budget is exceeded, for the first time in its period. client: whose, cpu -1, used and
+ * budget in bytes; or client 0: core cpu's, in events of bandwidth/event.
+ */
+TRACE_EVENT(tensormem_bandwidth,
+	TP_PROTO(u32 client, s32 cpu, u64 used, u64 budget, bool throttled),
+	TP_ARGS(client, cpu, used, budget, throttled),
+	TP_STRUCT__entry(
+		__field(u64, used)
+		__field(u64, budget)
+		__field(u32, client)
+		__field(s32, cpu)
+		__field(bool, throttled)
+	),
+	TP_fast_assign(
+		__entry->used = used;
+		__entry->budget = budget;
+		__entry->client = client;
+		__entry->cpu = cpu;
+		__entry->throttled = throttled;
+	),
+	TP_printk("client=%u cpu=%d used=%llu budget=%llu throttled=%d",
+		  __entry->client, __entry->cpu, __entry->used,
+		  __entry->budget, __entry->throttled)
+);
+
 #endif
 
 #undef TRACE_INCLUDE_PATH

@@ -79,9 +79,12 @@ PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "model_*",
                "reuse", "rt_abi", "rt_mapping", "small", "sysfs"), 1, 2),
     "rt": (("rt_*", "kernel_api"), 1, 4),
+    "pmu": (("pmu",), 1, 1),
 }
 #: Memory of the guests of a part; of the others 1G.
 MEMORY = {"pressure": "512M"}
+#: Those whose clock counts instructions.
+ICOUNT = ("pmu",)
 
 
 def guest_files(patterns: tuple[str, ...]) -> list[str]:
@@ -100,7 +103,7 @@ def guest(kernel: str, select: str, part: str = "guest") -> Stage:
     options = ("--kernel", kernel, "--cpus", str(cpus), "--memory", MEMORY.get(part, "1G"),
                "--numa", str(nodes),
                "--timeout", str(GUEST_TIMEOUT.get(kernel, 3600)),
-               "--share", str(RESULTS / name))  # fmt: skip
+               "--share", str(RESULTS / name), *(("--icount",) if part in ICOUNT else ()))  # fmt: skip
     chosen = ("-k", select) if select else ()
     return Stage(name, (GUEST, "run", *options, "--", *inside, *chosen), junit=True)
 
@@ -122,6 +125,7 @@ def stages(select: str) -> list[Stage]:
         guest("6.12", select),
         guest("6.12", select, "numa"),
         guest("6.12", select, "pressure"),
+        guest("6.12", select, "pmu"),
         guest("debug", select, "objects"),
         guest("debug", select, "tensors"),
         guest("6.12-16k", select, "pages"),

@@ -87,6 +87,7 @@ class FakeDevice:
         self.allocs: list[abi.Alloc] = []
         self.next_handle = 1
         self.calls: list[int] = []
+        self.budget, self.most = (1 << 64) - 1, (1 << 64) - 1
         self.maps: list[tuple[int, int]] = []
         self.fail: dict[int, int] = {}  # request -> errno
         self.fail_map_after: int | None = None
@@ -170,6 +171,15 @@ class FakeDevice:
             if a.bytes > self.window:
                 raise OSError(errno.EPERM, "")
             self.quota = a.bytes
+        elif isinstance(a, abi.Budget):
+            if not a.bytes:
+                raise OSError(errno.EINVAL, "")
+            if a.bytes > max(self.budget, self.most):
+                raise OSError(errno.EPERM, "")
+            self.budget = a.bytes
+        elif isinstance(a, abi.Bandwidth):
+            a.budget, a.moved = self.budget, sum(item.size for item in self.allocs)
+            a.period_ns, a.client = 10_000_000, 7
         elif isinstance(a, abi.SetNuma):
             self._check_numa(a)
             self.numa = (a.numa or abi.Numa.LOCAL, a.nodes)

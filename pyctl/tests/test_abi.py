@@ -20,6 +20,7 @@ HEADER = INCLUDE / "linux" / "tensormem.h"
 STRUCTS = [
     abi.Info, abi.Alloc, abi.Free, abi.Query, abi.Batch, abi.Quota, abi.SetNuma,
     abi.Relieve,
+    abi.Budget, abi.Bandwidth,
     abi.KVGroup, abi.KVCreate, abi.KVInfo, abi.KVOpen, abi.KVClose, abi.KVExtend,
     abi.KVTruncate, abi.KVFork, abi.KVHash, abi.KVHashes, abi.KVAdopt, abi.KVQuery,
     abi.KVPack, abi.KVReset, abi.KVEvent,

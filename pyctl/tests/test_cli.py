@@ -365,10 +365,10 @@ def test_kv_show_says_what_it_may_not_see(
 ) -> None:
     make_process(proc, 55, "python3", {})
 
-    def denied(process: Path) -> Any:
+    def denied(process: Path, link: str, key: str) -> Any:
         raise PermissionError
 
-    monkeypatch.setattr(system, "_kv_descriptors", denied)
+    monkeypatch.setattr(system, "_descriptors", denied)
     result = bare("kv", "show")
     assert "1 processes of other users were not looked at: run it with sudo" in result.stdout
 

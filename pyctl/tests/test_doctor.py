@@ -384,6 +384,28 @@ def test_rt_pool(good: Machine) -> None:
     assert "RT pool" not in [c.name for c in examine(good)]
 
 
+def test_pmu(good: Machine) -> None:
+    module(good, bandwidth__event="l2d_cache_refill")
+    check = find(good, "PMU")
+    assert (check.state, check.value) == ("ok", "cores count l2d_cache_refill")
+    module(good, bandwidth__event="cycles")
+    check = find(good, "PMU")
+    assert (check.state, check.value) == ("warn", "cores count cycles")
+    assert check.fix == ["sudo tensormem bandwidth set --event l2d_cache_refill"]
+    module(good, bandwidth__event="none")
+    check = find(good, "PMU")
+    assert (check.state, check.value) == ("warn", "none")
+    assert "CONFIG_ARM_PMUV3" in fix(check)
+    assert "only the bytes that the module moves itself" in check.note
+    put(good, "/sys/bus/event_source/devices/armv8_cortex_a72/type", "8\n")
+    check = find(good, "PMU")
+    assert (check.state, check.value) == ("warn", "no event of memory traffic was found")
+    assert "--event NAME" in fix(check)
+    assert others_are_fine(good, "PMU")
+    remove(good, f"{SYSFS}/bandwidth/event")
+    assert "PMU" not in [c.name for c in examine(good)]
+
+
 @pytest.mark.parametrize(("release", "package"), [
     (RELEASE, "linux-image-rt-arm64"),
     ("6.12.34+rpt-rpi-2712", "linux-image-rpi-v8-rt"),

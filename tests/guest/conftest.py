@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from device import SYSFS, TRACING, Raw, Slot, read, wait_for, write
+from device import SYSFS, TRACING, Raw, Slot, read, wait_for, word, write
 from tensormem import abi
 
 KMEMLEAK = Path("/sys/kernel/debug/kmemleak")
@@ -133,9 +133,16 @@ def trace() -> Iterator[None]:
 @pytest.fixture
 def settings() -> Iterator[None]:
     """Put back what a test changes in sysfs."""
-    names = ("chunk/capacity", "chunk/reserve", "clients/default_quota", "rt/size", "rt/ready")
+    names = ("chunk/capacity", "chunk/reserve", "clients/default_quota", "rt/size", "rt/ready",
+             "bandwidth/period_us", "bandwidth/throttle", "bandwidth/reclaim", "bandwidth/client_budget")  # fmt: skip
     before = {name: read(name) for name in names}
+    event = word("bandwidth/event")
     yield
+    for core in SYSFS.glob("core*"):
+        assert write(f"{core.name}/budget", 0) == 0
+    if word("bandwidth/event") != event:
+        # none is what there was before one was chosen, and nobody's to choose
+        assert event == "none" or write("bandwidth/event", event) == 0
     assert write("rt/ready", 0) == 0  # or the size could not be what it was
     for name, value in before.items():
         assert write(name, value) == 0

@@ -7,6 +7,7 @@ expects. Nothing here keeps anything alive or cleans up behind the test.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -16,8 +17,9 @@ import os
 import random
 import re
 import select
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -188,6 +190,14 @@ class Raw(Descriptor):
 
     def set_quota(self, value: int) -> int:
         return self.ioctl(abi.IOC_SET_QUOTA, abi.Quota(bytes=value))
+
+    def set_budget(self, value: int) -> int:
+        return self.ioctl(abi.IOC_SET_BUDGET, abi.Budget(bytes=value))
+
+    def bandwidth(self) -> abi.Bandwidth:
+        bandwidth = abi.Bandwidth()
+        assert self.ioctl(abi.IOC_BANDWIDTH, bandwidth) == 0
+        return bandwidth
 
     def set_numa(self, numa: int, nodes: int = 0, flags: int = 0) -> int:
         return self.ioctl(abi.IOC_SET_NUMA, abi.SetNuma(numa=numa, nodes=nodes, flags=flags))
@@ -664,6 +674,11 @@ def read(name: str) -> int:
     return int((SYSFS / name).read_text())
 
 
+def word(name: str) -> str:
+    """One value of sysfs that is no number."""
+    return (SYSFS / name).read_text().strip()
+
+
 def becomes(name: str, value: int) -> None:
     """Wait for a value of sysfs: memory is given back soon, but nobody waits for that."""
     wait_for(lambda: read(name) == value, told=lambda: f"{name} is {read(name)}, not {value}")
@@ -696,6 +711,35 @@ def wait_for(condition: Callable[[], object], told: Callable[[], str] = lambda: 
     while not condition():
         assert time.monotonic() < end, told()
         time.sleep(0.02)
+
+
+def core(cpu: int, name: str) -> int:
+    return read(f"core{cpu}/{name}")
+
+
+@contextlib.contextmanager
+def hog(cpu: int, priority: int = 0) -> Iterator[int]:
+    """A process that takes all of a CPU."""
+    pid = os.fork()
+    if pid == 0:
+        os.sched_setaffinity(0, {cpu})
+        if priority:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+        while True:
+            pass
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def over(cpu: int, periods: int) -> dict[str, int]:
+    """What a core's files have more after so many periods."""
+    names = ("total", "exempt", "periods", "excess", "held_ns")
+    before = {name: core(cpu, name) for name in names}
+    wait_for(lambda: core(cpu, "periods") >= before["periods"] + periods)
+    return {name: core(cpu, name) - before[name] for name in names}
 
 
 def address_of(mapping: mmap.mmap) -> int:

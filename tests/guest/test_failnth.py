@@ -1268,3 +1268,71 @@ def test_relieve(raw: Raw, settings: None) -> None:
         prepare()
         assert sweep(lambda: raw.ioctl(abi.IOC_RELIEVE, request), check) >= {errno.EFAULT}
         view.close()
+
+
+# Bandwidth
+
+
+def writer(name: str, value: object) -> tuple[Callable[[], int], int]:
+    """A call that writes a file of sysfs, opened beforehand; and its descriptor."""
+    fd = os.open(SYSFS / name, os.O_WRONLY)
+
+    def call() -> int:
+        try:
+            os.pwrite(fd, f"{value}".encode(), 0)
+        except OSError as error:
+            return error.errno or -1
+        return 0
+
+    return call, fd
+
+
+def test_budget_of_a_core(settings: None) -> None:
+    """A counter, a thread and a probe, or nothing of them."""
+    if write("bandwidth/event", "cycles"):
+        pytest.skip("there is no PMU")
+    call, fd = writer("core0/budget", 1_000_000_000)
+
+    def check(result: int) -> None:
+        assert read("core0/budget") == (1_000_000_000 if result == 0 else 0)
+        threads = [p for p in Path("/proc").glob("[0-9]*/comm") if comm(p) == "tm-hold/0"]
+        assert len(threads) == (result == 0)
+        assert write("core0/budget", 0) == 0
+
+    assert errno.ENOMEM in sweep(call, check)
+    os.close(fd)
+
+
+def comm(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""  # it has ended
+
+
+def test_event(settings: None) -> None:
+    """It is chosen, or what was chosen stays."""
+    if write("bandwidth/event", "cycles"):
+        pytest.skip("there is no PMU")
+    call, fd = writer("bandwidth/event", "r0011")
+
+    def check(result: int) -> None:
+        assert (SYSFS / "bandwidth/event").read_text() == ("r0011\n" if result == 0 else "cycles\n")
+        assert write("bandwidth/event", "cycles") == 0
+
+    assert errno.ENOMEM in sweep(call, check)
+    os.close(fd)
+
+
+def test_budget_of_a_client(raw: Raw, settings: None) -> None:
+    """Nothing of it needs memory, only copies may fail."""
+    budget = abi.Budget(bytes=CHUNK)
+    before = raw.bandwidth().budget
+
+    def check(result: int) -> None:
+        assert raw.bandwidth().budget == (CHUNK if result == 0 else before)
+        assert raw.set_budget(before) == 0
+
+    assert sweep(lambda: raw.ioctl(abi.IOC_SET_BUDGET, budget), check) == {errno.EFAULT}
+    seen = abi.Bandwidth()
+    assert sweep(lambda: raw.ioctl(abi.IOC_BANDWIDTH, seen), lambda _: None) == {errno.EFAULT}

@@ -17,18 +17,21 @@ from tensormem import abi
 
 ABI = Path(__file__).parents[2] / "docs/ABI/sysfs-class-misc-tensormem"
 WRITABLE = ("chunk/capacity", "chunk/reserve", "clients/default_quota", "rt/size", "rt/ready",
-            "pressure/low", "pressure/high")  # fmt: skip
+            "pressure/low", "pressure/high",
+            "bandwidth/period_us", "bandwidth/throttle", "bandwidth/reclaim",
+            "bandwidth/client_budget", "core0/budget")  # fmt: skip
 
 
-FOLDERS = ("chunk", "buddy", "slab", "clients", "dispatch", "kv", "model", "rt", "board", "pressure")
+FOLDERS = ("chunk", "buddy", "slab", "clients", "dispatch", "kv", "model", "rt", "board", "pressure",
+           "bandwidth")  # fmt: skip
 WRITE_ONLY = ("buddy/compact",)
-WORDS = ("kv/codec", "board/name", "pressure/level")
+WORDS = ("kv/codec", "board/name", "pressure/level", "bandwidth/event")
 #: Which hold 64 numbers.
 HISTOGRAMS = ("latency", "missed")
 
 
 def files() -> list[str]:
-    folders = [SYSFS / folder for folder in FOLDERS] + list(SYSFS.glob("node*"))
+    folders = [SYSFS / folder for folder in FOLDERS] + [*SYSFS.glob("node*"), *SYSFS.glob("core*")]
     paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return sorted(str(path.relative_to(SYSFS)) for path in paths)
 
@@ -69,7 +72,7 @@ def test_each_holds_one_number() -> None:
 def test_modes() -> None:
     for name in files():
         mode = (SYSFS / name).stat().st_mode & 0o777
-        writable = name in WRITABLE or re.fullmatch(r"rt/\d+/priority", name)
+        writable = name in (*WRITABLE, "bandwidth/event") or re.fullmatch(r"rt/\d+/priority|core\d+/budget", name)
         expected = 0o644 if writable else 0o200 if name in WRITE_ONLY else 0o444
         assert mode == expected, name
 

@@ -17,6 +17,7 @@ __all__ = [
     "ABI_VERSION",
     "IOC_ALLOC",
     "IOC_ALLOC_BATCH",
+    "IOC_BANDWIDTH",
     "IOC_FREE",
     "IOC_FREE_BATCH",
     "IOC_INFO",
@@ -57,6 +58,7 @@ __all__ = [
     "IOC_RT_PRIORITY",
     "IOC_RT_RESERVE",
     "IOC_RT_UNPIN",
+    "IOC_SET_BUDGET",
     "IOC_SET_NUMA",
     "IOC_SET_QUOTA",
     "KV_EVENTS",
@@ -72,7 +74,9 @@ __all__ = [
     "SHA256",
     "Alloc",
     "AllocFlag",
+    "Bandwidth",
     "Batch",
+    "Budget",
     "Free",
     "Info",
     "KVAdopt",
@@ -362,6 +366,30 @@ class Quota(Struct):
 
     c_name = "tensormem_quota"
     _fields_ = (("bytes", ctypes.c_uint64),)
+
+
+class Budget(Struct):
+    """``struct tensormem_budget``."""
+
+    c_name = "tensormem_budget"
+    _fields_ = (("bytes", ctypes.c_uint64),)
+
+
+class Bandwidth(Struct):
+    """``struct tensormem_bandwidth``."""
+
+    c_name = "tensormem_bandwidth"
+    _fields_ = (
+        ("budget", ctypes.c_uint64),
+        ("used", ctypes.c_uint64),
+        ("moved", ctypes.c_uint64),
+        ("excess", ctypes.c_uint64),
+        ("waits", ctypes.c_uint64),
+        ("held_ns", ctypes.c_uint64),
+        ("period_ns", ctypes.c_uint64),
+        ("client", ctypes.c_uint32),
+        ("throttle", ctypes.c_uint32),
+    )
 
 
 class SetNuma(Struct):
@@ -795,6 +823,8 @@ IOC_INFO = iowr(0x00, ctypes.sizeof(Info))
 IOC_SET_QUOTA = iowr(0x01, ctypes.sizeof(Quota))
 IOC_SET_NUMA = iowr(0x02, ctypes.sizeof(SetNuma))
 IOC_RELIEVE = iowr(0x03, ctypes.sizeof(Relieve))
+IOC_SET_BUDGET = iowr(0x04, ctypes.sizeof(Budget))
+IOC_BANDWIDTH = iowr(0x05, ctypes.sizeof(Bandwidth))
 IOC_ALLOC = iowr(0x10, ctypes.sizeof(Alloc))
 IOC_FREE = iowr(0x11, ctypes.sizeof(Free))
 IOC_QUERY = iowr(0x12, ctypes.sizeof(Query))

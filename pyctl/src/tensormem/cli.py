@@ -21,6 +21,7 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, histogram, system
+from .commands.bandwidth import bandwidth
 from .commands.pressure import pressure
 from .console import (
     WIDTH,
@@ -1662,6 +1663,7 @@ def _control_report(report: control_module.Report) -> None:
         )
 
 
+cli.add_command(bandwidth)
 cli.add_command(pressure)
 
 

@@ -41,13 +41,14 @@ import numpy.typing as npt
 from . import abi, errors, kv
 from .abi import AllocFlag, Kind, Mapping, Numa, Pool
 from .arena import Arena
+from .bandwidth import ANY, Bandwidth
 from .device import DEFAULT_PATH, Device, KernelDevice
 from .form import Shape, array_form
 from .kv import KVCache, KVGroup
 from .model import Slot, open_slot
 from .realtime import RTClient, Size, open_rt
 from .session import BatchError, Event, Export, Held, Session, address
-from .units import format_size
+from .units import format_size, parse_size
 
 __all__ = ["Client", "Nodes", "Spec", "Stats", "Tensor", "TensorInfo", "open"]
 
@@ -990,6 +991,66 @@ class Client:
         number = _size(size)
         with self._session.calling():
             self._session.call(abi.IOC_SET_QUOTA, abi.Quota(bytes=number))
+
+    def bandwidth(self) -> Bandwidth:
+        """Ask what the module has moved for this client, and what its budget is.
+
+        Raises:
+            IncompatibleModule: the module counts no bandwidth.
+            Closed: the client was closed.
+        """
+        with self._session.calling():
+            found = self._session.call(abi.IOC_BANDWIDTH, abi.Bandwidth())
+        return Bandwidth(
+            budget=None if found.budget == ANY else found.budget,
+            used=found.used,
+            moved=found.moved,
+            excess=found.excess,
+            waits=found.waits,
+            held_ns=found.held_ns,
+            period_ns=found.period_ns,
+            client=found.client,
+            throttled=bool(found.throttle),
+        )
+
+    def set_bandwidth(self, size: Size | None) -> None:
+        """Bound the bytes that the module moves for this client in a period.
+
+        Above it the client is told, and where root wants it so (bandwidth/throttle), its next
+        call that moves bytes waits.
+
+        Args:
+            size: bytes, or a text such as ``"4M"``; None for no bound.
+
+        Raises:
+            InvalidArgument: not a size.
+            NotPermitted: above bandwidth/client_budget without CAP_SYS_RESOURCE.
+            IncompatibleModule: the module counts no bandwidth.
+            Closed: the client was closed.
+        """
+        number = ANY if size is None else _size(parse_size(size) if isinstance(size, str) else size)
+        with self._session.calling():
+            try:
+                self._session.device.ioctl(abi.IOC_SET_BUDGET, abi.Budget(bytes=number))
+            except OSError as error:
+                if error.errno == errno.EPERM:
+                    what = "any" if size is None else format_size(number)
+                    raise errors.NotPermitted(
+                        f"cannot set the budget to {what}, the default is less",
+                        "ask for less, or have root run"
+                        " 'tensormem bandwidth set --client-budget SIZE' and open it again",
+                    ) from None
+                raise errors.from_errno(error.errno or 0, "cannot set the budget") from None
+
+    @contextlib.contextmanager
+    def budget(self, size: Size) -> Iterator[None]:
+        """Bound what is moved for the time of a ``with`` block; see :meth:`set_bandwidth`."""
+        before = self.bandwidth().budget
+        self.set_bandwidth(size)
+        try:
+            yield
+        finally:
+            self.set_bandwidth(before)
 
     def set_numa(self, numa: Nodes) -> None:
         """Choose the memory nodes for later allocations that do not choose themselves.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from . import errors
+from .bandwidth import EVENTS, NO_EVENT
 from .system import DEFAULT_ROOT
 from .units import format_quota, format_size
 
@@ -388,6 +389,32 @@ def _rt_pool(m: Machine) -> Check | None:
     return Check("RT pool", value, note=note, fix=fix)
 
 
+def _pmu(m: Machine) -> Check | None:
+    """Say whether cores' memory traffic can be counted."""
+    event = m.text(f"{DEFAULT_ROOT}/bandwidth/event")
+    if event is None:
+        return None
+    if event not in (NO_EVENT, "cycles", "instructions"):
+        return Check("PMU", f"cores count {event}", note="budgets for cores can be set")
+    note = "only the bytes that the module moves itself are counted, and cores have no budgets"
+    if event != NO_EVENT:
+        fix = [f"sudo tensormem bandwidth set --event {EVENTS[0]}"]
+        note = "it stands for traffic, and is none"
+        return Check("PMU", f"cores count {event}", "warn", note, fix)
+    if not any(m.exists(f"/sys/bus/event_source/devices/{name}") for name in _pmus(m)):
+        fix = ["a kernel with CONFIG_ARM_PMUV3, and a machine or hypervisor that has a PMU"]
+        return Check("PMU", "none", "warn", note, fix)
+    fix = ["sudo tensormem bandwidth set --event NAME   # one that 'perf list' has"]
+    return Check("PMU", "no event of memory traffic was found", "warn", note, fix)
+
+
+def _pmus(m: Machine) -> list[str]:
+    """Return the names of the CPUs' counters."""
+    folder = m.path("/sys/bus/event_source/devices")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [name for name in names if name.startswith("armv")]
+
+
 def _preemption(m: Machine) -> Check:
     """Say whether anything else in the kernel can hold up a real-time task for long."""
     if m.text("/sys/kernel/realtime") == "1":
@@ -527,8 +554,8 @@ def examine(machine: Machine | None = None) -> list[Check]:
         machine: where to look; None for this machine.
 
     Returns:
-        One finding for each check; ``client`` only where the device can be opened, ``board``
-        and ``RT pool`` where the module says what they are.
+        One finding for each check; ``client`` only where the device can be opened, ``board``,
+        ``RT pool`` and ``PMU`` where the module says what they are.
     """
     m = machine or Machine()
     client, mapping = _client(m)
@@ -542,6 +569,7 @@ def examine(machine: Machine | None = None) -> list[Check]:
         client,
         _board(m),
         _rt_pool(m),
+        _pmu(m),
         _page_size(m),
         _mapping(m, mapping),
         _psi(m),

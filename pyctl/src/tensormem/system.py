@@ -33,6 +33,7 @@ __all__ = [
     "Status",
     "chunks",
     "compact",
+    "descriptors",
     "kv_caches",
     "model_slots",
     "proc_path",
@@ -61,6 +62,8 @@ PROC_VARIABLE = "TENSORMEM_PROC"
 _KV_LINK = "anon_inode:[tensormem-kv]"
 
 _NODE = re.compile(r"node(\d+)\Z")
+#: Folders that are no pools: of memory nodes and of cores.
+_PLACE = re.compile(r"(node|core)\d+\Z")
 
 _PRESENT = "load the module with 'sudo modprobe tensormem'; 'tensormem doctor' says more"
 
@@ -123,8 +126,8 @@ class Status:
     def pools(self) -> list[Group]:
         """Return the groups that are pools, level 1 first."""
         order = ["chunk", "buddy", "slab"]
-        others = ("board", "clients", "dispatch", "model", "pressure")
-        names = [n for n in self.groups if n not in others and not _NODE.match(n)]
+        others = ("bandwidth", "board", "clients", "dispatch", "model", "pressure")
+        names = [n for n in self.groups if n not in others and not _PLACE.match(n)]
         names.sort(key=lambda n: order.index(n) if n in order else len(order))
         return [self.groups[n] for n in names]
 
@@ -596,6 +599,25 @@ def kv_caches(proc: str | os.PathLike[str] | None = None) -> KVCaches:
     Args:
         proc: another directory than /proc, for tests.
     """
+    users, values, hidden = descriptors(_KV_LINK, "tensormem-kv", proc)
+    caches = tuple(KVStatus(n, tuple(users[n]), values[n]) for n in sorted(users))
+    return KVCaches(caches, hidden)
+
+
+def descriptors(
+    link: str, key: str, proc: str | os.PathLike[str] | None = None
+) -> tuple[dict[int, list[KVUser]], dict[int, dict[str, int]], int]:
+    """Find what processes have open, by their descriptors.
+
+    Args:
+        link: what such a descriptor is a link to.
+        key: the line of its fdinfo that has its number.
+        proc: another directory than /proc, for tests.
+
+    Returns:
+        By number who has it open and what its fdinfo says; and the processes that only root may
+        look at.
+    """
     top = proc_path(proc)
     users: dict[int, list[KVUser]] = {}
     values: dict[int, dict[str, int]] = {}
@@ -604,7 +626,7 @@ def kv_caches(proc: str | os.PathLike[str] | None = None) -> KVCaches:
         (p for p in top.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
     ):
         try:
-            found = _kv_descriptors(process)
+            found = _descriptors(process, link, key)
         except PermissionError:
             hidden += 1
             continue
@@ -614,23 +636,22 @@ def kv_caches(proc: str | os.PathLike[str] | None = None) -> KVCaches:
             command = _first_line(process / "comm") or "?"
             users.setdefault(number, []).append(KVUser(int(process.name), command))
             values[number] = lines
-    caches = tuple(KVStatus(n, tuple(users[n]), values[n]) for n in sorted(users))
-    return KVCaches(caches, hidden)
+    return users, values, hidden
 
 
-def _kv_descriptors(process: Path) -> dict[int, dict[str, int]]:
-    """Return number -> lines of the KV caches that a process has open, each once."""
+def _descriptors(process: Path, link: str, key: str) -> dict[int, dict[str, int]]:
+    """Return number -> lines of what a process has open of that kind, each once."""
     found: dict[int, dict[str, int]] = {}
-    for link in (process / "fd").iterdir():
+    for path in (process / "fd").iterdir():
         try:
-            if os.readlink(link) != _KV_LINK:
+            if os.readlink(path) != link:
                 continue
-            text = (process / "fdinfo" / link.name).read_text()
+            text = (process / "fdinfo" / path.name).read_text()
         except FileNotFoundError:
             continue  # closed meanwhile
         lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
         numbers = {k: int(v) for k, v in lines.items() if v.strip().isdigit()}
-        number = numbers.pop("tensormem-kv", None)
+        number = numbers.pop(key, None)
         if number is not None:
             common = ("pos", "flags", "mnt_id", "ino")
             found[number] = {k: v for k, v in numbers.items() if k not in common}

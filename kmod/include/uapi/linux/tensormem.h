@@ -73,9 +73,10 @@
  *              Free tensors, or have root raise chunk/capacity in sysfs.
  *     ENOBUFS  The window has no gap of this size left. Free tensors.
  *     EBUSY    A new quota is below what the client already holds.
- *     EPERM    Not allowed: PROT_EXEC, a quota above clients/default_quota
- *              without CAP_SYS_RESOURCE, TENSORMEM_PINNED beyond
- *              RLIMIT_MEMLOCK without CAP_IPC_LOCK, or RELIEVE without CAP_SYS_ADMIN.
+ *     EPERM    Not allowed: PROT_EXEC, a quota above clients/default_quota or a
+ *              budget above bandwidth/client_budget without CAP_SYS_RESOURCE,
+ *              TENSORMEM_PINNED beyond RLIMIT_MEMLOCK without CAP_IPC_LOCK, or RELIEVE
+ *              without CAP_SYS_ADMIN.
  *     EINTR    A fatal signal ended the call.
  *     ENOTTY   Not a tensormem ioctl.
  *
@@ -416,6 +417,52 @@ struct tensormem_batch {
  */
 struct tensormem_quota {
 	__u64 bytes;
+};
+
+/**
+ * struct tensormem_budget - bound what the module moves for the client in a period
+ * @bytes: in: the new budget, from 1 (else EINVAL); all bits set: none
+ *
+ * What counts is told at struct tensormem_bandwidth. Any client may lower its budget, and raise
+ * it up to bandwidth/client_budget in sysfs, which is what it begins with. Going above
+ * that takes CAP_SYS_RESOURCE (else EPERM). The period is root's to set: bandwidth/period_us.
+ */
+struct tensormem_budget {
+	__u64 bytes;
+};
+
+/**
+ * struct tensormem_bandwidth - what the module has moved for the client
+ * @budget: out: bytes that it may in a period; all bits set: any
+ * @used: out: bytes in this period, and what earlier ones had above the budget; 0
+ *        without a budget
+ * @moved: out: bytes since the client was made
+ * @excess: out: periods in which it moved and was above the budget
+ * @waits: out: calls, and steps of loading a model, that had to wait for it
+ * @held_ns: out: how long they waited
+ * @period_ns: out: how long a period is
+ * @client: out: what names the client in traces and events
+ * @throttle: out: 1: above the budget it has to wait; 0: it is only told (bandwidth/throttle)
+ *
+ * A byte counts when it is zeroed, copied, read from a file, compared, packed or unpacked for the client:
+ * allocating a tensor counts as much as tensormem_query::held says it holds (a small one: its
+ * length, and its slab when that is new), also where the memory was zeroed beforehand; one that NOZERO
+ * reuses counts nothing. What compaction moves, and all that RT clients do, is on nobody's bill.
+ *
+ * Who has to wait does at the beginning of TENSORMEM_IOC_ALLOC, _KV_EXTEND, _KV_FORK, _KV_LOOKUP,
+ * _KV_ADOPT, _KV_PACK and their batches, until earlier excess is made up for, a
+ * period for each budget; only a fatal signal ends it (EINTR). Models load the slower. Faults count and never wait.
+ */
+struct tensormem_bandwidth {
+	__u64 budget;
+	__u64 used;
+	__u64 moved;
+	__u64 excess;
+	__u64 waits;
+	__u64 held_ns;
+	__u64 period_ns;
+	__u32 client;
+	__u32 throttle;
 };
 
 /**
@@ -1170,6 +1217,8 @@ enum tensormem_pressure_level {
 #define TENSORMEM_IOC_SET_QUOTA		_IOWR(TENSORMEM_IOC_MAGIC, 0x01, struct tensormem_quota)
 #define TENSORMEM_IOC_SET_NUMA		_IOWR(TENSORMEM_IOC_MAGIC, 0x02, struct tensormem_set_numa)
 #define TENSORMEM_IOC_RELIEVE		_IOWR(TENSORMEM_IOC_MAGIC, 0x03, struct tensormem_relieve)
+#define TENSORMEM_IOC_SET_BUDGET	_IOWR(TENSORMEM_IOC_MAGIC, 0x04, struct tensormem_budget)
+#define TENSORMEM_IOC_BANDWIDTH		_IOWR(TENSORMEM_IOC_MAGIC, 0x05, struct tensormem_bandwidth)
 #define TENSORMEM_IOC_ALLOC		_IOWR(TENSORMEM_IOC_MAGIC, 0x10, struct tensormem_alloc)
 #define TENSORMEM_IOC_FREE		_IOWR(TENSORMEM_IOC_MAGIC, 0x11, struct tensormem_free)
 #define TENSORMEM_IOC_QUERY		_IOWR(TENSORMEM_IOC_MAGIC, 0x12, struct tensormem_query)
