@@ -37,7 +37,7 @@
 /* Events that wait for the worker; a power of two. */
 #define TM_EVENT_RING		256
 
-/* Most values of an event beside a slot's name. */
+/* Most values of an event beside a slot's name: as many as tm_event_put() is given. */
 #define TM_EVENT_VALUES		6
 
 /*
@@ -139,7 +139,7 @@ static struct tm_event_group tm_event_told[TM_EVENT_GROUPS];
 
 /* Bits of the groups that may have listeners, and when they were joined last; written under tm_event_lock. */
 static DEFINE_SPINLOCK(tm_event_lock);
-static unsigned long tm_event_groups;
+static unsigned long tm_event_groups __read_mostly;
 static unsigned long tm_event_joined[TM_EVENT_GROUPS];
 
 static u32 tm_event_level = TENSORMEM_PRESSURE_NONE;
@@ -229,11 +229,13 @@ static void tm_event_kick_work(struct irq_work *kick);
 static struct irq_work tm_event_kick = IRQ_WORK_INIT_HARD(tm_event_kick_work);
 
 /*
- * Context: any. @value: as many as the kind has. Interrupts are off between claim and publication: the worker would wait
- * at this cell for a task that somebody has preempted.
+ * Context: any. @a to @f: what the kind has, then zeros. They are in registers, so that nothing has been stored when nobody
+ * listens. Interrupts are off between claim and publication: the worker would wait at this cell for a task that somebody
+ * has preempted.
  */
-static void tm_event_put(enum tensormem_nl_command kind, const char *slot,
-			 const u64 *value, u32 values)
+static noinline void tm_event_put(enum tensormem_nl_command kind,
+				  const char *slot, u64 a, u64 b, u64 c, u64 d,
+				  u64 e, u64 f)
 {
 	atomic_t *lost = &tm_event_lost[tm_event_kinds[kind].group];
 	struct tm_event_cell *cell;
@@ -248,7 +250,12 @@ static void tm_event_put(enum tensormem_nl_command kind, const char *slot,
 		event->time = ktime_get_ns();
 		event->lost = atomic_read(lost);
 		event->kind = kind;
-		memcpy(event->value, value, values * sizeof(*value));
+		event->value[0] = a;
+		event->value[1] = b;
+		event->value[2] = c;
+		event->value[3] = d;
+		event->value[4] = e;
+		event->value[5] = f;
 		strscpy(event->slot, slot, sizeof(event->slot));
 		/* Pairs with tm_event_take(). */
 		smp_store_release(&cell->turn, at + 1);
@@ -376,19 +383,14 @@ static void tm_event_send(const struct tm_event *event)
 static void tm_event_send_missed(u32 group)
 {
 	struct tm_event_group *told = &tm_event_told[group];
-	struct tm_event event = {
-		.kind = TENSORMEM_NL_EVENT_MISSED,
-	};
+	struct tm_event event = { .kind = TENSORMEM_NL_EVENT_MISSED };
 
 	tm_event_number_lost(told, atomic_read(&tm_event_lost[group]));
 	if (!told->missed)
 		return;
 	event.time = ktime_get_ns();
-	told->seq++;
 	if (tm_event_tell(&event, group, told))
 		told->missed = 0;
-	else
-		told->seq--;
 }
 
 static void tm_event_work(struct work_struct *work)
@@ -415,46 +417,37 @@ static void tm_event_kick_work(struct irq_work *kick)
 void tm_event_slot(enum tensormem_nl_command kind, const char *slot,
 		   u64 generation, u64 size, int error)
 {
-	const u64 value[] = { generation, size, -error };
-
 	if (tm_event_heard(TENSORMEM_NL_GROUP_SLOTS))
-		tm_event_put(kind, slot, value, ARRAY_SIZE(value));
+		tm_event_put(kind, slot, generation, size, -error, 0, 0, 0);
 }
 
 void tm_event_rt_miss(u32 client, u32 pid, u64 size, u64 had_ns)
 {
-	const u64 value[] = { client, pid, size, had_ns };
-
 	if (tm_event_heard(TENSORMEM_NL_GROUP_RT))
-		tm_event_put(TENSORMEM_NL_EVENT_RT_MISS, "", value,
-			     ARRAY_SIZE(value));
+		tm_event_put(TENSORMEM_NL_EVENT_RT_MISS, "", client, pid, size,
+			     had_ns, 0, 0);
 }
 
 void tm_event_kv_evicted(u32 client, u32 cache, u64 blocks)
 {
-	const u64 value[] = { client, cache, blocks };
-
 	if (tm_event_heard(TENSORMEM_NL_GROUP_KV))
-		tm_event_put(TENSORMEM_NL_EVENT_KV_EVICTED, "", value,
-			     ARRAY_SIZE(value));
+		tm_event_put(TENSORMEM_NL_EVENT_KV_EVICTED, "", client, cache,
+			     blocks, 0, 0, 0);
 }
 
 void tm_event_kv_packing(enum tensormem_nl_command kind, u32 client, u32 cache,
 			 u32 sequence, u64 blocks, u64 before, u64 after)
 {
-	const u64 value[] = { client, cache, sequence, blocks, before, after };
-
 	if (tm_event_heard(TENSORMEM_NL_GROUP_KV))
-		tm_event_put(kind, "", value, ARRAY_SIZE(value));
+		tm_event_put(kind, "", client, cache, sequence, blocks, before,
+			     after);
 }
 
 void tm_event_kv_full(u32 client, u32 cache, int error)
 {
-	const u64 value[] = { client, cache, -error };
-
 	if (tm_event_heard(TENSORMEM_NL_GROUP_KV))
-		tm_event_put(TENSORMEM_NL_EVENT_KV_FULL, "", value,
-			     ARRAY_SIZE(value));
+		tm_event_put(TENSORMEM_NL_EVENT_KV_FULL, "", client, cache,
+			     -error, 0, 0, 0);
 }
 
 /**
@@ -465,12 +458,10 @@ void tm_event_kv_full(u32 client, u32 cache, int error)
  */
 void tm_event_pressure(u32 level, u64 available, u64 given)
 {
-	const u64 value[] = { level, available, given };
-
 	WRITE_ONCE(tm_event_level, level);
 	if (tm_event_heard(TENSORMEM_NL_GROUP_PRESSURE))
-		tm_event_put(TENSORMEM_NL_EVENT_PRESSURE, "", value,
-			     ARRAY_SIZE(value));
+		tm_event_put(TENSORMEM_NL_EVENT_PRESSURE, "", level, available,
+			     given, 0, 0, 0);
 }
 EXPORT_SYMBOL_GPL(tm_event_pressure); /* for tests/tm_bench_event.c, like the next */
 
@@ -485,11 +476,9 @@ EXPORT_SYMBOL_GPL(tm_event_pressure); /* for tests/tm_bench_event.c, like the ne
 void tm_event_bandwidth(u32 client, s32 cpu, u64 used, u64 budget,
 			bool throttled)
 {
-	const u64 value[] = { client, cpu, used, budget, throttled };
-
 	if (tm_event_heard(TENSORMEM_NL_GROUP_BANDWIDTH))
-		tm_event_put(TENSORMEM_NL_EVENT_BANDWIDTH, "", value,
-			     ARRAY_SIZE(value));
+		tm_event_put(TENSORMEM_NL_EVENT_BANDWIDTH, "", client, cpu,
+			     used, budget, throttled, 0);
 }
 EXPORT_SYMBOL_GPL(tm_event_bandwidth);
 

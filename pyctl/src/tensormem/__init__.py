@@ -151,6 +151,7 @@ __all__ = [
     "TooManyTokens",
     "WindowFull",
     "WrongContents",
+    "events",
     "gguf",
     "kvfile",
     "open",
@@ -173,6 +174,8 @@ def __getattr__(name: str) -> Any:
         module = ".kvfile"
     elif name in ("Generation", "GenerationInfo", "Slot", "SlotInfo", "Staging", "slot"):
         module = ".model"
+    elif name == "events":
+        module = ".netlink"
     elif name in ("RTBlock", "RTBuffer", "RTClient", "RTInfo", "rt"):
         module = ".realtime"
     value = globals()[name] = getattr(import_module(module, __name__), name)

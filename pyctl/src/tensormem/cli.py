@@ -21,6 +21,7 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, histogram, system
+from .commands.events import events as events_command
 from .console import (
     WIDTH,
     Group,
@@ -1660,6 +1661,8 @@ def _control_report(report: control_module.Report) -> None:
             f" {wrong} changed"
         )
 
+
+cli.add_command(events_command)
 
 # -- completion ------------------------------------------------------------------------
 

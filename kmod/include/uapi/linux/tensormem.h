@@ -1133,8 +1133,8 @@ struct tensormem_rt_priority {
  * everybody; "slots", "rt" and "kv" tell what others do, so joining them takes CAP_NET_ADMIN (EPERM).
  *
  * Each group numbers its events from 1 without a gap (SEQ), so what did not arrive can be told exactly: because the reader's socket was
- * full (ENOBUFS from recv(2)), or because more events came at once than the module keeps. These it names in MISSED of
- * the group's next event, or in one of the kind EVENT_MISSED when there is none to follow; they have numbers, too.
+ * full (ENOBUFS from recv(2)), or because more events came at once than the module keeps. These have numbers, too, and are
+ * told: in MISSED of the group's next event, or by EVENT_MISSED, whose SEQ is that of the last of them.
  * CMD_GET says which number was given last: whatever has it or a lower one has arrived by then, or never will.
  *
  * What happens while nobody has joined a group has no number. Whoever joined is heard at once when setsockopt(2) returns; should that call
@@ -1154,14 +1154,14 @@ enum tensormem_nl_group {
 
 /*
  * CMD_GET: with GROUP, the state of that group; as a dump, without, that of all. The answer has GROUP, SEQ, MISSED (ever, by
- * the module) and, of "pressure", LEVEL. EINVAL for all other attributes, and for no such group.
+ * the module) and, of "pressure", LEVEL. ERANGE for no such group, EINVAL for any other attribute.
  *
  * Events have SEQ, TIME and, when some were lost before it, MISSED; and what stands here.
  */
 enum tensormem_nl_command {
 	TENSORMEM_NL_CMD_GET			= 1,
 
-	TENSORMEM_NL_EVENT_MISSED		= 2,	/* GROUP; of any group */
+	TENSORMEM_NL_EVENT_MISSED		= 2,	/* GROUP; has no number of its own */
 
 	TENSORMEM_NL_EVENT_SLOT_STAGED		= 3,	/* SLOT, GENERATION, SIZE */
 	TENSORMEM_NL_EVENT_SLOT_READY		= 4,	/* SLOT, GENERATION, SIZE */
