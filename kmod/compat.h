@@ -267,11 +267,19 @@ static inline vm_fault_t tm_vmf_insert_block(struct vm_fault *vmf,
 /* Whether a family is told when somebody joins or leaves one of its groups. */
 #ifdef TM_HAVE_GENL_BIND /* 6.9 */
 #define TM_GENL_TELLS	true
-#define TM_GENL_BIND(join, leave) .bind = (join), .unbind = (leave),
 #else
 #define TM_GENL_TELLS	false
-#define TM_GENL_BIND(join, leave)
 #endif
+
+/* Have @join told before it, and @leave after it. */
+static inline void tm_genl_bind(struct genl_family *family, int (*join)(int),
+				void (*leave)(int))
+{
+#ifdef TM_HAVE_GENL_BIND
+	family->bind = join;
+	family->unbind = leave;
+#endif
+}
 
 /* What a multicast group says to be for CAP_NET_ADMIN only. */
 #ifdef TM_HAVE_GENL_MCAST_CAP /* 6.7 */

@@ -190,7 +190,7 @@ static void tm_event_review_work(struct work_struct *work)
 }
 
 /* Somebody is about to join a group. */
-static int __maybe_unused tm_event_join(int group)
+static int tm_event_join(int group)
 {
 	spin_lock(&tm_event_lock);
 	tm_event_joined[group] = jiffies;
@@ -200,7 +200,7 @@ static int __maybe_unused tm_event_join(int group)
 }
 
 /* Somebody has left a group. There may be others, or those who come back soon. */
-static void __maybe_unused tm_event_leave(int group)
+static void tm_event_leave(int group)
 {
 	queue_delayed_work(system_unbound_wq, &tm_event_review, TM_EVENT_GRACE);
 }
@@ -533,13 +533,18 @@ static int tm_event_get(struct sk_buff *request, struct genl_info *info)
 	return genlmsg_reply(skb, info);
 }
 
-static int tm_event_dump(struct sk_buff *skb, struct netlink_callback *cb)
+static int tm_event_dump_start(struct netlink_callback *cb)
 {
 	if (tm_genl_dump_attrs(cb)[TENSORMEM_NL_A_GROUP]) {
 		NL_SET_ERR_MSG(cb->extack, "a dump is of all groups");
 		return -EINVAL;
 	}
 	tm_event_look();
+	return 0;
+}
+
+static int tm_event_dump(struct sk_buff *skb, struct netlink_callback *cb)
+{
 	for (; cb->args[0] < TM_EVENT_GROUPS; cb->args[0]++)
 		if (tm_event_put_state(skb, NETLINK_CB(cb->skb).portid,
 				       cb->nlh->nlmsg_seq, NLM_F_MULTI,
@@ -556,6 +561,7 @@ static const struct genl_ops tm_event_ops[] = {
 	{
 		.cmd = TENSORMEM_NL_CMD_GET,
 		.doit = tm_event_get,
+		.start = tm_event_dump_start,
 		.dumpit = tm_event_dump,
 		.policy = tm_event_get_policy,
 		.maxattr = ARRAY_SIZE(tm_event_get_policy) - 1,
@@ -581,12 +587,12 @@ static struct genl_family tm_event_family __ro_after_init = {
 	.resv_start_op = TENSORMEM_NL_CMD_GET,
 	.mcgrps = tm_event_mcgrps,
 	.n_mcgrps = ARRAY_SIZE(tm_event_mcgrps),
-	TM_GENL_BIND(tm_event_join, tm_event_leave)
 };
 
 /* Context: may sleep. Return: 0 or why there is no such family. */
 int __init tm_events_init(void)
 {
+	tm_genl_bind(&tm_event_family, tm_event_join, tm_event_leave);
 	return genl_register_family(&tm_event_family);
 }
 

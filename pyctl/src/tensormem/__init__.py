@@ -63,7 +63,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from . import gguf, kvfile, safetensors, system
+    from . import gguf, kvfile, netlink, safetensors, system
     from .abi import Kind, Pool
     from .client import Client, Spec, Stats, Tensor, TensorInfo, open
     from .kv import (
@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     )
     from .kvfile import KVFileError
     from .model import Generation, GenerationInfo, Slot, SlotInfo, Staging, slot
+    from .netlink import events
     from .realtime import RTBlock, RTBuffer, RTClient, RTInfo, rt
 
 __version__ = "0.1.0"
@@ -154,6 +155,7 @@ __all__ = [
     "events",
     "gguf",
     "kvfile",
+    "netlink",
     "open",
     "rt",
     "safetensors",
@@ -167,7 +169,7 @@ def __getattr__(name: str) -> Any:
     # of it: what does is imported on first use
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("gguf", "kvfile", "safetensors", "system"):
+    if name in ("gguf", "kvfile", "netlink", "safetensors", "system"):
         return import_module(f".{name}", __name__)
     module = ".kv" if name.startswith("KV") else ".client"
     if name == "KVFileError":

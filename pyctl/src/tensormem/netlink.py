@@ -41,7 +41,8 @@ from . import errors
 from .abi import NL_FAMILY, NL_VERSION, NLAttribute, NLCommand, NLGroup, PressureLevel
 
 __all__ = [
-    "ATTRIBUTES", "BUFFER", "GROUPS", "KINDS", "Event", "Events", "Missed", "State", "events", "kind_name",
+    "ATTRIBUTES", "BUFFER", "GROUPS", "KINDS", "Event", "Events", "Malformed", "Missed", "State",
+    "events", "kind_name",
 ]  # fmt: skip
 
 #: The groups by name.
@@ -303,12 +304,13 @@ class _Socket:
         answer: list[bytes] = []
         while True:
             for kind, data in _split(self._socket.recv(_MOST)):
-                if kind == _ERROR:
-                    number = -struct.unpack_from("=i", data, _NLMSG.size)[0]
+                if kind not in (_ERROR, _DONE):
+                    answer.append(data)
+                    continue
+                number = -struct.unpack_from("=i", data, _NLMSG.size)[0]
+                if number:
                     raise OSError(number, os.strerror(number))
-                if kind == _DONE:
-                    return answer
-                answer.append(data)
+                return answer
             if not dump:
                 return answer
 
