@@ -24,6 +24,7 @@
 
 #include "bandwidth.h"
 #include "client.h"
+#include "event.h"
 #include "trace.h"
 
 /* Longer than a tick and than what a hold costs; shorter than anybody's watchdog. */
@@ -78,6 +79,7 @@ void tm_bandwidth_exceeded(u32 client, s32 cpu, u64 used, u64 budget,
 			   bool throttled)
 {
 	trace_tensormem_bandwidth(client, cpu, used, budget, throttled);
+	tm_event_bandwidth(client, cpu, used, budget, throttled);
 }
 
 /* A new client's meter. */

@@ -22,6 +22,7 @@
 #include <linux/sched/mm.h>
 #include <linux/shrinker.h>
 #include <linux/slab.h>
+#include <net/genetlink.h>
 
 typedef unsigned long (*tm_shrink_fn)(struct shrinker *shrinker,
 				      struct shrink_control *sc);
@@ -260,6 +261,40 @@ static inline vm_fault_t tm_vmf_insert_block(struct vm_fault *vmf,
 	return vmf_insert_pfn_pmd(vmf, page_to_pfn_t(page), false);
 #else
 	return vmf_insert_pfn_pmd(vmf, page_to_pfn(page), false);
+#endif
+}
+
+/* Whether a family is told when somebody joins or leaves one of its groups. */
+#ifdef TM_HAVE_GENL_BIND /* 6.9 */
+#define TM_GENL_TELLS	true
+#else
+#define TM_GENL_TELLS	false
+#endif
+
+/* Have @join told before it, and @leave after it. */
+static inline void tm_genl_bind(struct genl_family *family, int (*join)(int),
+				void (*leave)(int))
+{
+#ifdef TM_HAVE_GENL_BIND
+	family->bind = join;
+	family->unbind = leave;
+#endif
+}
+
+/* What a multicast group says to be for CAP_NET_ADMIN only. */
+#ifdef TM_HAVE_GENL_MCAST_CAP /* 6.7 */
+#define TM_GENL_ADMIN	GENL_MCAST_CAP_NET_ADMIN
+#else
+#define TM_GENL_ADMIN	GENL_UNS_ADMIN_PERM
+#endif
+
+/* The attributes that a dump was asked with. */
+static inline struct nlattr **tm_genl_dump_attrs(struct netlink_callback *cb)
+{
+#ifdef TM_HAVE_GENL_INFO_DUMP /* 6.7 */
+	return genl_info_dump(cb)->attrs;
+#else
+	return genl_dumpit_info(cb)->attrs;
 #endif
 }
 

@@ -7,6 +7,7 @@
 #include <linux/mm.h>
 
 #include "client.h"
+#include "event.h"
 #include "kv.h"
 #include "kv_compact.h"
 #include "kv_memory.h"
@@ -210,6 +211,12 @@ void tm_kv_settle(struct tm_kv *kv)
 	tm_kv_compact_wake(kv);
 }
 
+static void tm_kv_tell_evicted(const struct tm_kv *kv, u64 blocks)
+{
+	trace_tensormem_kv_evict(kv->client->id, kv->id, blocks);
+	tm_event_kv_evicted(kv->client->id, kv->id, blocks);
+}
+
 /*
  * @wanting: after -ENOMEM: chunks to add, or TM_KV_NEVER. Return: what @call does, or
  * -EINTR on a fatal signal.
@@ -227,7 +234,7 @@ static int tm_kv_once(struct tm_kv *kv, tm_kv_call call, void *args, bool evict,
 	err = call(kv, args, evict);
 	evictions = kv->cache.stats.evictions - evictions;
 	if (evictions)
-		trace_tensormem_kv_evict(kv->client->id, kv->id, evictions);
+		tm_kv_tell_evicted(kv, evictions);
 	*wanting = kv->cache.wanting;
 	/* What can never be had is to cost nobody anything. */
 	if (err == -ENOMEM && !tm_kv_possible(kv, *wanting))
@@ -263,6 +270,7 @@ int tm_kv_do(struct tm_kv *kv, tm_kv_call call, void *args)
 			break;
 		if (evict) {
 			err = refusal;
+			tm_event_kv_full(kv->client->id, kv->id, err);
 			break;
 		}
 		refusal = tm_kv_grow(kv, wanting, &added);

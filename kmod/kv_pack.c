@@ -10,6 +10,7 @@
 
 #include "client.h"
 #include "codec.h"
+#include "event.h"
 #include "kv.h"
 #include "kv_memory.h"
 #include "kv_ops.h"
@@ -137,6 +138,17 @@ static int tm_kv_pack_step(struct tm_kv *kv, struct tm_seq_id id, u32 group,
 	return 0;
 }
 
+/* Tell what a whole call did. */
+static void tm_kv_tell_packing(const struct tm_kv *kv, struct tm_seq_id id,
+			       enum tensormem_nl_command kind,
+			       const struct tm_kv_packed *packed)
+{
+	if (packed->blocks)
+		tm_event_kv_packing(kind, kv->client->id, kv->id, id.v,
+				    packed->blocks, packed->before,
+				    packed->after);
+}
+
 /* The largest block of @kv that is packed at all. */
 static u32 tm_kv_pack_most(const struct tm_kv *kv)
 {
@@ -191,6 +203,7 @@ int tm_kv_pack(struct tm_kv *kv, struct tm_seq_id id,
 	int err = tm_kv_pack_all(kv, id, packed);
 
 	tm_kv_settle(kv);
+	tm_kv_tell_packing(kv, id, TENSORMEM_NL_EVENT_KV_PACKED, packed);
 	return err;
 }
 
@@ -242,6 +255,7 @@ int tm_kv_unpack_all(struct tm_kv *kv, struct tm_seq_id id,
 		if (err == -ERANGE)
 			err = 0;
 	}
+	tm_kv_tell_packing(kv, id, TENSORMEM_NL_EVENT_KV_UNPACKED, packed);
 	return err;
 }
 

@@ -16,6 +16,7 @@
 #include <uapi/linux/tensormem.h>
 
 #include "client.h"
+#include "event.h"
 #include "memory.h"
 #include "model.h"
 #include "model_cached.h"
@@ -147,6 +148,14 @@ void tm_model_gen_discard(struct tm_model_gen *gen)
 	kobject_put(&gen->kobj);
 }
 
+/* Tell who listens. Under the slot's lock the order is that of what happened. */
+static void tm_model_tell(const struct tm_model *model,
+			  enum tensormem_nl_command kind, u64 number, u64 size,
+			  int error)
+{
+	tm_event_slot(kind, kobject_name(&model->kobj), number, size, error);
+}
+
 static void tm_model_free(struct tm_model *model, struct tm_slot_dead dead)
 {
 	while (dead.pieces) {
@@ -159,10 +168,14 @@ static void tm_model_free(struct tm_model *model, struct tm_slot_dead dead)
 	while (dead.generations) {
 		struct tm_model_gen *gen = tm_model_gen(dead.generations);
 
+		u64 number = gen->core.number;
+
 		dead.generations = gen->core.next;
 		trace_tensormem_model_retire(kobject_name(&model->kobj),
-					     gen->core.number);
+					     number);
 		tm_model_gen_discard(gen);
+		tm_model_tell(model, TENSORMEM_NL_EVENT_SLOT_RETIRED, number,
+			      0, 0);
 	}
 }
 
@@ -443,6 +456,8 @@ int tm_model_stage(struct tm_model_gen *gen, u64 number,
 			gen->loader = loader;
 			gen->stager = stager;
 			*base = tm_model_base(&model->slot, gen);
+			tm_model_tell(model, TENSORMEM_NL_EVENT_SLOT_STAGED,
+				      number, gen->size, 0);
 		}
 		up_write(&model->lock);
 	}
@@ -506,8 +521,14 @@ void tm_model_fail(struct tm_model_gen *gen, int error)
 	down_write(&model->lock);
 	/* Who stages it will find out. */
 	if (gen->core.number) {
+		/* What fails while it is loaded is told at the end of that. */
+		bool tell = !gen->core.error && !gen->loader;
+
 		tm_slot_fail(&model->slot, &gen->core, error, &model->dead);
 		WRITE_ONCE(gen->usable, -ESTALE);
+		if (tell)
+			tm_model_tell(model, TENSORMEM_NL_EVENT_SLOT_FAILED,
+				      gen->core.number, gen->size, error);
 	}
 	up_write(&model->lock);
 	tm_model_wake(model);
@@ -519,6 +540,18 @@ static void tm_model_publish(struct tm_model_gen *gen)
 	if (!tm_slot_loaded(&gen->model->slot, &gen->core))
 		/* Pairs with tm_model_usable(). */
 		smp_store_release(&gen->usable, 0);
+}
+
+/* Who aborted it has told that. */
+static void tm_model_tell_load(const struct tm_model_gen *gen)
+{
+	int error = gen->core.error;
+
+	if (error != -ECANCELED)
+		tm_model_tell(gen->model,
+			      error ? TENSORMEM_NL_EVENT_SLOT_FAILED :
+				      TENSORMEM_NL_EVENT_SLOT_READY,
+			      gen->core.number, gen->size, error);
 }
 
 /**
@@ -545,6 +578,7 @@ void tm_model_finish(struct tm_model_gen *gen, struct tm_model_gen *base,
 	tm_model_spoil(gen);
 	trace_tensormem_model_load(kobject_name(&model->kobj), gen->core.number,
 				   gen->size, gen->core.error);
+	tm_model_tell_load(gen);
 	if (base)
 		tm_slot_release(&model->slot, &base->core, &model->dead);
 	tm_slot_release(&model->slot, &gen->core, &model->dead);
@@ -610,8 +644,11 @@ void tm_model_release(struct tm_model_gen *gen, const struct file *file)
 		abort = tm_model_forsaken(gen) &&
 			!tm_slot_abort(&model->slot, number, &model->dead);
 	}
-	if (abort)
+	if (abort) {
 		tm_model_spoil(gen);
+		tm_model_tell(model, TENSORMEM_NL_EVENT_SLOT_ABORTED, number,
+			      0, 0);
+	}
 	tm_slot_release(&model->slot, &gen->core, &model->dead);
 	tm_model_unlock(model);
 	if (abort) {
@@ -637,6 +674,9 @@ int tm_model_commit(struct tm_model *model, u64 number)
 	if (down_write_killable(&model->lock))
 		return -EINTR;
 	err = tm_slot_commit(&model->slot, number, &model->dead);
+	if (!err)
+		tm_model_tell(model, TENSORMEM_NL_EVENT_SLOT_COMMITTED, number,
+			      0, 0);
 	tm_model_unlock_later(model);
 	if (err)
 		return err;
@@ -663,8 +703,11 @@ int tm_model_abort(struct tm_model *model, u64 number)
 		return -EINTR;
 	staged = model->slot.staged;
 	err = tm_slot_abort(&model->slot, number, &model->dead);
-	if (!err)
+	if (!err) {
 		tm_model_spoil(tm_model_gen(staged));
+		tm_model_tell(model, TENSORMEM_NL_EVENT_SLOT_ABORTED, number,
+			      0, 0);
+	}
 	tm_model_unlock(model);
 	if (err)
 		return err;
@@ -687,6 +730,9 @@ int tm_model_rollback(struct tm_model *model, u64 number)
 	if (down_write_killable(&model->lock))
 		return -EINTR;
 	err = tm_slot_rollback(&model->slot, number, &model->dead);
+	if (!err)
+		tm_model_tell(model, TENSORMEM_NL_EVENT_SLOT_ROLLED_BACK,
+			      model->slot.active->number, 0, 0);
 	tm_model_unlock_later(model);
 	if (err)
 		return err;
@@ -715,6 +761,8 @@ int tm_model_remove(struct tm_model *model)
 		err = -ENOENT;
 	else
 		tm_slot_remove(&model->slot, &model->dead);
+	if (!err)
+		tm_model_tell(model, TENSORMEM_NL_EVENT_SLOT_REMOVED, 0, 0, 0);
 	if (!err && staged)
 		tm_model_spoil(tm_model_gen(staged));
 	up_write(&model->lock);

@@ -6,6 +6,7 @@
 #include "board.h"
 #include "client.h"
 #include "device.h"
+#include "event.h"
 #include "model.h"
 #include "packer.h"
 #include "pages.h"
@@ -24,9 +25,12 @@ static int __init tm_init(void)
 	int err;
 
 	tm_board_init();
-	err = tm_pages_init();
+	err = tm_events_init();
 	if (err)
 		return err;
+	err = tm_pages_init();
+	if (err)
+		goto err_events;
 	err = tm_runcache_init();
 	if (err)
 		goto err_pages;
@@ -67,6 +71,8 @@ err_runcache:
 	tm_runcache_exit();
 err_pages:
 	tm_pages_exit();
+err_events:
+	tm_events_exit();
 	return err;
 }
 
@@ -88,6 +94,7 @@ static void __exit tm_exit(void)
 	tm_clients_exit();
 	tm_runcache_exit();
 	tm_pages_exit();
+	tm_events_exit();
 }
 
 module_init(tm_init);

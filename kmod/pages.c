@@ -40,11 +40,12 @@
  *
  * For bandwidth, beside all others: tm_core_setting, the lock of CPU hotplug, tm_core_mutex
  * (bandwidth_core.c); tm_spare.lock is raw, and taken in hard interrupts.
+ * tm_event_mutex (one who sends events, event.c) is held while messages are allocated and sent, and taken with no lock of ours.
  *
  * The last of the first list is a spinlock held for a bounded number of steps; no page
  * or slab allocator is called under it. These stand alone, nothing is taken inside them:
  * tm_client::lock (a client's quota), tm_smalls::lock (its slabs), tm_park_lock,
- * tm_quarantine_lock, tm_runcache::lock. None of these runs in interrupt context.
+ * tm_quarantine_lock, tm_runcache::lock, tm_event_lock. None of these runs in interrupt context.
  */
 #include <linux/err.h>
 #include <linux/gfp.h>

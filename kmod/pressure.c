@@ -37,6 +37,7 @@
 
 #include "args.h"
 #include "compat.h"
+#include "event.h"
 #include "kv_relief.h"
 #include "pages.h"
 #include "park.h"
@@ -226,6 +227,7 @@ static void tm_pressure_update(u64 given)
 		return;
 	WRITE_ONCE(tm_pressure.level, level);
 	trace_tensormem_pressure_level(level, available, given);
+	tm_event_pressure(level, available, given);
 	if (tm_pressure.device)
 		sysfs_notify(tm_pressure.device, tm_pressure_group.name,
 			     "level");

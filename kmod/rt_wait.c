@@ -13,6 +13,7 @@
 #include <linux/string.h>
 
 #include "bandwidth.h"
+#include "event.h"
 #include "rt.h"
 #include "trace.h"
 
@@ -213,6 +214,7 @@ int tm_rt_user_wait(struct tm_rt_user *user, u32 size, u32 flags, ktime_t start,
 	} else if (err == -ETIMEDOUT) {
 		tm_rt_count_time(user->times.missed, had);
 		trace_tensormem_rt_miss(user->id, bytes, had);
+		tm_event_rt_miss(user->id, task_pid_nr(current), bytes, had);
 	}
 	return err;
 }

@@ -50,7 +50,8 @@ def _constants_in_header() -> list[str]:
 
 def test_every_string_of_the_header() -> None:
     strings = dict(re.findall(r'^#define\s+TENSORMEM_(\w+)\s+"(.*)"', HEADER.read_text(), re.M))
-    assert {"DEVICE": DEFAULT_PATH} | strings == {"DEVICE": DEFAULT_PATH}
+    ours = {"DEVICE": DEFAULT_PATH, "NL_FAMILY": abi.NL_FAMILY}
+    assert {"DEVICE": DEFAULT_PATH} | strings == ours
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +114,12 @@ def test_every_constant_of_the_header(compiled: dict[str, int]) -> None:
     for enum in (abi.ModelState, abi.OpenFlag, abi.StageFlag):
         ours |= {f"TENSORMEM_MODEL_{m.name}": int(m) for m in enum}
     ours |= {f"TENSORMEM_RT_{f.name}": int(f) for f in abi.RTFlag}
-    ours |= {f"TENSORMEM_PRESSURE_{p.name}": int(p) for p in abi.PressureLevel}
     ours |= {f"TENSORMEM_RELIEF_{r.name}": int(r) for r in abi.Relief}
+    ours |= {f"TENSORMEM_NL_GROUP_{g.name}": int(g) for g in abi.NLGroup}
+    ours |= {f"TENSORMEM_NL_{c.name}": int(c) for c in abi.NLCommand}
+    ours |= {f"TENSORMEM_NL_A_{a.name}": int(a) for a in abi.NLAttribute}
+    ours |= {f"TENSORMEM_PRESSURE_{p.name}": int(p) for p in abi.PressureLevel}
+    ours["TENSORMEM_NL_VERSION"] = abi.NL_VERSION
     ours |= {
         f"TENSORMEM_{name}": value
         for name, value in vars(abi).items()

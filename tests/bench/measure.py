@@ -106,6 +106,13 @@ BENCHES = {
             "late-returns": Spec("try, sleep 100 us, try again", 0, "returns", "ours"),
         },
     ),
+    "monitor": Bench(
+        programs=(),
+        guest=("--memory", "1G"),
+        rows={
+            "netlink-idle": Spec("asking netlink who listens", 50, bounded="ours"),
+        },
+    ),
 }
 
 #: What a boot's benchmark has beside it: calls of the core, on this machine.

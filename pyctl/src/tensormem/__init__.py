@@ -63,7 +63,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from . import gguf, kvfile, safetensors, system
+    from . import gguf, kvfile, netlink, safetensors, system
     from .abi import Kind, Pool
     from .arena import Arena
     from .client import Client, Spec, Stats, Tensor, TensorInfo, open
@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     )
     from .kvfile import KVFileError
     from .model import Generation, GenerationInfo, Slot, SlotInfo, Staging, slot
+    from .netlink import events
     from .realtime import RTBlock, RTBuffer, RTClient, RTInfo, rt
 
 __version__ = "0.1.0"
@@ -153,8 +154,10 @@ __all__ = [
     "TooManyTokens",
     "WindowFull",
     "WrongContents",
+    "events",
     "gguf",
     "kvfile",
+    "netlink",
     "open",
     "rt",
     "safetensors",
@@ -168,7 +171,7 @@ def __getattr__(name: str) -> Any:
     # of it: what does is imported on first use
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("gguf", "kvfile", "safetensors", "system"):
+    if name in ("gguf", "kvfile", "netlink", "safetensors", "system"):
         return import_module(f".{name}", __name__)
     module = ".kv" if name.startswith("KV") else ".client"
     if name == "KVFileError":
@@ -177,6 +180,8 @@ def __getattr__(name: str) -> Any:
         module = ".arena"
     elif name in ("Generation", "GenerationInfo", "Slot", "SlotInfo", "Staging", "slot"):
         module = ".model"
+    elif name == "events":
+        module = ".netlink"
     elif name in ("RTBlock", "RTBuffer", "RTClient", "RTInfo", "rt"):
         module = ".realtime"
     value = globals()[name] = getattr(import_module(module, __name__), name)

@@ -66,6 +66,8 @@ __all__ = [
     "KV_PEEK",
     "KV_UNPACK",
     "MODEL_NAME",
+    "NL_FAMILY",
+    "NL_VERSION",
     "RELIEF_STEPS",
     "RT_MAX_BATCH",
     "RT_MAX_CLASSES",
@@ -106,6 +108,9 @@ __all__ = [
     "ModelStage",
     "ModelState",
     "ModelWhich",
+    "NLAttribute",
+    "NLCommand",
+    "NLGroup",
     "Numa",
     "OpenFlag",
     "Pool",
@@ -191,6 +196,67 @@ class KVEventType(IntEnum):
     CLEARED = 3
 
 
+class NLGroup(IntEnum):
+    """``enum tensormem_nl_group``: a multicast group has the name in lower case."""
+
+    SLOTS = 0
+    RT = 1
+    KV = 2
+    PRESSURE = 3
+    BANDWIDTH = 4
+
+
+class NLCommand(IntEnum):
+    """``enum tensormem_nl_command``: what a netlink message is."""
+
+    CMD_GET = 1
+    EVENT_MISSED = 2
+    EVENT_SLOT_STAGED = 3
+    EVENT_SLOT_READY = 4
+    EVENT_SLOT_FAILED = 5
+    EVENT_SLOT_COMMITTED = 6
+    EVENT_SLOT_ROLLED_BACK = 7
+    EVENT_SLOT_ABORTED = 8
+    EVENT_SLOT_RETIRED = 9
+    EVENT_SLOT_REMOVED = 10
+    EVENT_RT_MISS = 11
+    EVENT_KV_EVICTED = 12
+    EVENT_KV_PACKED = 13
+    EVENT_KV_UNPACKED = 14
+    EVENT_KV_FULL = 15
+    EVENT_PRESSURE = 16
+    EVENT_BANDWIDTH = 17
+
+
+class NLAttribute(IntEnum):
+    """``enum tensormem_nl_attribute``."""
+
+    GROUP = 1
+    PAD = 2
+    SEQ = 3
+    MISSED = 4
+    TIME = 5
+    SLOT = 6
+    GENERATION = 7
+    SIZE = 8
+    ERROR = 9
+    CLIENT = 10
+    PID = 11
+    HAD = 12
+    CACHE = 13
+    SEQUENCE = 14
+    BLOCKS = 15
+    BEFORE = 16
+    AFTER = 17
+    LEVEL = 18
+    AVAILABLE = 19
+    GIVEN = 20
+    CPU = 21
+    USED = 22
+    BUDGET = 23
+    THROTTLED = 24
+
+
 class PressureLevel(IntEnum):
     """``enum tensormem_pressure_level``."""
 
@@ -260,6 +326,10 @@ RELIEF_STEPS = 3
 
 #: Bytes for a slot's name with its final 0.
 MODEL_NAME = 64
+
+#: The generic netlink family of events.
+NL_FAMILY = "tensormem"
+NL_VERSION = 1
 
 #: Bytes of a SHA-256.
 SHA256 = 32

@@ -1211,6 +1211,92 @@ enum tensormem_pressure_level {
 	TENSORMEM_PRESSURE_CRITICAL	= 2,
 };
 
+/*
+ * Events, by generic netlink: family TENSORMEM_NL_FAMILY, in the initial network namespace, because slots and clients are
+ * the machine's. docs/netlink/tensormem.yaml describes it for programs.
+ *
+ * A group is joined by its name (NETLINK_ADD_MEMBERSHIP). "pressure" and "bandwidth" say who is to take less and are open to
+ * everybody; "slots", "rt" and "kv" tell what others do, so joining them takes CAP_NET_ADMIN (EPERM).
+ *
+ * Each group numbers its events from 1 without a gap (SEQ), so what did not arrive can be told exactly: because the reader's socket was
+ * full (ENOBUFS from recv(2)), or because more events came at once than the module keeps. These have numbers, too, and are
+ * told: in MISSED of the group's next event, or by EVENT_MISSED, whose SEQ is that of the last of them.
+ * CMD_GET says which number was given last: whatever has it or a lower one has arrived by then, or never will.
+ *
+ * What happens while nobody has joined a group has no number. Whoever joined is heard at once when setsockopt(2) returns; should that call
+ * be held up for ten seconds within the kernel, then from the next CMD_GET on.
+ */
+#define TENSORMEM_NL_FAMILY	"tensormem"
+#define TENSORMEM_NL_VERSION	1
+
+/* In the order of the names of the multicast groups: slots, rt, kv, pressure, bandwidth. */
+enum tensormem_nl_group {
+	TENSORMEM_NL_GROUP_SLOTS	= 0,
+	TENSORMEM_NL_GROUP_RT		= 1,
+	TENSORMEM_NL_GROUP_KV		= 2,
+	TENSORMEM_NL_GROUP_PRESSURE	= 3,
+	TENSORMEM_NL_GROUP_BANDWIDTH	= 4,
+};
+
+/*
+ * CMD_GET: with GROUP, the state of that group; as a dump, without, that of all. The answer has GROUP, SEQ, MISSED (ever, by
+ * the module) and, of "pressure", LEVEL. ERANGE for no such group, EINVAL for any other attribute.
+ *
+ * Events have SEQ, TIME and, when some were lost before it, MISSED; and what stands here.
+ */
+enum tensormem_nl_command {
+	TENSORMEM_NL_CMD_GET			= 1,
+
+	TENSORMEM_NL_EVENT_MISSED		= 2,	/* GROUP; has no number of its own */
+
+	TENSORMEM_NL_EVENT_SLOT_STAGED		= 3,	/* SLOT, GENERATION, SIZE */
+	TENSORMEM_NL_EVENT_SLOT_READY		= 4,	/* SLOT, GENERATION, SIZE */
+	TENSORMEM_NL_EVENT_SLOT_FAILED		= 5,	/* SLOT, GENERATION, SIZE, ERROR */
+	TENSORMEM_NL_EVENT_SLOT_COMMITTED	= 6,	/* SLOT, GENERATION */
+	TENSORMEM_NL_EVENT_SLOT_ROLLED_BACK	= 7,	/* SLOT, GENERATION: the active one now */
+	TENSORMEM_NL_EVENT_SLOT_ABORTED		= 8,	/* SLOT, GENERATION */
+	TENSORMEM_NL_EVENT_SLOT_RETIRED		= 9,	/* SLOT, GENERATION: its memory has been freed */
+	TENSORMEM_NL_EVENT_SLOT_REMOVED		= 10,	/* SLOT */
+
+	TENSORMEM_NL_EVENT_RT_MISS		= 11,	/* CLIENT (as in sysfs), PID, SIZE, HAD */
+
+	TENSORMEM_NL_EVENT_KV_EVICTED		= 12,	/* CLIENT, CACHE, BLOCKS: cached ones, by one call */
+	TENSORMEM_NL_EVENT_KV_PACKED		= 13,	/* CLIENT, CACHE, SEQUENCE, BLOCKS, BEFORE, AFTER */
+	TENSORMEM_NL_EVENT_KV_UNPACKED		= 14,	/* likewise; not what single touches unpack */
+	TENSORMEM_NL_EVENT_KV_FULL		= 15,	/* CLIENT, CACHE, ERROR: a call had no memory */
+
+	TENSORMEM_NL_EVENT_PRESSURE		= 16,	/* LEVEL, AVAILABLE, GIVEN */
+
+	TENSORMEM_NL_EVENT_BANDWIDTH		= 17,	/* CLIENT or CPU, USED, BUDGET, THROTTLED */
+};
+
+enum tensormem_nl_attribute {
+	TENSORMEM_NL_A_GROUP		= 1,	/* u32: enum tensormem_nl_group */
+	TENSORMEM_NL_A_PAD		= 2,
+	TENSORMEM_NL_A_SEQ		= 3,	/* u64 */
+	TENSORMEM_NL_A_MISSED		= 4,	/* u64 */
+	TENSORMEM_NL_A_TIME		= 5,	/* u64: ns of CLOCK_MONOTONIC */
+	TENSORMEM_NL_A_SLOT		= 6,	/* string */
+	TENSORMEM_NL_A_GENERATION	= 7,	/* u64 */
+	TENSORMEM_NL_A_SIZE		= 8,	/* u64: bytes */
+	TENSORMEM_NL_A_ERROR		= 9,	/* u32: an errno as above */
+	TENSORMEM_NL_A_CLIENT		= 10,	/* u32: its number; of a bandwidth event, 0 for a core's */
+	TENSORMEM_NL_A_PID		= 11,	/* u32: the task that waited */
+	TENSORMEM_NL_A_HAD		= 12,	/* u64: ns that it had */
+	TENSORMEM_NL_A_CACHE		= 13,	/* u32: number of the KV cache */
+	TENSORMEM_NL_A_SEQUENCE		= 14,	/* u32: as in TENSORMEM_IOC_KV_OPEN */
+	TENSORMEM_NL_A_BLOCKS		= 15,	/* u64 */
+	TENSORMEM_NL_A_BEFORE		= 16,	/* u64: bytes */
+	TENSORMEM_NL_A_AFTER		= 17,	/* u64: bytes */
+	TENSORMEM_NL_A_LEVEL		= 18,	/* u32: enum tensormem_pressure_level */
+	TENSORMEM_NL_A_AVAILABLE	= 19,	/* u64: bytes that the system has left */
+	TENSORMEM_NL_A_GIVEN		= 20,	/* u64: bytes that the module gave back for it */
+	TENSORMEM_NL_A_CPU		= 21,	/* s32: whose traffic; -1 for a client's */
+	TENSORMEM_NL_A_USED		= 22,	/* u64: bytes */
+	TENSORMEM_NL_A_BUDGET		= 23,	/* u64: bytes */
+	TENSORMEM_NL_A_THROTTLED	= 24,	/* u32: 1 when it is made to wait */
+};
+
 #define TENSORMEM_IOC_MAGIC		0xB7
 
 #define TENSORMEM_IOC_INFO		_IOWR(TENSORMEM_IOC_MAGIC, 0x00, struct tensormem_info)
