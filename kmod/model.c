@@ -21,6 +21,7 @@
 #include "model_cached.h"
 #include "model_inode.h"
 #include "model_sysfs.h"
+#include "model_watch.h"
 #include "pages.h"
 #include "quarantine.h"
 #include "trace.h"
@@ -214,14 +215,14 @@ static void tm_model_wake(struct tm_model *model)
  */
 int __init tm_models_init(void)
 {
-	int err = tm_model_cached_init();
+	int err = tm_model_watch_init();
 
 	if (err)
 		return err;
 	tm_model_queue = alloc_workqueue("tensormem-model", WQ_UNBOUND, 0);
 	if (tm_model_queue)
 		return 0;
-	tm_model_cached_exit();
+	tm_model_watch_exit();
 	return -ENOMEM;
 }
 
@@ -229,7 +230,7 @@ int __init tm_models_init(void)
 void tm_models_exit(void)
 {
 	destroy_workqueue(tm_model_queue);
-	tm_model_cached_exit();
+	tm_model_watch_exit();
 }
 
 /**

@@ -22,7 +22,7 @@
  *
  *   tm_models_mutex             their names (model.c)
  *   tm_model::staging           one stage at a time (model.c)
- *   tm_model_cached::lock       which generation a file is behind (model_cached.c)
+ *   tm_model_watch::lock        which generation a file is behind (model_watch.c)
  *   tm_model::lock              a slot and its generations (model.c)
  *
  * Their folders in sysfs are made and taken away under the first two at most: who reads
