@@ -307,6 +307,8 @@ static u64 tm_model_evict_some(const struct tm_model_evict_scope *scope,
 /* Unmap what would be next, so that its use is seen. */
 static void tm_model_evict_age(u64 bytes)
 {
+	/* What faults meanwhile makes others the next: not for ever. */
+	u64 rounds = (bytes >> TM_CHUNK_SHIFT) + 1;
 	struct tm_model_piece *piece;
 
 	do {
@@ -322,7 +324,7 @@ static void tm_model_evict_age(u64 bytes)
 		}
 		mutex_unlock(&tm_model_evict_mutex);
 		cond_resched();
-	} while (piece && !fatal_signal_pending(current));
+	} while (piece && --rounds);
 }
 
 static u64 tm_model_evict_and_age(const struct tm_model_evict_scope *scope,
