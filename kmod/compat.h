@@ -234,6 +234,13 @@ static inline void vm_flags_mod(struct vm_area_struct *vma, vm_flags_t set,
 }
 #endif
 
+#ifndef TM_HAVE_RELEASE_FAULT_LOCK /* 6.6 */
+static inline void release_fault_lock(struct vm_fault *vmf)
+{
+	mmap_read_unlock(vmf->vma->vm_mm);
+}
+#endif
+
 /* mmap's own choice of an address: mm_get_unmapped_area() has changed twice. */
 static inline unsigned long
 tm_get_unmapped_area(struct file *file, unsigned long address,

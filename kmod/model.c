@@ -20,8 +20,10 @@
 #include "memory.h"
 #include "model.h"
 #include "model_cached.h"
+#include "model_evict.h"
 #include "model_inode.h"
 #include "model_sysfs.h"
+#include "model_watch.h"
 #include "pages.h"
 #include "quarantine.h"
 #include "trace.h"
@@ -45,6 +47,12 @@ void tm_model_totals(struct tm_model_totals *totals)
 	totals->held = (u64)atomic64_read(&tm_nr_model_pages) << PAGE_SHIFT;
 }
 
+/* Pages of pieces have been taken, or given back. Context: any. */
+void tm_model_count_held(s64 pages)
+{
+	atomic64_add(pages, &tm_nr_model_pages);
+}
+
 /**
  * tm_model_piece_create - make a piece of memory that has been filled
  * @client: who is charged for it
@@ -55,22 +63,26 @@ void tm_model_totals(struct tm_model_totals *totals)
 struct tm_model_piece *tm_model_piece_create(struct tm_client *client,
 					     struct tm_memory *memory)
 {
-	struct tm_model_piece *piece = kmalloc(sizeof(*piece), TM_GFP);
+	struct tm_model_piece *piece = kzalloc(sizeof(*piece), TM_GFP);
 
 	if (!piece)
 		return NULL;
 	tm_piece_init(&piece->core, memory->nr_pages);
 	piece->memory = memory;
 	piece->client = tm_client_get(client);
-	atomic64_add(memory->nr_pages, &tm_nr_model_pages);
+	INIT_LIST_HEAD(&piece->lru);
+	tm_model_count_held(memory->nr_pages);
 	return piece;
 }
 
 /* Context: may sleep; no generation has it, so none of its pages is mapped. */
 void tm_model_piece_destroy(struct tm_model_piece *piece)
 {
-	atomic64_sub(piece->core.pages, &tm_nr_model_pages);
-	tm_quarantine_put(piece->client, piece->memory);
+	tm_model_evict_leave(piece);
+	if (piece->memory) {
+		tm_model_count_held(-(s64)piece->core.pages);
+		tm_quarantine_put(piece->client, piece->memory);
+	}
 	tm_client_put(piece->client);
 	kfree(piece);
 }
@@ -141,6 +153,8 @@ void tm_model_gen_discard(struct tm_model_gen *gen)
 		kobject_del(&gen->kobj);
 	if (gen->cached)
 		tm_model_cached_destroy(gen->cached);
+	if (gen->evict)
+		tm_model_evict_destroy(gen->evict);
 	kvfree(gen->core.piece);
 	tm_model_inode_put(gen->inode);
 	tm_client_put(gen->client);
@@ -158,6 +172,11 @@ static void tm_model_tell(const struct tm_model *model,
 
 static void tm_model_free(struct tm_model *model, struct tm_slot_dead dead)
 {
+	/* Before its pieces go: nobody is to bring one in. */
+	for (struct tm_generation *core = dead.generations; core;
+	     core = core->next)
+		if (tm_model_gen(core)->evict)
+			tm_model_evict_end(tm_model_gen(core)->evict);
 	while (dead.pieces) {
 		struct tm_piece *piece = dead.pieces;
 
@@ -227,14 +246,14 @@ static void tm_model_wake(struct tm_model *model)
  */
 int __init tm_models_init(void)
 {
-	int err = tm_model_cached_init();
+	int err = tm_model_watch_init();
 
 	if (err)
 		return err;
 	tm_model_queue = alloc_workqueue("tensormem-model", WQ_UNBOUND, 0);
 	if (tm_model_queue)
 		return 0;
-	tm_model_cached_exit();
+	tm_model_watch_exit();
 	return -ENOMEM;
 }
 
@@ -242,7 +261,7 @@ int __init tm_models_init(void)
 void tm_models_exit(void)
 {
 	destroy_workqueue(tm_model_queue);
-	tm_model_cached_exit();
+	tm_model_watch_exit();
 }
 
 /**
@@ -411,11 +430,16 @@ int tm_model_may_stage(struct tm_model *model)
 	return err;
 }
 
-/* What a load may share with, held for it; NULL: nothing. */
+/*
+ * What a load may share with, held for it; NULL: nothing. What is evictable neither takes nor
+ * lends: a piece would have to come back for readers of a generation whose file has gone.
+ */
 static struct tm_model_gen *tm_model_base(struct tm_slot *slot,
 					  const struct tm_model_gen *gen)
 {
-	if (!slot->active || !slot->active->nr_pieces || !gen->core.max_pieces)
+	if (!slot->active || !slot->active->nr_pieces ||
+	    !gen->core.max_pieces || gen->evict ||
+	    tm_model_gen(slot->active)->evict)
 		return NULL;
 	tm_slot_hold(slot, slot->active);
 	return tm_model_gen(slot->active);
@@ -537,9 +561,12 @@ void tm_model_fail(struct tm_model_gen *gen, int error)
 /* All of @gen is loaded. */
 static void tm_model_publish(struct tm_model_gen *gen)
 {
-	if (!tm_slot_loaded(&gen->model->slot, &gen->core))
-		/* Pairs with tm_model_usable(). */
-		smp_store_release(&gen->usable, 0);
+	if (tm_slot_loaded(&gen->model->slot, &gen->core))
+		return;
+	if (gen->evict)
+		tm_model_evict_join(gen);
+	/* Pairs with tm_model_usable(). */
+	smp_store_release(&gen->usable, 0);
 }
 
 /* Who aborted it has told that. */
@@ -795,6 +822,7 @@ int tm_model_remove(struct tm_model *model)
 void tm_model_usage(struct tm_model_gen *gen, struct tm_slot_usage *usage)
 {
 	struct tm_model *model = gen->model;
+	struct tm_model_evict_stats stats;
 
 	down_write(&model->lock);
 	/* What nobody has any more is nobody's share either. */
@@ -802,4 +830,6 @@ void tm_model_usage(struct tm_model_gen *gen, struct tm_slot_usage *usage)
 	downgrade_write(&model->lock);
 	tm_slot_usage(&model->slot, &gen->core, usage);
 	up_read(&model->lock);
+	tm_model_evict_gen_stats(gen, &stats);
+	usage->own -= min(usage->own, stats.evicted >> PAGE_SHIFT);
 }

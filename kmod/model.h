@@ -19,6 +19,8 @@ struct task_struct;
 struct tm_client;
 struct tm_memory;
 struct tm_model_cached;
+struct tm_model_evict;
+struct tm_model_gen;
 
 /**
  * struct tm_model - a model slot
@@ -50,11 +52,29 @@ struct tm_model {
  * @core: who has it
  * @memory: a whole chunk, or the runs of a tail
  * @client: who pays for it
+ *
+ * Of an evictable generation (model_evict.c):
+ * @gen: which, once it is loaded; else NULL
+ * @index: where in it
+ * @crc: of its bytes
+ * @mapped: somebody may have it mapped; under the invalidate_lock of the generation's inode
+ * @pins: who reads it right now; more only under that lock
+ * @coming: a bit for who brings it in
+ * @lru: in order of use while it is in memory and may go
+ *
+ * There @memory is NULL while the piece is in its file only, and changes under that lock.
  */
 struct tm_model_piece {
 	struct tm_piece core;
 	struct tm_memory *memory;
 	struct tm_client *client;
+	struct tm_model_gen *gen;
+	u32 index;
+	u32 crc;
+	bool mapped;
+	atomic_t pins;
+	unsigned long coming;
+	struct list_head lru;
 };
 
 /**
@@ -66,6 +86,7 @@ struct tm_model_piece {
  * @client: who pays for what it does not share
  * @inode: that of all its descriptors
  * @cached: its file, or NULL when it is resident
+ * @evict: what makes it evictable, or NULL
  * @size: bytes of the model
  * @flags: TENSORMEM_MODEL_CACHED and the others it was staged with
  * @loaded: bytes of it that are loaded; written by its loader
@@ -82,6 +103,7 @@ struct tm_model_gen {
 	struct tm_client *client;
 	struct inode *inode;
 	struct tm_model_cached *cached;
+	struct tm_model_evict *evict;
 	u64 size;
 	u32 flags;
 	u64 loaded;
@@ -130,6 +152,7 @@ void tm_model_totals(struct tm_model_totals *totals);
 struct tm_model_piece *tm_model_piece_create(struct tm_client *client,
 					     struct tm_memory *memory);
 void tm_model_piece_destroy(struct tm_model_piece *piece);
+void tm_model_count_held(s64 pages);
 struct tm_model_gen *tm_model_gen_create(struct tm_model *model,
 					 struct tm_client *client, u64 size,
 					 u32 flags);

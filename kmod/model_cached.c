@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A cached generation: a part of a file, mapped from the page cache.
- *
- * A read lease makes the kernel tell us before anybody opens the file for writing or
- * truncates it, and makes him wait until we let go of it. By then no mapping of ours shows
- * the file any more: what comes to be of it is not seen.
+ * A cached generation: a part of a file, mapped from the page cache as long as the
+ * watch over it holds.
  *
  * That faults must not map what is being unmapped is seen to by the fence. They insert
  * their pages themselves, under it and if the lease holds; whoever breaks the lease says so,
@@ -13,203 +10,59 @@
  * kernel's means for that may map a whole folio as a block, as which it takes it out again
  * in another way, because these areas are VM_MIXEDMAP.
  */
-#include <linux/cred.h>
 #include <linux/err.h>
 #include <linux/file.h>
 #include <linux/fs.h>
-#include <linux/magic.h>
 #include <linux/mm.h>
-#include <linux/mutex.h>
 #include <linux/pagemap.h>
 #include <linux/rwsem.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
-#include <linux/time64.h>
 #include <linux/uio.h>
-#include <linux/workqueue.h>
 
 #include "compat.h"
 #include "model.h"
 #include "model_cached.h"
+#include "model_watch.h"
 #include "pages.h"
 #include "vm.h"
 
 /**
- * struct tm_model_cached - the file behind a generation
- * @file: our own descriptor of it: the stager's locks and modes are not ours
- * @offset: of the model in it; a multiple of the page size
- * @size: bytes of the model
- * @file_size: bytes of the file when it was staged
- * @mtime: when it had been changed last by then
- * @broken: somebody waits to write, or has; set once
+ * struct tm_model_cached - the file behind a cached generation
+ * @watch: it; the model's offset in it is a multiple of the page size
  * @fence: faults insert pages under it for reading
  * @vm_ops: the file system's, once it is mapped
- * @breaking: lets go of the file
- * @closing: the same, for good
- * @lock: guards @gen
- * @gen: the generation, or NULL when it is gone
  */
 struct tm_model_cached {
-	struct file *file;
-	u64 offset;
-	u64 size;
-	loff_t file_size;
-	struct timespec64 mtime;
-	bool broken;
+	struct tm_model_watch watch;
 	struct rw_semaphore fence;
 	const struct vm_operations_struct *vm_ops;
-	struct work_struct breaking;
-	struct work_struct closing;
-	struct mutex lock;
-	struct tm_model_gen *gen;
 };
 
-/*
- * Of its own: what is done here is waited for by those who free generations, also from
- * the queue of slots.
- */
-static struct workqueue_struct *tm_model_cached_queue;
-
-/* The file's lease goes; from then on nobody tells us of writers. Only for kernel threads. */
-static void tm_model_cached_let_go(struct tm_model_cached *cached)
-{
-	void *owner = cached;
-
-	/* It may be gone: nothing else can be wrong. */
-	if (vfs_setlease(cached->file, F_UNLCK, NULL, &owner))
-		return;
-}
-
-static void tm_model_cached_break_work(struct work_struct *work)
+/* Its mappings are emptied: from then on a touch raises SIGBUS. */
+static void tm_model_cached_broke(struct tm_model_watch *watch,
+				  struct tm_model_gen *gen)
 {
 	struct tm_model_cached *cached =
-		container_of(work, struct tm_model_cached, breaking);
+		container_of(watch, struct tm_model_cached, watch);
 
 	/* Who comes after this sees that it is broken. */
 	down_write(&cached->fence);
 	up_write(&cached->fence);
 	/* Not copies that others have made of their own mappings of the file. */
-	unmap_mapping_range(cached->file->f_mapping, cached->offset,
-			    cached->size, 0);
-	mutex_lock(&cached->lock);
-	if (cached->gen)
-		tm_model_fail(cached->gen, -ETXTBSY);
-	mutex_unlock(&cached->lock);
-	tm_model_cached_let_go(cached);
-}
-
-static void tm_model_cached_close_work(struct work_struct *work)
-{
-	struct tm_model_cached *cached =
-		container_of(work, struct tm_model_cached, closing);
-
-	tm_model_cached_let_go(cached);
-	/* Without a lease nobody queues it any more. */
-	cancel_work_sync(&cached->breaking);
-	/* Now: who lets go of a generation may unmount next. */
-	__fput_sync(cached->file);
-}
-
-/* Context: may sleep. Return: 0 or -ENOMEM. */
-int __init tm_model_cached_init(void)
-{
-	tm_model_cached_queue = alloc_workqueue("tensormem-lease", WQ_UNBOUND,
-						0);
-	return tm_model_cached_queue ? 0 : -ENOMEM;
-}
-
-/* Context: may sleep; there is no generation any more. */
-void tm_model_cached_exit(void)
-{
-	destroy_workqueue(tm_model_cached_queue);
-}
-
-/* Return: 0, or why nobody can say when the file changes. */
-static int tm_model_cached_supported(const struct file *file)
-{
-	const struct inode *inode = file_inode(file);
-	const struct super_block *sb = inode->i_sb;
-	bool disk = sb->s_type->fs_flags & FS_REQUIRES_DEV;
-
-	if (!S_ISREG(inode->i_mode) || !tm_file_can_mmap(file) || IS_DAX(inode))
-		return -EOPNOTSUPP;
-	/*
-	 * Those on a disk of this machine, and tmpfs. Not what shows other files (overlayfs),
-	 * makes up contents (sysfs), or asks others for them (FUSE, also of a disk).
-	 */
-	if (sb->s_magic == FUSE_SUPER_MAGIC ||
-	    (!disk && sb->s_magic != TMPFS_MAGIC))
-		return -EOPNOTSUPP;
-	/*
-	 * Nobody counts who has a memfd open for writing, nor a file of the kernel's own;
-	 * those are on mounts that no user can see.
-	 */
-	return sb->s_flags & SB_NOUSER ? -EOPNOTSUPP : 0;
-}
-
-/*
- * Whether the file is as it was. The lease tells of writers beforehand; but who comes
- * through a file system above (truncate(2) on overlayfs, NFS) may get past it. Context: any.
- */
-static bool tm_model_cached_intact(const struct tm_model_cached *cached)
-{
-	const struct inode *inode = file_inode(cached->file);
-	struct timespec64 mtime = inode_get_mtime(inode);
-
-	return !READ_ONCE(cached->broken) &&
-	       i_size_read(inode) == cached->file_size &&
-	       timespec64_equal(&mtime, &cached->mtime);
-}
-
-/* End the generation, unless somebody does so already. Context: any. */
-static void tm_model_cached_spoil(struct tm_model_cached *cached)
-{
-	if (xchg(&cached->broken, true))
-		return;
-	queue_work(tm_model_cached_queue, &cached->breaking);
-}
-
-/* Under the lease's spinlock. Return: false: the lease stays until the work is done. */
-static bool tm_model_cached_break(struct tm_lease *lease)
-{
-	struct tm_model_cached *cached = tm_lease_owner(lease);
-
-	/* For ever: who waits must not go on before we are ready. */
-	lease->fl_break_time = 0;
-	tm_model_cached_spoil(cached);
-	return false;
-}
-
-static const struct tm_lease_operations tm_model_cached_lease_ops = {
-	.lm_break = tm_model_cached_break,
-	.lm_change = lease_modify,
-	TM_LEASE_OPEN_CONFLICT
-};
-
-static int tm_model_cached_lease(struct tm_model_cached *cached)
-{
-	struct tm_lease *lease;
-	int err;
-
-	lease = tm_lease_alloc(cached->file, cached, &tm_model_cached_lease_ops);
-	if (!lease)
-		return -ENOMEM;
-	err = vfs_setlease(cached->file, F_RDLCK, &lease, NULL);
-	tm_lease_free(lease);
-	if (err == -EAGAIN)
-		return -ETXTBSY;
-	return err == -EINVAL ? -EOPNOTSUPP : err;
+	unmap_mapping_range(watch->file->f_mapping, watch->offset, watch->size,
+			    0);
+	tm_model_fail(gen, -ETXTBSY);
 }
 
 /**
- * tm_model_cached_create - watch over the file of a generation
+ * tm_model_cached_create - watch over the file of a cached generation
  * @gen: the generation
  * @from: a descriptor of the file
  * @offset: of the model in it
  *
- * Context: may sleep. Return: it or an ERR_PTR: -EINVAL for an offset within a page, -ETXTBSY
- * when the file is open for writing, -EACCES when it is another user's, -EOPNOTSUPP when nobody
- * can say when it changes, -ENOMEM, or what the file system says to another descriptor.
+ * Context: may sleep. Return: it or an ERR_PTR: -EINVAL for an offset within a page, or as
+ * tm_model_watch_begin().
  */
 struct tm_model_cached *tm_model_cached_create(struct tm_model_gen *gen,
 					       const struct file *from,
@@ -220,65 +73,30 @@ struct tm_model_cached *tm_model_cached_create(struct tm_model_gen *gen,
 
 	if (!IS_ALIGNED(offset, PAGE_SIZE))
 		return ERR_PTR(-EINVAL);
-	err = tm_model_cached_supported(from);
-	if (err)
-		return ERR_PTR(err);
 	cached = kzalloc(sizeof(*cached), TM_GFP);
 	if (!cached)
 		return ERR_PTR(-ENOMEM);
-	cached->offset = offset;
-	cached->size = gen->size;
-	cached->gen = gen;
 	init_rwsem(&cached->fence);
-	mutex_init(&cached->lock);
-	INIT_WORK(&cached->breaking, tm_model_cached_break_work);
-	INIT_WORK(&cached->closing, tm_model_cached_close_work);
-	cached->file = dentry_open(&from->f_path, O_RDONLY | O_LARGEFILE,
-				   current_cred());
-	if (IS_ERR(cached->file)) {
-		err = PTR_ERR(cached->file);
-		goto err_free;
+	err = tm_model_watch_begin(&cached->watch, gen, from, offset, 0,
+				   tm_model_cached_broke);
+	if (err) {
+		kfree(cached);
+		return ERR_PTR(err);
 	}
-	err = tm_model_cached_lease(cached);
-	if (err)
-		goto err_file;
-	cached->file_size = i_size_read(file_inode(cached->file));
-	cached->mtime = inode_get_mtime(file_inode(cached->file));
 	return cached;
-
-err_file:
-	fput(cached->file);
-err_free:
-	kfree(cached);
-	return ERR_PTR(err);
 }
 
 /* Context: may sleep; no descriptor and no mapping of the generation is left. */
 void tm_model_cached_destroy(struct tm_model_cached *cached)
 {
-	mutex_lock(&cached->lock);
-	cached->gen = NULL;
-	mutex_unlock(&cached->lock);
-	/* Only a kernel thread may always let go of a lease, and close a file now. */
-	queue_work(tm_model_cached_queue, &cached->closing);
-	flush_work(&cached->closing);
+	tm_model_watch_end(&cached->watch);
 	kfree(cached);
 }
 
-/**
- * tm_model_cached_check - whether the file has all of the model, and as it was
- * @cached: the file
- *
- * Context: any. Return: 0, -EBADMSG when it is too short, -ETXTBSY when the lease is broken.
- */
+/* As tm_model_watch_check(). */
 int tm_model_cached_check(const struct tm_model_cached *cached)
 {
-	u64 size = cached->file_size;
-
-	if (!tm_model_cached_intact(cached))
-		return -ETXTBSY;
-	return size < cached->offset || size - cached->offset < cached->size ?
-	       -EBADMSG : 0;
+	return tm_model_watch_check(&cached->watch);
 }
 
 /**
@@ -294,18 +112,18 @@ ssize_t tm_model_cached_read(struct tm_model_cached *cached, u64 pos,
 			     struct iov_iter *to)
 {
 	size_t left = iov_iter_count(to);
-	loff_t from = cached->offset + pos;
+	loff_t from = cached->watch.offset + pos;
 	ssize_t got;
 
-	iov_iter_truncate(to, cached->size - pos);
+	iov_iter_truncate(to, cached->watch.size - pos);
 	left -= iov_iter_count(to);
-	got = vfs_iter_read(cached->file, to, &from, 0);
+	got = vfs_iter_read(cached->watch.file, to, &from, 0);
 	iov_iter_reexpand(to, iov_iter_count(to) + left);
 	/* What was read while the lease held is as it was promised. */
 	smp_rmb();
-	if (tm_model_cached_intact(cached))
+	if (tm_model_watch_intact(&cached->watch))
 		return got;
-	tm_model_cached_spoil(cached);
+	tm_model_watch_spoil(&cached->watch);
 	return -ESTALE;
 }
 
@@ -329,12 +147,12 @@ static vm_fault_t tm_model_cached_insert(struct tm_model_cached *cached,
 	down_read(&cached->fence);
 	/* For a page table: reclaim must not wait for pages that wait for this one. */
 	flags = memalloc_nofs_save();
-	if (tm_model_cached_intact(cached))
+	if (tm_model_watch_intact(&cached->watch))
 		err = vm_insert_page(vmf->vma, vmf->address, page);
 	memalloc_nofs_restore(flags);
 	up_read(&cached->fence);
 	if (err == -ESTALE)
-		tm_model_cached_spoil(cached);
+		tm_model_watch_spoil(&cached->watch);
 	/* Another has mapped it; or the page table went away meanwhile (vm.c). */
 	if (!err || err == -EBUSY || err == -EFAULT)
 		return VM_FAULT_NOPAGE;
@@ -347,7 +165,7 @@ static vm_fault_t tm_model_cached_fault(struct vm_fault *vmf)
 	vm_fault_t got, result = VM_FAULT_NOPAGE;
 	struct page *page;
 
-	if (tm_vm_marked(vmf) || READ_ONCE(cached->broken))
+	if (tm_vm_marked(vmf) || READ_ONCE(cached->watch.broken))
 		return VM_FAULT_SIGBUS;
 	got = cached->vm_ops->fault(vmf);
 	if (got & (VM_FAULT_ERROR | VM_FAULT_NOPAGE | VM_FAULT_RETRY))
@@ -406,7 +224,7 @@ static bool tm_model_cached_fits(struct tm_model_cached *cached,
 {
 	const struct vm_operations_struct *old;
 
-	if (vma->vm_file != cached->file || !vma->vm_ops ||
+	if (vma->vm_file != cached->watch.file || !vma->vm_ops ||
 	    !vma->vm_ops->fault || vma->vm_private_data)
 		return false;
 	old = cmpxchg(&cached->vm_ops, NULL, vma->vm_ops);
@@ -427,9 +245,9 @@ int tm_model_cached_mmap(struct tm_model_cached *cached, struct file *reader,
 {
 	int err;
 
-	vma_set_file(vma, cached->file);
-	vma->vm_pgoff += cached->offset >> PAGE_SHIFT;
-	err = tm_file_mmap(cached->file, vma);
+	vma_set_file(vma, cached->watch.file);
+	vma->vm_pgoff += cached->watch.offset >> PAGE_SHIFT;
+	err = tm_file_mmap(cached->watch.file, vma);
 	if (err)
 		return err;
 	if (!tm_model_cached_fits(cached, vma)) {

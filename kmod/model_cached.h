@@ -10,8 +10,6 @@ struct tm_model_cached;
 struct tm_model_gen;
 struct vm_area_struct;
 
-int __must_check tm_model_cached_init(void);
-void tm_model_cached_exit(void);
 struct tm_model_cached *tm_model_cached_create(struct tm_model_gen *gen,
 					       const struct file *from,
 					       u64 offset);

@@ -20,6 +20,7 @@
 #include "client.h"
 #include "model.h"
 #include "model_cached.h"
+#include "model_evict.h"
 #include "model_file.h"
 #include "model_gen.h"
 #include "model_inode.h"
@@ -32,6 +33,7 @@
 #define TM_MIN_WHICH	offsetofend(struct tensormem_model_which, flags)
 #define TM_MIN_ACQUIRE	offsetofend(struct tensormem_model_acquire, fd)
 #define TM_MIN_REMOVE	offsetofend(struct tensormem_model_remove, flags)
+#define TM_MIN_EVICT	offsetofend(struct tensormem_model_evict, flags)
 
 /**
  * struct tm_model_handle - what a slot's descriptor stands for
@@ -118,9 +120,11 @@ static int tm_model_check_size(const struct file *file,
 static int tm_model_check_stage(const struct tensormem_model_stage *stage)
 {
 	u32 known = TENSORMEM_MODEL_CACHED | TENSORMEM_MODEL_VERIFY |
-		    TENSORMEM_MODEL_KEEP;
+		    TENSORMEM_MODEL_KEEP | TENSORMEM_MODEL_EVICTABLE;
+	u32 both = TENSORMEM_MODEL_CACHED | TENSORMEM_MODEL_EVICTABLE;
 
-	if (stage->flags & ~known || stage->pad)
+	if (stage->flags & ~known || stage->pad ||
+	    (stage->flags & both) == both)
 		return -EINVAL;
 	if (!(stage->flags & TENSORMEM_MODEL_VERIFY) &&
 	    memchr_inv(stage->sha256, 0, sizeof(stage->sha256)))
@@ -193,15 +197,25 @@ err_gen:
 	return err;
 }
 
+/* Make of @gen what the flags say. Return: 0 or an errno. */
 static int tm_model_file_watch(struct tm_model_gen *gen, struct file *from,
 			       u64 offset)
 {
-	struct tm_model_cached *cached = tm_model_cached_create(gen, from,
-								offset);
+	struct tm_model_cached *cached;
+	struct tm_model_evict *evict;
 
-	if (IS_ERR(cached))
-		return PTR_ERR(cached);
-	gen->cached = cached;
+	if (gen->flags & TENSORMEM_MODEL_CACHED) {
+		cached = tm_model_cached_create(gen, from, offset);
+		if (IS_ERR(cached))
+			return PTR_ERR(cached);
+		gen->cached = cached;
+	}
+	if (gen->flags & TENSORMEM_MODEL_EVICTABLE) {
+		evict = tm_model_evict_create(gen, from, offset);
+		if (IS_ERR(evict))
+			return PTR_ERR(evict);
+		gen->evict = evict;
+	}
 	return 0;
 }
 
@@ -230,8 +244,7 @@ static int tm_model_file_stage_from(struct tm_model_handle *handle,
 				  stage->flags);
 	if (IS_ERR(gen))
 		return PTR_ERR(gen);
-	if (cached)
-		err = tm_model_file_watch(gen, from, stage->offset);
+	err = tm_model_file_watch(gen, from, stage->offset);
 	if (err) {
 		tm_model_gen_discard(gen);
 		return err;
@@ -375,6 +388,36 @@ static int tm_model_file_remove(struct tm_model_handle *handle,
 	return tm_model_remove(handle->model);
 }
 
+static int tm_model_file_evict(struct tm_model_handle *handle, void __user *arg,
+			       size_t size)
+{
+	struct tensormem_model_evict evict;
+	struct tm_model_gen *gen;
+	u64 bytes;
+	int err;
+
+	err = tm_args_in(&evict, sizeof(evict), TM_MIN_EVICT, arg, size);
+	if (err)
+		return err;
+	if (evict.flags || evict.pad)
+		return -EINVAL;
+	gen = tm_model_acquire(handle->model, evict.generation, true);
+	if (IS_ERR(gen))
+		return PTR_ERR(gen);
+	bytes = evict.bytes ?: U64_MAX;
+	evict.generation = gen->core.number;
+	evict.bytes = 0;
+	/* Told before it is so: what cannot be told is not done. */
+	err = gen->evict ? tm_args_out(arg, size, &evict, sizeof(evict)) :
+			   -EINVAL;
+	if (!err) {
+		evict.bytes = tm_model_evict_gen(gen, bytes);
+		err = tm_args_out(arg, size, &evict, sizeof(evict));
+	}
+	tm_model_release(gen, NULL);
+	return err;
+}
+
 /* Those that only a descriptor for writing can do. */
 static int tm_model_file_write(struct tm_model_handle *handle, unsigned int nr,
 			       void __user *arg, size_t size)
@@ -388,6 +431,8 @@ static int tm_model_file_write(struct tm_model_handle *handle, unsigned int nr,
 		return tm_model_file_abort(handle, arg, size);
 	case _IOC_NR(TENSORMEM_IOC_MODEL_ROLLBACK):
 		return tm_model_file_rollback(handle, arg, size);
+	case _IOC_NR(TENSORMEM_IOC_MODEL_EVICT):
+		return tm_model_file_evict(handle, arg, size);
 	default:
 		return tm_model_file_remove(handle, arg, size);
 	}
@@ -416,6 +461,7 @@ static long tm_model_file_ioctl(struct file *file, unsigned int cmd,
 	case _IOC_NR(TENSORMEM_IOC_MODEL_ABORT):
 	case _IOC_NR(TENSORMEM_IOC_MODEL_ROLLBACK):
 	case _IOC_NR(TENSORMEM_IOC_MODEL_REMOVE):
+	case _IOC_NR(TENSORMEM_IOC_MODEL_EVICT):
 		return write ? tm_model_file_write(handle, _IOC_NR(cmd), user,
 						   size) : -EACCES;
 	default:
@@ -503,6 +549,7 @@ static int tm_model_check_name(const u8 *name)
 	/* Files beside the slots' folders in sysfs. */
 	static const char * const reserved[] = {
 		"slots", "generations", "held",
+		"evictable", "evicted", "reloads", "reload_failed",
 	};
 	size_t length = strnlen(name, TENSORMEM_MODEL_NAME);
 

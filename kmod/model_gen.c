@@ -21,6 +21,7 @@
 #include "memory.h"
 #include "model.h"
 #include "model_cached.h"
+#include "model_evict.h"
 #include "model_gen.h"
 #include "model_inode.h"
 #include "model_load.h"
@@ -47,9 +48,11 @@ static void tm_model_gen_fill_info(struct tm_model_gen *gen,
 				   struct tensormem_model_info *info)
 {
 	struct tm_model *model = gen->model;
+	struct tm_model_evict_stats stats;
 	struct tm_slot_usage usage;
 
 	tm_model_usage(gen, &usage);
+	tm_model_evict_gen_stats(gen, &stats);
 	down_read(&model->lock);
 	*info = (struct tensormem_model_info){
 		.generation = gen->core.number,
@@ -62,6 +65,8 @@ static void tm_model_gen_fill_info(struct tm_model_gen *gen,
 		.readers = atomic_read(&gen->readers),
 		.error = -gen->core.error,
 		.mapping = tm_model_gen_mapping(gen),
+		.evicted_bytes = stats.evicted,
+		.reloads = stats.reloads,
 	};
 	up_read(&model->lock);
 }
@@ -102,6 +107,21 @@ static size_t tm_model_gen_copy(const struct tm_model_gen *gen, u64 pos,
 	return copy_to_iter(from, *want, to);
 }
 
+/* As tm_model_gen_copy(), of a piece that may have to come back. Return: 0 or why not. */
+static int tm_model_gen_copy_evictable(struct tm_model_gen *gen, u64 pos,
+				       struct iov_iter *to, size_t *copied,
+				       size_t *want)
+{
+	u32 index = pos >> TM_CHUNK_SHIFT;
+	int err = tm_model_evict_pin(gen, index);
+
+	if (err)
+		return err;
+	*copied = tm_model_gen_copy(gen, pos, to, want);
+	tm_model_evict_unpin(gen, index);
+	return 0;
+}
+
 static ssize_t tm_model_gen_read(struct kiocb *iocb, struct iov_iter *to)
 {
 	struct tm_model_gen *gen = iocb->ki_filp->private_data;
@@ -120,7 +140,13 @@ static ssize_t tm_model_gen_read(struct kiocb *iocb, struct iov_iter *to)
 		return got;
 	}
 	while (iov_iter_count(to) && pos + done < gen->size) {
-		copied = tm_model_gen_copy(gen, pos + done, to, &want);
+		if (!gen->evict)
+			copied = tm_model_gen_copy(gen, pos + done, to, &want);
+		else
+			err = tm_model_gen_copy_evictable(gen, pos + done, to,
+							  &copied, &want);
+		if (err)
+			break;
 		done += copied;
 		if (copied < want)
 			err = -EFAULT;
@@ -171,6 +197,8 @@ static void tm_model_gen_fdinfo(struct seq_file *out, struct file *file)
 	TM_MODEL_LINE(shared_bytes);
 	TM_MODEL_LINE(readers);
 	TM_MODEL_LINE(error);
+	TM_MODEL_LINE(evicted_bytes);
+	TM_MODEL_LINE(reloads);
 #undef TM_MODEL_LINE
 }
 
@@ -211,8 +239,32 @@ static vm_fault_t tm_model_gen_fault(struct vm_fault *vmf)
 	return result;
 }
 
+static vm_fault_t tm_model_gen_fault_evictable(struct vm_fault *vmf)
+{
+	u64 start = trace_tensormem_fault_enabled() ? ktime_get_ns() : 0;
+	struct tm_model_gen *gen = vmf->vma->vm_file->private_data;
+	vm_fault_t result = VM_FAULT_SIGBUS;
+	u32 client = gen->client->id;
+	u64 pgoff = vmf->pgoff;
+	u32 mapped = 0;
+
+	/* With VM_FAULT_RETRY neither the area nor the generation is ours any more. */
+	if (!tm_vm_marked(vmf))
+		result = tm_model_evict_fault(gen, vmf, &mapped);
+	if (start)
+		trace_tensormem_fault(client, pgoff, mapped,
+				      ktime_get_ns() - start);
+	return result;
+}
+
 static const struct vm_operations_struct tm_model_gen_vm_ops = {
 	.fault = tm_model_gen_fault,
+	.mremap = tm_vm_mremap,
+};
+
+static const struct vm_operations_struct tm_model_gen_evictable_vm_ops = {
+	.open = tm_model_evict_forked,
+	.fault = tm_model_gen_fault_evictable,
 	.mremap = tm_vm_mremap,
 };
 
@@ -232,7 +284,8 @@ static int tm_model_gen_mmap(struct file *file, struct vm_area_struct *vma)
 		     VM_MAYWRITE | VM_MAYEXEC);
 	if (gen->cached)
 		return tm_model_cached_mmap(gen->cached, file, vma);
-	vma->vm_ops = &tm_model_gen_vm_ops;
+	vma->vm_ops = gen->evict ? &tm_model_gen_evictable_vm_ops :
+				   &tm_model_gen_vm_ops;
 	return 0;
 }
 

@@ -9,6 +9,7 @@
  * memory, and does not wait for it.
  */
 #include <crypto/hash.h>
+#include <linux/crc32.h>
 #include <linux/cred.h>
 #include <linux/err.h>
 #include <linux/fadvise.h>
@@ -29,6 +30,7 @@
 #include "memory.h"
 #include "model.h"
 #include "model_cached.h"
+#include "model_evict.h"
 #include "model_load.h"
 #include "pages.h"
 #include "quarantine.h"
@@ -48,6 +50,7 @@
  * @memcg: the stager's memory cgroup
  * @task: the thread, or NULL when there is nothing to do
  * @spare: a chunk that was read and found to be the base's, or NULL
+ * @crc: of the piece that was read last, if it is to be evictable
  */
 struct tm_model_load {
 	struct tm_model_gen *gen;
@@ -59,6 +62,7 @@ struct tm_model_load {
 	struct mem_cgroup *memcg;
 	struct task_struct *task;
 	struct tm_memory *spare;
+	u32 crc;
 };
 
 /**
@@ -173,6 +177,7 @@ static int tm_model_fill(struct tm_model_load *load, u64 pos, u64 size,
 {
 	u64 done = 0;
 
+	load->crc = ~0u;
 	while (done < size) {
 		size_t room;
 		void *to = tm_model_span(memory, done, &room);
@@ -183,6 +188,8 @@ static int tm_model_fill(struct tm_model_load *load, u64 pos, u64 size,
 			err = crypto_shash_update(load->hash, to, step);
 		if (err)
 			return err;
+		if (load->gen->evict)
+			load->crc = crc32_le(load->crc, to, step);
 		/* To the end of the page: behind the model there are zeros. */
 		if (*same) {
 			tm_bandwidth_move(load->gen->client, TM_MOVER_MODEL,
@@ -197,10 +204,31 @@ static int tm_model_fill(struct tm_model_load *load, u64 pos, u64 size,
 	return 0;
 }
 
+/* Whether @err says that there was no memory. */
+bool tm_model_short(int err)
+{
+	return err == -EDQUOT || err == -ENOSPC || err == -ENOMEM;
+}
+
+/* Memory for a piece of @size bytes. Return: it or an ERR_PTR as tm_supply(). */
+struct tm_memory *tm_model_supply(struct tm_client *client, u64 size)
+{
+	/* The runs of a tail are in no window, where compaction looks. */
+	struct tm_memory_request request = {
+		.nr_pages = PFN_UP(size),
+		.policy = size == TM_CHUNK_SIZE ? TM_MEMORY_CHUNKS :
+						  TM_MEMORY_AUTO,
+		.flags = TM_PAGES_UNMOVABLE,
+		.numa = tm_client_numa(client),
+	};
+
+	return tm_supply(client, &request);
+}
+
 /* Whether there may be memory now that the previous generation has gone. */
 static bool tm_model_relieve(struct tm_model_load *load, int err)
 {
-	if (err != -EDQUOT && err != -ENOSPC && err != -ENOMEM)
+	if (!tm_model_short(err))
 		return false;
 	return tm_model_forget(load->gen->model);
 }
@@ -216,16 +244,7 @@ static struct tm_memory *tm_model_memory(struct tm_model_load *load, u64 size)
 		return memory;
 	}
 	do {
-		/* The runs of a tail are in no window, where compaction looks. */
-		struct tm_memory_request request = {
-			.nr_pages = PFN_UP(size),
-			.policy = size == TM_CHUNK_SIZE ? TM_MEMORY_CHUNKS :
-							  TM_MEMORY_AUTO,
-			.flags = TM_PAGES_UNMOVABLE,
-			.numa = tm_client_numa(client),
-		};
-
-		memory = tm_supply(client, &request);
+		memory = tm_model_supply(client, size);
 	} while (IS_ERR(memory) && tm_model_relieve(load, PTR_ERR(memory)));
 	return memory;
 }
@@ -254,6 +273,7 @@ static int tm_model_keep(struct tm_model_load *load, struct tm_memory *memory)
 		tm_quarantine_put(gen->client, memory);
 		return -ENOMEM;
 	}
+	piece->crc = load->crc;
 	err = tm_model_add(gen, piece);
 	if (err)
 		tm_model_piece_destroy(piece);
@@ -298,8 +318,9 @@ static int tm_model_verify(struct tm_model_load *load)
 
 static int tm_model_load_all(struct tm_model_load *load)
 {
+	const struct tm_model_evict *evict = load->gen->evict;
 	u64 size = load->gen->size, pos = 0;
-	int err = 0;
+	int err = evict ? tm_model_evict_check(evict) : 0;
 
 	while (!err && pos < size) {
 		u64 part = min_t(u64, size - pos, TM_CHUNK_SIZE);
@@ -313,7 +334,10 @@ static int tm_model_load_all(struct tm_model_load *load)
 	}
 	if (load->spare)
 		tm_quarantine_put(load->gen->client, load->spare);
-	return err ?: tm_model_verify(load);
+	if (!err)
+		err = tm_model_verify(load);
+	/* What was read is the file's still: it can be read again. */
+	return !err && evict ? tm_model_evict_check(evict) : err;
 }
 
 /* Read all of it once, for its sum; what is read is in the page cache then. */

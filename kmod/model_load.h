@@ -6,11 +6,14 @@
 
 struct file;
 struct task_struct;
+struct tm_client;
 struct tm_memory;
 struct tm_model_gen;
 struct tm_model_load;
 
 void *tm_model_span(const struct tm_memory *memory, u64 offset, size_t *room);
+struct tm_memory *tm_model_supply(struct tm_client *client, u64 size);
+bool tm_model_short(int err);
 
 struct tm_model_load *tm_model_load_create(struct tm_model_gen *gen,
 					   struct file *file, u64 offset,

@@ -13,6 +13,7 @@
 #include <uapi/linux/tensormem.h>
 
 #include "model.h"
+#include "model_evict.h"
 #include "model_inode.h"
 #include "model_sysfs.h"
 
@@ -39,10 +40,31 @@ TM_MODEL_TOTAL(slots);
 TM_MODEL_TOTAL(generations);
 TM_MODEL_TOTAL(held);
 
+#define TM_MODEL_EVICT_TOTAL(file, field)				\
+static ssize_t tm_models_##file##_show(struct kobject *kobj,		\
+				       struct kobj_attribute *attr,	\
+				       char *buf)			\
+{									\
+	struct tm_model_evict_stats stats;				\
+									\
+	tm_model_evict_stats(&stats);					\
+	return sysfs_emit(buf, "%llu\n", stats.field);			\
+}									\
+TM_MODEL_ATTR(models, file)
+
+TM_MODEL_EVICT_TOTAL(evictable, evictable);
+TM_MODEL_EVICT_TOTAL(evicted, evicted);
+TM_MODEL_EVICT_TOTAL(reloads, reloads);
+TM_MODEL_EVICT_TOTAL(reload_failed, failed);
+
 static const struct attribute *const tm_models_attrs[] = {
 	&tm_models_slots_attr.attr,
 	&tm_models_generations_attr.attr,
 	&tm_models_held_attr.attr,
+	&tm_models_evictable_attr.attr,
+	&tm_models_evicted_attr.attr,
+	&tm_models_reloads_attr.attr,
+	&tm_models_reload_failed_attr.attr,
 	NULL
 };
 
@@ -126,6 +148,14 @@ TM_GEN_SHOW(shared_bytes, struct tm_slot_usage u; tm_model_usage(gen, &u),
 TM_GEN_SHOW(error, (void)0, "%d", -READ_ONCE(gen->core.error));
 TM_GEN_SHOW(cached, (void)0, "%d", !!(gen->flags & TENSORMEM_MODEL_CACHED));
 
+#define TM_GEN_EVICT(file)						\
+	TM_GEN_SHOW(file, struct tm_model_evict_stats s;		\
+		    tm_model_evict_gen_stats(gen, &s), "%llu", s.file)
+
+TM_GEN_EVICT(evictable);
+TM_GEN_EVICT(evicted);
+TM_GEN_EVICT(reloads);
+
 static struct attribute *tm_gen_attrs[] = {
 	&tm_gen_state_attr.attr,
 	&tm_gen_size_attr.attr,
@@ -135,6 +165,9 @@ static struct attribute *tm_gen_attrs[] = {
 	&tm_gen_shared_bytes_attr.attr,
 	&tm_gen_error_attr.attr,
 	&tm_gen_cached_attr.attr,
+	&tm_gen_evictable_attr.attr,
+	&tm_gen_evicted_attr.attr,
+	&tm_gen_reloads_attr.attr,
 	NULL
 };
 ATTRIBUTE_GROUPS(tm_gen);

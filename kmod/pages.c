@@ -27,12 +27,21 @@
  *
  *   tm_models_mutex             their names (model.c)
  *   tm_model::staging           one stage at a time (model.c)
- *   tm_model_cached::lock       which generation a file is behind (model_cached.c)
+ *   tm_model_watch::lock        which generation a file is behind (model_watch.c)
  *   tm_model::lock              a slot and its generations (model.c)
  *
  * Their folders in sysfs are made and taken away under the first two at most: who reads
  * a file there takes the last. A fault in a cached generation takes tm_model_cached::fence inside of
- * the kernel's page lock; one in a resident generation takes nothing.
+ * the kernel's page lock; one in a resident generation takes nothing, unless it is evictable
+ * (model_evict.c), where none of the above is held:
+ *
+ *   mmap_lock
+ *   tm_model_evict_mutex        one piece goes at a time
+ *   mapping->invalidate_lock    of a generation's inode: its pieces' memory
+ *   tm_model_evict_lock         the order of their use; a spinlock, in tm_model::lock too
+ *
+ * Memory that is wanted under the locks of the first list, down to mmap_lock and the mutexes, may come from there. Who
+ * brings a piece in has its bit (tm_model_piece::coming) and none of these.
  *
  * For the RT pool, beside all others: tm_rt_mutex (who its clients are), tm_rt_folder_mutex (their folder), and
  * tm_rt_pool_setting with tm_rt_pool_mutex in it (what arenas may have; the former is held while chunks are taken). Under tm_arena::lock, which is raw and taken in hard

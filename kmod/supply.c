@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Memory for a client: on its bill, and, when there is none, at the cost of what is
- * parked, or after compaction. The way back is tm_quarantine_free().
+ * parked, after compaction, or at the cost of evictable weights. The way back is tm_quarantine_free().
  */
 #include <linux/atomic.h>
 #include <linux/err.h>
@@ -13,6 +13,7 @@
 #include "compact.h"
 #include "limits.h"
 #include "memory.h"
+#include "model_evict.h"
 #include "park.h"
 #include "pressure.h"
 #include "quarantine.h"
@@ -59,6 +60,7 @@ static bool tm_supply_relieve(struct tm_client *client,
 			      const struct tm_memory_request *request, int err,
 			      bool *compacted)
 {
+	u64 bytes = (u64)request->nr_pages << PAGE_SHIFT;
 	u32 emptied;
 
 	if (err != -EDQUOT && err != -ENOSPC && err != -ENOMEM)
@@ -71,16 +73,18 @@ static bool tm_supply_relieve(struct tm_client *client,
 	/* Others cannot help a client at its quota or in a cgroup at its limit. */
 	if (err == -EDQUOT ||
 	    (err == -ENOMEM && request->flags & TM_PAGES_CHARGED))
-		return tm_park_relieve_client(client);
-	if (tm_runcache_drain() ||
-	    tm_park_relieve((u64)request->nr_pages << PAGE_SHIFT, true))
+		return tm_park_relieve_client(client) ||
+		       tm_model_evict_client(client, bytes);
+	if (tm_runcache_drain() || tm_park_relieve(bytes, true))
 		return true;
 	/* Once: what it frees may be taken by others, who compact as well. */
-	if (*compacted)
-		return false;
-	*compacted = true;
-	return tm_quarantine_flush() ||
-	       (!tm_compact(request->numa.nodes, &emptied) && emptied);
+	if (!*compacted) {
+		*compacted = true;
+		if (tm_quarantine_flush() ||
+		    (!tm_compact(request->numa.nodes, &emptied) && emptied))
+			return true;
+	}
+	return tm_model_evict_nodes(request->numa.nodes, bytes);
 }
 
 /**

@@ -525,6 +525,51 @@ TRACE_EVENT(tensormem_bandwidth,
 		  __entry->budget, __entry->throttled)
 );
 
+/* A piece of an evictable generation went. offset: of the piece in the model. */
+TRACE_EVENT(tensormem_model_evict,
+	TP_PROTO(const char *slot, u64 generation, u64 offset, u64 bytes),
+	TP_ARGS(slot, generation, offset, bytes),
+	TP_STRUCT__entry(
+		__array(char, slot, TENSORMEM_MODEL_NAME)
+		__field(u64, generation)
+		__field(u64, offset)
+		__field(u64, bytes)
+	),
+	TP_fast_assign(
+		strscpy(__entry->slot, slot, TENSORMEM_MODEL_NAME);
+		__entry->generation = generation;
+		__entry->offset = offset;
+		__entry->bytes = bytes;
+	),
+	TP_printk("slot=%s generation=%llu offset=%#llx bytes=%llu",
+		  __entry->slot, __entry->generation, __entry->offset,
+		  __entry->bytes)
+);
+
+/* One came back, or could not (error). latency_ns: with the wait for memory and for the disk. */
+TRACE_EVENT(tensormem_model_reload,
+	TP_PROTO(const char *slot, u64 generation, u64 offset, int error,
+		 u64 latency_ns),
+	TP_ARGS(slot, generation, offset, error, latency_ns),
+	TP_STRUCT__entry(
+		__array(char, slot, TENSORMEM_MODEL_NAME)
+		__field(u64, generation)
+		__field(u64, offset)
+		__field(u64, latency_ns)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		strscpy(__entry->slot, slot, TENSORMEM_MODEL_NAME);
+		__entry->generation = generation;
+		__entry->offset = offset;
+		__entry->error = error;
+		__entry->latency_ns = latency_ns;
+	),
+	TP_printk("slot=%s generation=%llu offset=%#llx error=%d latency_ns=%llu",
+		  __entry->slot, __entry->generation, __entry->offset,
+		  __entry->error, __entry->latency_ns)
+);
+
 #endif
 
 #undef TRACE_INCLUDE_PATH

@@ -62,7 +62,8 @@ class Models:
         create = abi.OpenFlag.CREATE in flags
         if create and abi.OpenFlag.WRITE not in flags:
             refuse(errno.EINVAL)
-        if name in (b"slots", b"generations", b"held"):
+        taken = (b"evictable", b"evicted", b"reloads", b"reload_failed")
+        if name in (b"slots", b"generations", b"held", *taken):
             refuse(errno.EINVAL)  # files of sysfs
         slot = self.slots.get(name.decode())
         made = slot is None
@@ -98,7 +99,7 @@ class Bytes:
         os.ftruncate(self.fd, size)
         self.readers: list[FakeGeneration] = []
         self.mappings = 0
-        self.shared = 0
+        self.shared = self.evicted = 0
 
     def load(self, count: int) -> None:
         fail = self.slot.models.fail_load
@@ -113,7 +114,8 @@ class Bytes:
                 return
             os.pwrite(self.fd, data, self.loaded)
             active = self.slot.active
-            if active and os.pread(active.fd, part, self.loaded) == data:
+            alone = abi.StageFlag.EVICTABLE in self.flags
+            if active and not alone and os.pread(active.fd, part, self.loaded) == data:
                 self.shared += part
             self.loaded += part
             count -= part
@@ -306,6 +308,8 @@ class FakeSlot(_Descriptor):
             refuse(errno.EACCES)
         if isinstance(a, abi.ModelStage):
             self._stage(a)
+        elif isinstance(a, abi.ModelEvict):
+            self._evict(a)
         elif isinstance(a, abi.ModelRemove):
             slot.remove(next(n for n, s in self.models.slots.items() if s is slot))
         else:
@@ -333,6 +337,20 @@ class FakeSlot(_Descriptor):
         a.generation = gen.number
         a.fd = FakeGeneration(gen).fd
 
+    def _evict(self, a: abi.ModelEvict) -> None:
+        slot = self.slot
+        places = [slot.active, slot.previous, slot.staged]
+        gen = slot.active
+        if a.generation:
+            gen = next((g for g in places if g and g.number == a.generation), None)
+        if gen is None:
+            refuse(errno.ENOENT)
+        if abi.StageFlag.EVICTABLE not in gen.flags:
+            refuse(errno.EINVAL)
+        here = gen.loaded - gen.evicted
+        a.generation, a.bytes = gen.number, min(here, a.bytes or here)
+        gen.evicted += a.bytes
+
     def _stage(self, a: abi.ModelStage) -> None:
         slot = self.slot
         if slot.staged is not None:
@@ -340,8 +358,10 @@ class FakeSlot(_Descriptor):
         status = os.fstat(a.file)
         if fcntl.fcntl(a.file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
             refuse(errno.EACCES)
-        cached = abi.StageFlag.CACHED in abi.StageFlag(a.flags)
-        if cached and self.models.uid not in (None, status.st_uid):
+        flags = abi.StageFlag(a.flags)
+        cached = abi.StageFlag.CACHED in flags
+        watched = cached or abi.StageFlag.EVICTABLE in flags
+        if watched and self.models.uid not in (None, status.st_uid):
             refuse(errno.EACCES)
         if not stat.S_ISREG(status.st_mode):
             refuse(errno.EINVAL)
@@ -394,7 +414,8 @@ class FakeGeneration(_Descriptor):
         gen = self.gen
         a.generation, a.state, a.flags, a.error = gen.number, gen.state, gen.flags, gen.error
         a.size, a.loaded, a.readers = gen.size, gen.loaded, len(gen.readers)
-        a.private_bytes, a.shared_bytes = gen.loaded - gen.shared, gen.shared
+        a.private_bytes, a.shared_bytes = gen.loaded - gen.shared - gen.evicted, gen.shared
+        a.evicted_bytes = gen.evicted
         a.mapping = abi.Mapping.BLOCK
 
     def map(self, offset: int, length: int, *, write: bool = True) -> mmap.mmap:

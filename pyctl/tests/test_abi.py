@@ -24,7 +24,7 @@ STRUCTS = [
     abi.KVGroup, abi.KVCreate, abi.KVInfo, abi.KVOpen, abi.KVClose, abi.KVExtend,
     abi.KVTruncate, abi.KVFork, abi.KVHash, abi.KVHashes, abi.KVAdopt, abi.KVQuery,
     abi.KVPack, abi.KVReset, abi.KVEvent,
-    abi.ModelOpen, abi.ModelSlot, abi.ModelStage, abi.ModelWhich, abi.ModelAcquire,
+    abi.ModelOpen, abi.ModelSlot, abi.ModelStage, abi.ModelWhich, abi.ModelAcquire, abi.ModelEvict,
     abi.ModelInfo, abi.ModelRemove,
     abi.RTOpen, abi.RTInfo, abi.RTReserve, abi.RTAlloc, abi.RTBlock, abi.RTPriority,
 ]  # fmt: skip

@@ -193,6 +193,32 @@ def test_cached(run: Run, models: Models, one: Path) -> None:
     assert state.flags == abi.StageFlag.CACHED
 
 
+def test_evictable(run: Run, models: Models, one: Path) -> None:
+    run("create", "chat")
+    result = run("swap", "chat", one, "--evictable")
+    assert "4 MiB, evictable" in result.stdout
+    size = one.stat().st_size
+    again = document(run("swap", "chat", one, "--evictable", "--json"))
+    assert (again["evictable"], again["shared_bytes"], again["evicted_bytes"]) == (True, 0, 0)
+    state = models.slots["chat"].active
+    assert state is not None
+    assert state.flags == abi.StageFlag.EVICTABLE
+    assert run("evict", "chat", "--size", "2M").stdout == "chat: generation 2 gave 2 MiB back\n"
+    assert document(run("evict", "chat", "--json")) == {
+        "slot": "chat", "generation": 2, "given_back": size - (2 << 20),
+    }  # fmt: skip
+    assert document(run("evict", "chat", "1", "--json"))["given_back"] == size
+    assert run("evict", "chat", "--size", "two").exit_code == 2
+    assert failure(run("evict", "chat", "3", "--json"))["type"] == "NoSuchGeneration"
+    found = failure(run("swap", "chat", one, "--cached", "--evictable", "--json"))
+    assert found["type"] == "InvalidArgument"
+    run("swap", "chat", one)
+    found = failure(run("evict", "chat", "--json"))
+    assert (found["type"], found["cause"]) == (
+        "InvalidArgument", "generation 3 of 'chat' is not evictable",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("command", ["stage", "swap"])
 def test_sha256(run: Run, models: Models, one: Path, command: str) -> None:
     run("create", "chat")
@@ -355,11 +381,14 @@ def make_models(root: Path) -> None:
         root / "model" / "chat",
         {"active": 12, "previous": 9, "staged": 13, "uid": 0, "gid": 0, "mode": "0640"},
     )
-    common = {"error": 0, "cached": 0, "size": 256 << 20, "loaded": 256 << 20}
+    common = {
+        "error": 0, "cached": 0, "size": 256 << 20, "loaded": 256 << 20,
+        "evictable": 0, "evicted": 0, "reloads": 0,
+    }  # fmt: skip
     for number, more in (
         (9, {"state": "previous", "readers": 2, "private_bytes": 13 << 20, "shared_bytes": 1}),
         (12, {"state": "active", "readers": 3, "private_bytes": 13 << 20,
-              "shared_bytes": 243 << 20}),
+              "shared_bytes": 243 << 20, "evicted": 8 << 20}),
         (13, {"state": "loading", "readers": 1, "private_bytes": 2 << 20, "shared_bytes": 62 << 20,
               "loaded": 64 << 20}),
         (3, {"state": "failed", "readers": 1, "private_bytes": 0, "shared_bytes": 0, "error": 26,
@@ -396,13 +425,14 @@ def test_show(run: Run) -> None:
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "mode 0640" in lines[0]
     assert lines[2] == "3 failed 256 MiB 100.0% in its file 1"
-    assert lines[4] == "12 active 256 MiB 100.0% 13 MiB 243 MiB 3"
-    assert lines[5] == "13 loading 256 MiB 25.0% 2 MiB 62 MiB 1"
+    assert lines[4] == "12 active 256 MiB 100.0% 13 MiB 243 MiB 8 MiB 3"
+    assert lines[5] == "13 loading 256 MiB 25.0% 2 MiB 62 MiB 0 B 1"
     assert "generation 3 has failed: the file is, or was, open for writing" in lines[-1]
     found = document(run("show", "chat", "--json"))
     assert found["generations"][3] == {
         "number": 13, "state": "loading", "size": 256 << 20, "loaded": 64 << 20, "readers": 1,
         "private_bytes": 2 << 20, "shared_bytes": 62 << 20, "error": 0, "cached": 0,
+        "evictable": 0, "evicted": 0, "reloads": 0,
     }  # fmt: skip
     empty = run("show", "empty")
     assert "no generations" in empty.stdout

@@ -214,6 +214,7 @@ def test_swap_and_acquire(slot: Slot, one: Path) -> None:
         its = gen.info()
         assert (its.size, its.loaded, its.readers) == (gen.size, gen.size, 1)
         assert (its.error, its.mapping, its.cached, its.keep) == (0, "block", False, False)
+        assert (its.evictable, its.evicted_bytes, its.reloads) == (False, 0, 0)
 
 
 def test_arrays_are_no_copies(models: Models, slot: Slot, one: Path) -> None:
@@ -664,6 +665,29 @@ def test_a_generation_that_fails(models: Models, slot: Slot, one: Path) -> None:
         assert (gen.state, gen.info().error) == ("failed", errno.ETXTBSY)
         with pytest.raises(errors.GenerationFailed, match="open for writing"):
             late.buffer()
+
+
+def test_an_evictable_generation(models: Models, slot: Slot, one: Path) -> None:
+    slot.swap(one)
+    slot.swap(one, evictable=True)
+    size = one.stat().st_size
+    with slot.acquire() as gen:
+        its = gen.info()
+        assert (its.evictable, its.private_bytes, its.shared_bytes) == (True, size, 0)
+        assert slot.evict(size=1 << 20) == 1 << 20
+        assert slot.evict(2) == size - (1 << 20)
+        assert slot.evict() == 0
+        assert (gen.info().evicted_bytes, gen.info().private_bytes) == (size, 0)
+        assert np.array_equal(gen.tensor("a"), weights(1)["a"])
+    with pytest.raises(errors.InvalidArgument, match="generation 1 of 'chat' is not evictable"):
+        slot.evict(1)
+    with pytest.raises(errors.NoSuchGeneration, match="cannot evict generation 7 of 'chat'"):
+        slot.evict(7)
+    with pytest.raises(errors.InvalidArgument, match="a cached generation is not evictable"):
+        slot.stage(one, cached=True, evictable=True)
+    with tensormem.slot("chat") as reader, pytest.raises(errors.SlotDenied):
+        reader.evict()
+    assert slot.info().staged == 0
 
 
 def test_watch(models: Models, slot: Slot, one: Path, two: Path) -> None:

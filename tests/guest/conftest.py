@@ -32,6 +32,7 @@ USAGE = (
     "clients/count", "clients/tensors", "clients/bytes", "clients/kept",
     "buddy/used_pages", "chunk/used", "chunk/quarantined", "chunk/charged",
     "kv/caches", "kv/held", "model/slots", "model/generations", "model/held",
+    "model/evictable", "model/evicted",
     "rt/arenas", "rt/held", "rt/used",
 )  # fmt: skip
 

@@ -869,6 +869,55 @@ def test_model_load(slot: Slot) -> None:
     os.close(fd)
 
 
+@pytest.fixture
+def evictable(slot: Slot) -> Iterator[Generation]:
+    path = Path("/var/tmp/evictable.bin")
+    path.write_bytes(weights("evictable", MODEL))
+    file = os.open(path, os.O_RDONLY)
+    with slot.stage(file, abi.StageFlag.EVICTABLE) as gen:
+        os.close(file)
+        assert slot.commit(gen.loaded().number) == 0
+        yield gen
+    path.unlink()
+
+
+def test_model_evict(slot: Slot, evictable: Generation) -> None:
+    """Gone or there, and right in any case; what cannot be told is not done."""
+    item = abi.ModelEvict()
+
+    def check(result: int) -> None:
+        assert evictable.contents() == weights("evictable", MODEL)
+        item.generation, item.bytes = 0, 0
+
+    assert sweep(lambda: slot.ioctl(abi.IOC_MODEL_EVICT, item), check) == {errno.EFAULT}
+
+
+def test_model_reload(slot: Slot, evictable: Generation) -> None:
+    """A read that brings a chunk in succeeds, or fails and the next one does; the generation is as good as before."""
+    data, place, got = weights("evictable", MODEL), bytearray(PAGE), [0]
+
+    def away() -> None:
+        assert slot.ioctl(abi.IOC_MODEL_EVICT, abi.ModelEvict()) == 0
+        assert evictable.memory() == (0, 0)
+
+    def call() -> int:
+        got[0] = 0
+        try:
+            got[0] = os.preadv(evictable.fd, [place], 0)
+        except OSError as error:
+            return error.errno or -1
+        return 0
+
+    def check(_: int) -> None:
+        assert place[: got[0]] == data[: got[0]]
+        assert evictable.contents() == data
+        assert evictable.state() == abi.ModelState.ACTIVE
+        away()
+
+    away()
+    assert errno.EFAULT in sweep(call, check)
+
+
 def test_model_acquire(filled: Slot) -> None:
     for number in (0, 1, 2, 3):
         item = abi.ModelAcquire(generation=number, fd=-1)

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from device import CHUNK, PAGE, Raw, address_of, read, wait_for, write
+from device import CHUNK, PAGE, Raw, address_of, read, wait_for, weights, write
 from process import hold, let_go, libc
 from tensormem import abi
 
@@ -194,6 +194,41 @@ def test_others_are_not_affected(raw: Raw, cgroup: Path) -> None:
     wait_for(lambda: read("chunk/charged") == 0)
     wait_for(lambda: current(cgroup) < CHUNK)
     assert happened(cgroup)["oom_kill"] == 0
+
+
+def test_weights_come_back_on_their_stagers_bill(cgroup: Path) -> None:
+    """Whoever touches them; and at its limit the cgroup's own make room, which costs nobody else anything."""
+    path, data = Path("/var/tmp/billed.bin"), weights("billed", 4 * CHUNK)
+    path.write_bytes(data)
+    new = abi.OpenFlag.CREATE | abi.OpenFlag.EXCL | abi.OpenFlag.WRITE
+
+    def inside() -> int:
+        join(cgroup)
+        with Raw() as client, client.slot("billed", new, mode=0o600) as slot:
+            file = os.open(path, os.O_RDONLY)
+            return slot.commit(slot.stage(file, abi.StageFlag.EVICTABLE).loaded().number)
+
+    assert in_child(inside) == 0
+    with Raw() as client, client.slot("billed") as slot, slot.acquire() as gen:
+        assert read("chunk/charged") == 4
+        item = abi.ModelEvict()
+        assert slot.ioctl(abi.IOC_MODEL_EVICT, item) == 0
+        assert (item.bytes, read("chunk/charged")) == (4 * CHUNK, 0)
+        before = current(cgroup)
+        assert os.pread(gen.fd, PAGE, CHUNK) == data[CHUNK : CHUNK + PAGE]
+        assert read("chunk/charged") == 1
+        assert abs(current(cgroup) - before - CHUNK) < CHUNK // 4
+        # room for two and a half
+        cgroup.joinpath("memory.max").write_text(str(before + 5 * CHUNK // 2))
+        for _ in range(3):
+            assert gen.contents() == data
+            assert 1 <= read("chunk/charged") <= 2
+        cgroup.joinpath("memory.max").write_text("max")
+        assert client.info().used == 0
+        assert slot.remove() == 0
+    wait_for(lambda: read("chunk/charged") == 0)
+    assert happened(cgroup)["oom_kill"] == 0
+    path.unlink()
 
 
 def test_others_keep_what_would_not_help(raw: Raw, cgroup: Path) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "IOC_MODEL_ABORT",
     "IOC_MODEL_ACQUIRE",
     "IOC_MODEL_COMMIT",
+    "IOC_MODEL_EVICT",
     "IOC_MODEL_INFO",
     "IOC_MODEL_OPEN",
     "IOC_MODEL_REMOVE",
@@ -101,6 +102,7 @@ __all__ = [
     "Kind",
     "Mapping",
     "ModelAcquire",
+    "ModelEvict",
     "ModelInfo",
     "ModelOpen",
     "ModelRemove",
@@ -298,6 +300,7 @@ class StageFlag(IntFlag):
     CACHED = 1 << 0
     VERIFY = 1 << 1
     KEEP = 1 << 2
+    EVICTABLE = 1 << 3
 
 
 class RTFlag(IntFlag):
@@ -784,6 +787,20 @@ class ModelInfo(Struct):
         ("error", ctypes.c_uint32),
         ("mapping", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
+        ("evicted_bytes", ctypes.c_uint64),
+        ("reloads", ctypes.c_uint64),
+    )
+
+
+class ModelEvict(Struct):
+    """``struct tensormem_model_evict``."""
+
+    c_name = "tensormem_model_evict"
+    _fields_ = (
+        ("generation", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
     )
 
 
@@ -923,6 +940,7 @@ IOC_MODEL_ABORT = iowr(0x53, ctypes.sizeof(ModelWhich))
 IOC_MODEL_ROLLBACK = iowr(0x54, ctypes.sizeof(ModelWhich))
 IOC_MODEL_ACQUIRE = iowr(0x55, ctypes.sizeof(ModelAcquire))
 IOC_MODEL_REMOVE = iowr(0x56, ctypes.sizeof(ModelRemove))
+IOC_MODEL_EVICT = iowr(0x57, ctypes.sizeof(ModelEvict))
 IOC_MODEL_INFO = iowr(0x60, ctypes.sizeof(ModelInfo))
 IOC_RT_OPEN = iowr(0x32, ctypes.sizeof(RTOpen))
 IOC_RT_INFO = iowr(0x70, ctypes.sizeof(RTInfo))

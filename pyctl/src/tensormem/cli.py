@@ -644,6 +644,10 @@ def _stage_options(function: _F) -> _F:
             "--sha256", metavar="HEX", callback=_parse_sha256, help="What the file's SHA-256 is."
         ),
         click.option(
+            "--evictable", is_flag=True,
+            help="Let chunks of it go when memory is wanted, and come back from the file.",
+        ),
+        click.option(
             "--cached", is_flag=True, help="Leave it in its file, mapped from the page cache."
         ),
         click.argument("file", type=click.Path(dir_okay=False)),
@@ -758,6 +762,8 @@ def _staged_document(slot: str, info: model_module.GenerationInfo, begin: float)
 def _memory(info: model_module.GenerationInfo) -> str:
     if info.cached:
         return f"{format_size(info.size)}, in its file"
+    if info.evictable:
+        return f"{format_size(info.size)}, evictable"
     return f"{format_size(info.size)}, {format_size(info.shared_bytes)} of it shared"
 
 
@@ -765,7 +771,7 @@ def _memory(info: model_module.GenerationInfo) -> str:
 @_stage_options
 @json_option
 def model_stage(
-    slot: str, file: str, cached: bool, sha256: str | None, no_check: bool, as_json: bool
+    slot: str, file: str, sha256: str | None, no_check: bool, as_json: bool, **how: bool
 ) -> None:
     """Load FILE as a new generation of SLOT, beside the active one.
 
@@ -776,7 +782,7 @@ def model_stage(
     progress = _Progress("staging", as_json, rate=True)
     with _open_slot(slot) as opened:
         loaded = opened.load(
-            file, cached=cached, sha256=sha256, keep=True, check=not no_check, report=progress
+            file, sha256=sha256, keep=True, check=not no_check, report=progress, **how
         )
         with _interruptible(opened, progress), loaded as staging:
             info = staging.info()
@@ -791,7 +797,7 @@ def model_stage(
 @_stage_options
 @json_option
 def model_swap(
-    slot: str, file: str, cached: bool, sha256: str | None, no_check: bool, as_json: bool
+    slot: str, file: str, sha256: str | None, no_check: bool, as_json: bool, **how: bool
 ) -> None:
     """Load FILE, check it and make it the active generation of SLOT.
 
@@ -800,9 +806,7 @@ def model_swap(
     begin = time.monotonic()
     progress = _Progress("swapping", as_json, rate=True)
     with _open_slot(slot) as opened:
-        loaded = opened.load(
-            file, cached=cached, sha256=sha256, check=not no_check, report=progress
-        )
+        loaded = opened.load(file, sha256=sha256, check=not no_check, report=progress, **how)
         with _interruptible(opened, progress), loaded as staging:
             info = replace(staging.info(), state="active")
             staging.commit()
@@ -941,12 +945,14 @@ def model_show(slot: str, as_json: bool) -> None:
     whose = f"{_user(found.uid)}:{_group(found.gid)}, mode {found.mode:04o}"
     click.echo(click.style(f"model slot {found.name} of {whose}", bold=True))
     rows: list[Sequence[str]] = [
-        ("generation", "state", "size", "loaded", "private", "shared", "readers")
+        ("generation", "state", "size", "loaded", "private", "shared", "evicted", "readers")
     ]
     for g in found.generations:
         size, loaded = g.get("size"), g.get("loaded")
-        memory = ["in its file", ""] if g.get("cached") else []
-        memory = memory or [show_size(g.get("private_bytes")), show_size(g.get("shared_bytes"))]
+        memory = ["in its file", "", ""] if g.get("cached") else []
+        memory = memory or [
+            show_size(g.get(name)) for name in ("private_bytes", "shared_bytes", "evicted")
+        ]
         part = _percent(_ratio(loaded, size))
         readers = show_number(g.get("readers"))
         rows.append((str(g.number), g.state, show_size(size), part, *memory, readers))
@@ -959,6 +965,28 @@ def model_show(slot: str, as_json: bool) -> None:
             click.echo(f"\n  generation {g.number} has failed: {why}")
     if not found.generations:
         click.echo("  it has no generations: stage a file with 'tensormem model swap'")
+
+
+@model.command("evict")
+@_slot_argument
+@_number_argument
+@click.option(
+    "--size", metavar="SIZE", callback=size_value,
+    help="How much at least, least recently used first; all of it unless given.",
+)  # fmt: skip
+@json_option
+def model_evict(slot: str, number: int | None, size: int | None, as_json: bool) -> None:
+    """Let the active generation of SLOT, or another, give its memory back now.
+
+    It was staged with --evictable, and comes back from its file when it is used.
+    """
+    with _open_slot(slot) as opened:
+        number = number or opened.info().active
+        given = opened.evict(number, size or 0)
+    if as_json:
+        emit({"slot": slot, "generation": number, "given_back": given})
+    else:
+        click.echo(f"{slot}: generation {number} gave {format_size(given)} back")
 
 
 @model.command("watch")

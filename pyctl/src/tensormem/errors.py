@@ -312,10 +312,10 @@ class WrongContents(TensormemError, ValueError):
 
 
 class FileBusy(TensormemError, OSError):
-    """The file is open for writing, which a cached generation cannot have (ETXTBSY)."""
+    """The file is open for writing: no cached or evictable generation can have that (ETXTBSY)."""
 
     default_cause = (
-        "the file is, or was, open for writing, and a cached generation cannot have that"
+        "the file is, or was, open for writing; a cached or evictable generation cannot have that"
     )
     default_remedy = "close it there; put a new model beside the old one and rename it"
     default_errno = _errno.ETXTBSY
@@ -358,7 +358,7 @@ class NotCacheable(TensormemError, NotImplementedError):
     """The file system cannot say when a file changes (EOPNOTSUPP)."""
 
     default_cause = "this file's file system cannot say when it changes, so it cannot stay there"
-    default_remedy = "load it whole, without cached=True"
+    default_remedy = "load it whole, without cached=True or evictable=True"
     default_errno = _errno.EOPNOTSUPP
 
 

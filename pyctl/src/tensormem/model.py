@@ -69,7 +69,9 @@ Report = Callable[[int, int], None]
 _NAME = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{abi.MODEL_NAME - 2}}}", re.ASCII)
 
 #: Files of sysfs beside the folders of slots.
-_TAKEN = ("slots", "generations", "held")
+_TAKEN = (
+    "slots", "generations", "held", "evictable", "evicted", "reloads", "reload_failed",
+)  # fmt: skip
 
 _HEX = re.compile(rf"[0-9a-fA-F]{{{2 * abi.SHA256}}}", re.ASCII)
 _U64 = (1 << 64) - 1
@@ -176,6 +178,9 @@ class GenerationInfo:
         mapping: how its whole chunks are mapped: ``block``, ``cont`` or ``pages``.
         cached: it stays in its file.
         keep: it stays in the slot when whoever staged it goes away.
+        evictable: chunks of it may go when memory is wanted, and come back from its file.
+        evicted_bytes: those that are in its file only, at the moment.
+        reloads: chunks that have come back.
     """
 
     number: int
@@ -189,6 +194,9 @@ class GenerationInfo:
     mapping: str
     cached: bool
     keep: bool
+    evictable: bool
+    evicted_bytes: int
+    reloads: int
 
 
 # -- files -----------------------------------------------------------------------------
@@ -261,14 +269,14 @@ def _opened(source: Source) -> Iterator[tuple[int, str]]:
             os.close(fd)
 
 
-def _denied(fd: int, cached: bool) -> tuple[str, str] | None:
+def _denied(fd: int, watched: bool) -> tuple[str, str] | None:
     """Return cause and remedy where it is for the file's sake that EACCES was given."""
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
         return "the file is not open for reading", "open it for that"
-    if cached and os.geteuid() not in (0, os.fstat(fd).st_uid):
+    if watched and os.geteuid() not in (0, os.fstat(fd).st_uid):
         return (
             "the file is another user's, and only its owner can have it watched",
-            "load it whole, without cached=True, or do it as its owner or root",
+            "load it whole, without cached=True or evictable=True, or do it as its owner or root",
         )
     return None
 
@@ -308,6 +316,16 @@ def _check_name(name: str) -> bytes:
             "choose another",
         )
     return name.encode()
+
+
+def _stage_flags(cached: bool, evictable: bool, keep: bool) -> StageFlag:
+    if cached and evictable:
+        raise errors.InvalidArgument(
+            "a cached generation is not evictable", "pass cached=True or evictable=True"
+        )
+    flags = StageFlag.CACHED if cached else StageFlag(0)
+    flags |= StageFlag.EVICTABLE if evictable else StageFlag(0)
+    return flags | (StageFlag.KEEP if keep else StageFlag(0))
 
 
 def _digest(value: str | bytes) -> bytes:
@@ -375,6 +393,9 @@ class _Session(Session):
             mapping=_word(abi.Mapping, info.mapping),
             cached=StageFlag.CACHED in flags,
             keep=StageFlag.KEEP in flags,
+            evictable=StageFlag.EVICTABLE in flags,
+            evicted_bytes=info.evicted_bytes,
+            reloads=info.reloads,
         )
 
     def pread(self, size: int, offset: int) -> bytes:
@@ -914,6 +935,7 @@ class Slot:
         offset: SupportsIndex = 0,
         size: SupportsIndex = 0,
         cached: bool = False,
+        evictable: bool = False,
         sha256: str | bytes | None = None,
         keep: bool = False,
     ) -> Staging:
@@ -926,24 +948,29 @@ class Slot:
             cached: leave it in its file, to be mapped from the page cache. For when two copies
                 do not fit into memory; nobody may write to the file as long as the generation
                 exists.
+            evictable: let chunks of it go when memory is wanted, least recently used first, and
+                come back from the file when they are touched or read. It shares nothing with
+                other generations. Not with ``cached``.
             sha256: of these bytes; the load fails when it is another.
             keep: when the staging is closed or this process ends after the load, leave
                 the generation in the slot, for somebody else to commit or abort.
 
         Raises:
             SlotBusy: another generation is staged.
-            SlotDenied: the slot was opened without ``write``; or, ``cached``, the file is
-                another user's.
-            FileBusy: ``cached``, and the file is open for writing.
-            NotCacheable: ``cached``, and the file system cannot say when a file changes.
-            InvalidArgument: neither a regular file nor a block device, or nothing in it.
+            SlotDenied: the slot was opened without ``write``; or, ``cached`` or ``evictable``,
+                the file is another user's.
+            FileBusy: the same, and the file is open for writing.
+            NotCacheable: the same, and the file system cannot say when a file changes.
+            InvalidArgument: neither a regular file nor a block device, or nothing in it; both
+                ``cached`` and ``evictable``.
             QuotaExceeded, PoolExhausted, OutOfMemory: there is no memory.
             NoSuchSlot: it was removed.
             Closed: it was closed.
             OSError: the file cannot be opened.
         """
         with _opened(source) as (fd, what):
-            return self._stage(fd, what, offset, size, cached, sha256, keep)
+            flags = _stage_flags(cached, evictable, keep)
+            return self._stage(fd, what, offset, size, flags, sha256)
 
     def _stage(
         self,
@@ -951,30 +978,27 @@ class Slot:
         what: str,
         offset: SupportsIndex,
         size: SupportsIndex,
-        cached: bool,
+        flags: StageFlag,
         sha256: str | bytes | None,
-        keep: bool,
     ) -> Staging:
-        flags = StageFlag.CACHED if cached else StageFlag(0)
         argument = abi.ModelStage(
             file=fd, offset=_number(offset, "an offset"), size=_number(size, "a size")
         )
         if sha256 is not None:
             flags |= StageFlag.VERIFY
             _copy(argument.sha256, _digest(sha256))
-        if keep:
-            flags |= StageFlag.KEEP
         argument.flags = flags
         cause = f"cannot stage {what}"
         try:
             self._call(abi.IOC_MODEL_STAGE, argument, cause)
         except errors.SlotDenied:
-            reason = _denied(fd, cached)
+            watched = flags & (StageFlag.CACHED | StageFlag.EVICTABLE)
+            reason = _denied(fd, bool(watched))
             if reason is None:
                 raise
             raise errors.SlotDenied(f"{cause}, {reason[0]}", reason[1]) from None
         device = self._session.device.other(argument.fd)
-        return Staging(self, device, argument.generation, keep, what)
+        return Staging(self, device, argument.generation, StageFlag.KEEP in flags, what)
 
     @contextlib.contextmanager
     def load(
@@ -984,6 +1008,7 @@ class Slot:
         offset: SupportsIndex = 0,
         size: SupportsIndex = 0,
         cached: bool = False,
+        evictable: bool = False,
         sha256: str | bytes | None = None,
         keep: bool = False,
         check: bool = True,
@@ -994,10 +1019,11 @@ class Slot:
         What goes wrong or interrupts it aborts; ``keep`` is for what is loaded and right.
 
         Args:
-            source: as for :meth:`stage`, and so are the next five.
+            source: as for :meth:`stage`, and so are the next six.
             offset: see there.
             size: see there.
             cached: see there.
+            evictable: see there.
             sha256: see there.
             keep: see there.
             check: refuse what is neither GGUF nor safetensors, or has a header that is wrong.
@@ -1013,7 +1039,8 @@ class Slot:
                 begin = _number(offset, "an offset")
                 length = _number(size, "a size") or max(0, _file_size(fd) - begin)
                 parse_header(what, _Window(lambda n, at: os.pread(fd, n, at), length, begin))
-            staging = self._stage(fd, what, offset, size, cached, sha256, keep)
+            flags = _stage_flags(cached, evictable, keep)
+            staging = self._stage(fd, what, offset, size, flags, sha256)
         with staging:
             try:
                 staging.wait(report)
@@ -1032,6 +1059,7 @@ class Slot:
         offset: SupportsIndex = 0,
         size: SupportsIndex = 0,
         cached: bool = False,
+        evictable: bool = False,
         sha256: str | bytes | None = None,
         check: bool = True,
         report: Report | None = None,
@@ -1045,6 +1073,7 @@ class Slot:
             offset: see there.
             size: see there.
             cached: see there.
+            evictable: see there.
             sha256: see there.
             check: see there.
             report: see there.
@@ -1057,6 +1086,7 @@ class Slot:
             offset=offset,
             size=size,
             cached=cached,
+            evictable=evictable,
             sha256=sha256,
             check=check,
             report=report,
@@ -1104,6 +1134,34 @@ class Slot:
         argument = abi.ModelWhich(generation=which)
         self._call(request, argument, f"cannot {verb} {what} of {self._name!r}")
         return int(argument.generation)
+
+    def evict(self, number: SupportsIndex = 0, size: SupportsIndex = 0) -> int:
+        """Let chunks of an evictable generation go now, least recently used first.
+
+        They come back from the file when somebody touches or reads them.
+
+        Args:
+            number: that of the generation, or 0 for whichever is active.
+            size: bytes, how many at least; 0 for all that can.
+
+        Returns:
+            The bytes given back: fewer when there are no more, or when others hold them.
+
+        Raises:
+            NoSuchGeneration: the slot does not have it.
+            InvalidArgument: it is not evictable.
+            SlotDenied, NoSuchSlot, Closed: as they say.
+        """
+        which = _number(number, "a generation")
+        what = f"generation {which}" if which else "the active generation"
+        argument = abi.ModelEvict(generation=which, bytes=_number(size, "a size"))
+        try:
+            self._call(abi.IOC_MODEL_EVICT, argument, f"cannot evict {what} of {self._name!r}")
+        except errors.InvalidArgument:
+            raise errors.InvalidArgument(
+                f"{what} of {self._name!r} is not evictable", "stage it with evictable=True"
+            ) from None
+        return int(argument.bytes)
 
     def remove(self) -> None:
         """Take the slot away. Readers keep what they have; what is staged is aborted.
@@ -1192,7 +1250,8 @@ def slot(
 
     Args:
         name: letters, digits, ``.``, ``_`` and ``-``, with no ``.`` first; at most 63. Not
-            ``slots``, ``generations`` or ``held``.
+            one of ``slots``, ``generations``, ``held``, ``evictable``, ``evicted``, ``reloads`` and
+            ``reload_failed``.
         create: make it unless it exists; implies ``write``.
         exclusive: make it, and fail if it exists; implies ``create``.
         mode: the permissions of one that is made, less the umask: to read is to acquire,

@@ -322,7 +322,7 @@ class GenerationStatus:
         number: its number.
         state: as in :class:`tensormem.GenerationInfo`.
         values: name -> number: ``size``, ``loaded``, ``readers``, ``private_bytes``,
-            ``shared_bytes``, ``error``, ``cached``.
+            ``shared_bytes``, ``error``, ``cached``, ``evictable``, ``evicted``, ``reloads``.
     """
 
     number: int

@@ -189,6 +189,18 @@
  *   spliced, by O_DIRECT or vmsplice(2), stay the file's.) A new time of modification ends it, too.
  *   Where the model ends within a page, a mapping shows what of the file follows in that page.
  *
+ *   An evictable one (TENSORMEM_MODEL_EVICTABLE) is in chunks as a resident one is, but its chunks may go when memory is
+ *   wanted, least recently used first, and are read from the file again when somebody touches or reads them.
+ *   (Used is what was read or has faulted; what others hold besides, by O_DIRECT or vmsplice(2), stays.) They come back on the
+ *   bill of the client that staged it and of that client's memory cgroup. A touch that finds no memory, after other
+ *   evictable chunks and the slot's previous generation were given up and two seconds passed, raises SIGBUS, and the next may
+ *   succeed; read(2) fails with ENOMEM, EDQUOT or ENOSPC. So it is with an error of the disk, where read(2) gives
+ *   that. It shares no chunks with other generations: a chunk would have to come back for readers of one whose file is gone. The file is
+ *   watched as that of a cached one, with the same demands on it. Who opens it for writing waits until all that
+ *   is missing has come back (up to 20 seconds), and from then on it is like a resident one. If that cannot be done, or if bytes come
+ *   back other than they were loaded (a checksum of each chunk is kept), the generation fails: mappings are emptied, touching
+ *   them raises SIGBUS, read() gives ESTALE. Other bytes than those that were loaded are never shown.
+ *
  *   mmap(2) of a generation fails with EACCES for PROT_WRITE, EPERM for PROT_EXEC, EINVAL for what
  *   lies behind the file's last page.
  *
@@ -838,7 +850,8 @@ struct tensormem_kv_event {
 
 /*
  * Bytes for a slot's name with its final 0. Letters, digits, '.', '_', '-'; no '.' first. Not
- * "slots", "generations" or "held", which are files beside the slots' folders in sysfs.
+ * "slots", "generations", "held", "evictable", "evicted", "reloads" or "reload_failed", which are files beside
+ * the slots' folders in sysfs.
  */
 #define TENSORMEM_MODEL_NAME	64
 
@@ -896,11 +909,13 @@ struct tensormem_model_slot {
  *
  * CACHED: leave the model in its file, see "A model slot". VERIFY: @sha256 says what the
  * file's is. KEEP: closing the descriptor does not abort what is loaded and not committed: the
- * slot keeps it for somebody else to commit or abort.
+ * slot keeps it for somebody else to commit or abort. EVICTABLE: chunks of it may go and come
+ * back from the file, see "A model slot"; not with CACHED.
  */
 #define TENSORMEM_MODEL_CACHED	(1u << 0)
 #define TENSORMEM_MODEL_VERIFY	(1u << 1)
 #define TENSORMEM_MODEL_KEEP	(1u << 2)
+#define TENSORMEM_MODEL_EVICTABLE	(1u << 3)
 
 /**
  * struct tensormem_model_stage - load a file as a new generation
@@ -923,7 +938,7 @@ struct tensormem_model_slot {
  * EBUSY while another generation is staged: commit or abort it. EBADF for a bad @file,
  * EACCES when it is not open for reading, EINVAL when it is neither a regular file nor a
  * block device, cannot be read by the kernel (files of /proc), or was opened with O_DIRECT.
- * ENOSPC when the chunk pool could not hold it even if it were empty. With CACHED also ETXTBSY, and EOPNOTSUPP for a file system that cannot
+ * ENOSPC when the chunk pool could not hold it even if it were empty. With CACHED or EVICTABLE also ETXTBSY, and EOPNOTSUPP for a file system that cannot
  * say when a file changes (neither one on a disk of this machine nor tmpfs; memfds; DAX), or a
  * block device: load it whole instead.
  */
@@ -995,6 +1010,8 @@ enum tensormem_model_state {
  * @error: out: in MODEL_FAILED why: an errno as above or of the file system; else 0
  * @mapping: out: enum tensormem_mapping of its whole chunks
  * @pad: 0
+ * @evicted_bytes: out: those of an evictable one that are in its file only
+ * @reloads: out: chunks of it that have come back
  */
 struct tensormem_model_info {
 	__u64 generation;
@@ -1007,6 +1024,25 @@ struct tensormem_model_info {
 	__u32 readers;
 	__u32 error;
 	__u32 mapping;
+	__u32 pad;
+	__u64 evicted_bytes;
+	__u64 reloads;
+};
+
+/**
+ * struct tensormem_model_evict - make room now: chunks of an evictable generation go
+ * @generation: in: its number, or 0 for whichever is active; out: which it is
+ * @bytes: in: how many at least, least recently used first; 0: all that can; out: given back,
+ *         which is less when there is no more, or when others hold it
+ * @flags: in: must be 0
+ * @pad: in: must be 0
+ *
+ * They come back when they are touched or read. ENOENT when the slot does not have it, EINVAL when it is not evictable.
+ */
+struct tensormem_model_evict {
+	__u64 generation;
+	__u64 bytes;
+	__u32 flags;
 	__u32 pad;
 };
 
@@ -1340,6 +1376,7 @@ enum tensormem_nl_attribute {
 #define TENSORMEM_IOC_MODEL_ROLLBACK	_IOWR(TENSORMEM_IOC_MAGIC, 0x54, struct tensormem_model_which)
 #define TENSORMEM_IOC_MODEL_ACQUIRE	_IOWR(TENSORMEM_IOC_MAGIC, 0x55, struct tensormem_model_acquire)
 #define TENSORMEM_IOC_MODEL_REMOVE	_IOWR(TENSORMEM_IOC_MAGIC, 0x56, struct tensormem_model_remove)
+#define TENSORMEM_IOC_MODEL_EVICT	_IOWR(TENSORMEM_IOC_MAGIC, 0x57, struct tensormem_model_evict)
 
 /* Of a generation's descriptor. */
 #define TENSORMEM_IOC_MODEL_INFO	_IOWR(TENSORMEM_IOC_MAGIC, 0x60, struct tensormem_model_info)
