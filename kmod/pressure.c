@@ -39,6 +39,7 @@
 #include "compat.h"
 #include "event.h"
 #include "kv_relief.h"
+#include "model_evict.h"
 #include "pages.h"
 #include "park.h"
 #include "pressure.h"
@@ -149,11 +150,25 @@ static void tm_relief_idle(const struct tm_relief *relief)
 	tm_pages_trim(min(emptied, tm_relief_left(relief)));
 }
 
+static void tm_relief_weights(const struct tm_relief *relief)
+{
+	u64 left = tm_relief_left(relief), before;
+
+	/* Pieces that are no whole chunk may leave the system nothing. */
+	do {
+		before = left;
+		if (!left || !tm_model_evict(left))
+			break;
+		left = tm_relief_trim(relief);
+	} while (left < before && !fatal_signal_pending(current));
+}
+
 /* In this order. */
 static void (*const tm_pressure_steps[])(const struct tm_relief *relief) = {
 	[TENSORMEM_RELIEF_CHUNKS] = tm_relief_chunks,
 	[TENSORMEM_RELIEF_PREFIXES] = tm_relief_prefixes,
 	[TENSORMEM_RELIEF_IDLE] = tm_relief_idle,
+	[TENSORMEM_RELIEF_WEIGHTS] = tm_relief_weights,
 };
 
 static_assert(ARRAY_SIZE(tm_pressure_steps) == TENSORMEM_RELIEF_STEPS);
@@ -456,6 +471,7 @@ TM_PRESSURE_RO(fruitless, READ_ONCE(tm_pressure.fruitless));
 TM_PRESSURE_STEP(chunks, TENSORMEM_RELIEF_CHUNKS);
 TM_PRESSURE_STEP(prefixes, TENSORMEM_RELIEF_PREFIXES);
 TM_PRESSURE_STEP(idle, TENSORMEM_RELIEF_IDLE);
+TM_PRESSURE_STEP(weights, TENSORMEM_RELIEF_WEIGHTS);
 TM_PRESSURE_RO(oom_calls, atomic64_read(&tm_pressure.oom_calls));
 TM_PRESSURE_RO(oom_given, atomic64_read(&tm_pressure.oom_given));
 
@@ -472,6 +488,8 @@ static struct attribute *tm_pressure_attrs[] = {
 	&tm_pressure_prefixes_given_attr.attr,
 	&tm_pressure_idle_calls_attr.attr,
 	&tm_pressure_idle_given_attr.attr,
+	&tm_pressure_weights_calls_attr.attr,
+	&tm_pressure_weights_given_attr.attr,
 	&tm_pressure_oom_calls_attr.attr,
 	&tm_pressure_oom_given_attr.attr,
 	NULL

@@ -451,7 +451,8 @@ TRACE_EVENT(tensormem_rt_move,
 	__print_symbolic(step,						\
 			 { 0, "chunks" },				\
 			 { 1, "prefixes" },				\
-			 { 2, "idle" })
+			 { 2, "idle" },				\
+			 { 3, "weights" })
 
 #define tm_show_pressure(level)						\
 	__print_symbolic(level,						\

@@ -28,8 +28,8 @@ MIB = 1 << 20
 FILES: dict[str, object] = {
     "level": "low", "available": 20 * MIB, "low": 32 * MIB, "high": 64 * MIB, "reliefs": 9,
     "fruitless": 2, "chunks_calls": 9, "chunks_given": 40 * MIB, "prefixes_calls": 5,
-    "prefixes_given": 12 * MIB, "idle_calls": 3, "idle_given": 2 * MIB, "oom_calls": 1,
-    "oom_given": 4 * MIB,
+    "prefixes_given": 12 * MIB, "idle_calls": 3, "idle_given": 2 * MIB, "weights_calls": 2,
+    "weights_given": 8 * MIB, "oom_calls": 1, "oom_given": 4 * MIB,
 }  # fmt: skip
 
 
@@ -78,18 +78,19 @@ def relieve(module: Module, *arguments: Any) -> pressure.Given:
     ("size", "wanted"), [(1, 1), ("64M", 64 * MIB), ("1G", 1 << 30), ((1 << 64) - 1, (1 << 64) - 1)]
 )
 def test_relieve(size: pressure.Size, wanted: int) -> None:
-    module = Module(4 * MIB, 2 * MIB, 0)
+    module = Module(4 * MIB, 2 * MIB, 0, 0)
     given = relieve(module, size)
     assert module.asked == [(wanted, 0)]
-    steps = {"chunks": 4 * MIB, "prefixes": 2 * MIB, "idle": 0}
+    steps = {"chunks": 4 * MIB, "prefixes": 2 * MIB, "idle": 0, "weights": 0}
     assert given == pressure.Given(wanted, 6 * MIB, steps)
 
 
 def test_some_steps() -> None:
-    module = Module(0, 0, 0)
+    module = Module(0, 0, 0, 0)
     relieve(module, 1, ["idle", "chunks"])
     relieve(module, 1, ["prefixes"])
-    assert module.asked == [(1, 5), (1, 2)]
+    relieve(module, 1, ["weights"])
+    assert module.asked == [(1, 5), (1, 2), (1, 8)]
 
 
 @pytest.mark.parametrize(
@@ -128,8 +129,9 @@ def test_status(root: Path) -> None:
         "chunks": pressure.StepStatus(9, 40 * MIB),
         "prefixes": pressure.StepStatus(5, 12 * MIB),
         "idle": pressure.StepStatus(3, 2 * MIB),
+        "weights": pressure.StepStatus(2, 8 * MIB),
     }
-    assert list(now.steps) == ["chunks", "prefixes", "idle"]
+    assert list(now.steps) == ["chunks", "prefixes", "idle", "weights"]
     assert now.oom == pressure.StepStatus(1, 4 * MIB)
 
 
@@ -387,7 +389,7 @@ def test_show(run: Run) -> None:
     assert narrow(result.stdout)
     text = " ".join(result.stdout.split())
     for part in ("level low", "available 20 MiB", "low 32 MiB", "high 64 MiB", "chunks 9 40 MiB",
-                 "prefixes 5 12 MiB", "idle 3 2 MiB", "OOM 1 4 MiB",
+                 "prefixes 5 12 MiB", "idle 3 2 MiB", "weights 2 8 MiB", "OOM 1 4 MiB",
                  "9 reliefs, 2 of them"):  # fmt: skip
         assert part in text, text
     document = json.loads(run("show", "--json").stdout)

@@ -32,6 +32,7 @@ from device import (
     SYSFS,
     Raw,
     Seq,
+    Slot,
     View,
     becomes,
     chain,
@@ -46,7 +47,7 @@ from device import (
 from process import killed_at_random, libc
 from tensormem import abi, errors, pressure
 
-CHUNKS, PREFIXES, IDLE = abi.Relief
+CHUNKS, PREFIXES, IDLE, WEIGHTS = abi.Relief
 NOZERO = abi.AllocFlag.NOZERO
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
 RAM = os.sysconf("SC_PHYS_PAGES") * PAGE
@@ -130,7 +131,7 @@ def idle() -> None:
 def test_free_chunks(raw: Raw, asked: int, given: int) -> None:
     leave(raw, 5)
     before, shrunk = counters(), read("chunk/shrunk")
-    assert raw.relieve(asked) == [given * CHUNK, 0, 0]
+    assert raw.relieve(asked) == [given * CHUNK, 0, 0, 0]
     assert (read("chunk/free"), read("chunk/total")) == (5 - given, 5 - given)
     assert read("chunk/shrunk") == shrunk + given
     others = 0 if given * CHUNK >= asked else 1
@@ -145,7 +146,7 @@ def test_free_chunks(raw: Raw, asked: int, given: int) -> None:
 
 def test_nothing_to_give(raw: Raw) -> None:
     before = counters()
-    assert raw.relieve(U64) == [0, 0, 0]
+    assert raw.relieve(U64) == [0, 0, 0, 0]
     changed = ("reliefs", "fruitless", "chunks_calls", "prefixes_calls", "idle_calls")
     assert counters() == before | {name: before[name] + 1 for name in changed}
 
@@ -158,10 +159,10 @@ def test_the_reserve_goes_last_and_comes_back_when_it_may(raw: Raw) -> None:
     for item in items:
         assert raw.free(item.handle) == 0
     assert (read("chunk/free"), read("chunk/zeroed")) == (5, 3)
-    assert raw.relieve(2 * CHUNK) == [2 * CHUNK, 0, 0]
+    assert raw.relieve(2 * CHUNK) == [2 * CHUNK, 0, 0, 0]
     assert (read("chunk/free"), read("chunk/zeroed")) == (3, 3)
-    assert raw.relieve(2 * CHUNK) == [2 * CHUNK, 0, 0]
-    assert raw.relieve(U64) == [CHUNK, 0, 0]
+    assert raw.relieve(2 * CHUNK) == [2 * CHUNK, 0, 0, 0]
+    assert raw.relieve(U64) == [CHUNK, 0, 0, 0]
     # below the high watermark the pool zeroes what it has, and takes nothing
     assert write("pressure/high", RAM) == 0
     leave(raw, 1)
@@ -175,11 +176,11 @@ def test_the_reserve_goes_last_and_comes_back_when_it_may(raw: Raw) -> None:
 def test_what_is_kept_for_reuse(raw: Raw) -> None:
     park(raw, 4)
     leave(raw, 1)
-    assert raw.relieve(CHUNK) == [CHUNK, 0, 0]
+    assert raw.relieve(CHUNK) == [CHUNK, 0, 0, 0]
     assert raw.info().kept == 4 * CHUNK
-    assert raw.relieve(2 * CHUNK) == [2 * CHUNK, 0, 0]
+    assert raw.relieve(2 * CHUNK) == [2 * CHUNK, 0, 0, 0]
     assert raw.info().kept == 2 * CHUNK
-    assert raw.relieve(U64) == [2 * CHUNK, 0, 0]
+    assert raw.relieve(U64) == [2 * CHUNK, 0, 0, 0]
     assert (raw.info().kept, raw.info().used) == (0, 0)
 
 
@@ -189,7 +190,7 @@ def test_runs_kept_for_reuse_make_chunks(raw: Raw) -> None:
         assert raw.free(item.handle) == 0
     assert (read("buddy/chunks"), raw.info().kept) == (3, 3 * CHUNK)
     # the oldest first, as many as it takes
-    assert raw.relieve(2 * CHUNK) == [2 * CHUNK, 0, 0]
+    assert raw.relieve(2 * CHUNK) == [2 * CHUNK, 0, 0, 0]
     assert (read("buddy/chunks"), raw.info().kept) == (1, CHUNK)
 
 
@@ -200,7 +201,7 @@ def test_cached_prefixes(raw: Raw) -> None:
         info, block = kv.info(), kv.block_bytes()
         assert (info.held, info.cached) == (5 * CHUNK, 4 * CHUNK)
         # half a chunk is free: three halves of one have to go for two
-        assert raw.relieve(2 * CHUNK) == [0, 2 * CHUNK, 0]
+        assert raw.relieve(2 * CHUNK) == [0, 2 * CHUNK, 0, 0]
         after = kv.info()
         assert after.held == 3 * CHUNK
         assert after.evictions - info.evictions == PER_CHUNK * 3 // 2
@@ -209,10 +210,10 @@ def test_cached_prefixes(raw: Raw) -> None:
         assert still_there(kv, names) == 4 * PER_CHUNK - PER_CHUNK * 3 // 2
         view.check(seq, values)
         # what would not make a chunk stays
-        assert raw.relieve(U64, PREFIXES) == [0, 2 * CHUNK, 0]
+        assert raw.relieve(U64, PREFIXES) == [0, 2 * CHUNK, 0, 0]
         assert (kv.info().held, kv.info().cached) == (CHUNK, CHUNK // 2)
         assert still_there(kv, names) == PER_CHUNK // 2
-        assert raw.relieve(U64, PREFIXES) == [0, 0, 0]
+        assert raw.relieve(U64, PREFIXES) == [0, 0, 0, 0]
         view.check(seq, values)
         view.close()
 
@@ -229,7 +230,7 @@ def test_what_is_free_in_a_cache_goes_before_what_is_cached(raw: Raw) -> None:
         info = kv.info()
         # not so much that the cache itself would move pages
         assert CHUNK <= info.held - info.used < 2 * CHUNK
-        assert raw.relieve(CHUNK) == [0, CHUNK, 0]
+        assert raw.relieve(CHUNK) == [0, CHUNK, 0, 0]
         assert kv.info().evictions == info.evictions
         assert still_there(kv, names) == 2
 
@@ -239,9 +240,9 @@ def test_prefixes_of_all_caches_in_turn(raw: Raw) -> None:
     for kv in caches:
         cached(kv, "any", 2 * PER_CHUNK)
     for rest in ((1, 2, 2), (1, 1, 2), (1, 1, 1)):
-        assert raw.relieve(CHUNK) == [0, CHUNK, 0]
+        assert raw.relieve(CHUNK) == [0, CHUNK, 0, 0]
         assert sorted(kv.info().held // CHUNK for kv in caches) == sorted(rest)
-    assert raw.relieve(U64) == [0, 3 * CHUNK, 0]
+    assert raw.relieve(U64) == [0, 3 * CHUNK, 0, 0]
     assert all(kv.info().held == 0 for kv in caches)
     for kv in caches:
         kv.close()
@@ -251,7 +252,7 @@ def test_those_of_others_as_well(raw: Raw) -> None:
     with Raw() as other, other.kv([FAT], block_tokens=TOKENS) as kv:
         cached(kv, "theirs", PER_CHUNK)
         assert other.info().used == CHUNK
-        assert raw.relieve(U64) == [0, CHUNK, 0]
+        assert raw.relieve(U64) == [0, CHUNK, 0, 0]
         assert other.info().used == 0
 
 
@@ -269,17 +270,17 @@ def test_idle_sequences(raw: Raw) -> None:
         idle()
         saved = 2 * chunk - blocks
         # the one that was used longest ago, as a whole
-        assert raw.relieve(CHUNK) == [0, 0, CHUNK]
+        assert raw.relieve(CHUNK) == [0, 0, CHUNK, 0]
         assert [kv.query(seq).packed for seq in seqs] == [blocks * PAGE, 0, 0, 0]
         assert kv.info().held == 7 * CHUNK
         # one more is enough for two: there was nearly one left
-        assert raw.relieve(2 * CHUNK, IDLE) == [0, 0, 2 * CHUNK]
+        assert raw.relieve(2 * CHUNK, IDLE) == [0, 0, 2 * CHUNK, 0]
         assert [kv.query(seq).packed for seq in seqs] == [blocks * PAGE, blocks * PAGE, 0, 0]
         left = 4 * saved // chunk - 3
-        assert raw.relieve(U64, IDLE) == [0, 0, left * CHUNK]
+        assert raw.relieve(U64, IDLE) == [0, 0, left * CHUNK, 0]
         assert all(kv.query(seq).packed == blocks * PAGE for seq in seqs)
         assert kv.info().held - kv.info().used < CHUNK
-        assert raw.relieve(U64) == [0, 0, 0]
+        assert raw.relieve(U64) == [0, 0, 0, 0]
         assert kv.info().packs == 4 * blocks
         view = kv.view()
         for seq in seqs:
@@ -295,7 +296,7 @@ def test_a_sequence_in_use_is_not_packed(raw: Raw) -> None:
             begin = time.monotonic()
             assert kv.truncate(seq, PER_CHUNK * TOKENS - 1) == 0
             assert kv.extend(seq, 1) == 0
-            assert raw.relieve(U64) == [0, 0, 0]
+            assert raw.relieve(U64) == [0, 0, 0, 0]
             if time.monotonic() < begin + 1:
                 break
         else:
@@ -312,10 +313,10 @@ def test_the_cheapest_first(raw: Raw, trace: None) -> None:
         cached(kv, "cached", 2 * PER_CHUNK)
         idle()
         leave(raw, 2)
-        assert raw.relieve(CHUNK) == [CHUNK, 0, 0]
-        assert raw.relieve(2 * CHUNK) == [CHUNK, CHUNK, 0]
+        assert raw.relieve(CHUNK) == [CHUNK, 0, 0, 0]
+        assert raw.relieve(2 * CHUNK) == [CHUNK, CHUNK, 0, 0]
         assert kv.info().packs == 0
-        assert raw.relieve(3 * CHUNK) == [0, CHUNK, 2 * CHUNK]
+        assert raw.relieve(3 * CHUNK) == [0, CHUNK, 2 * CHUNK, 0]
         assert kv.query(seq).packed == 4 * PER_CHUNK * PAGE
         done = [(e["step"], int(e["wanted"]), int(e["given"])) for e in events("pressure_step")]
         assert done == [
@@ -323,6 +324,30 @@ def test_the_cheapest_first(raw: Raw, trace: None) -> None:
             ("chunks", 2 * CHUNK, CHUNK), ("prefixes", CHUNK, CHUNK),
             ("chunks", 3 * CHUNK, 0), ("prefixes", 3 * CHUNK, CHUNK), ("idle", 2 * CHUNK, 2 * CHUNK),
         ]  # fmt: skip
+
+
+def test_weights_go_last_and_come_back(raw: Raw, slot: Slot) -> None:
+    data, path = weights("pressure", 3 * CHUNK), Path("/tmp/pressure.bin")
+    path.write_bytes(data)
+    fd = os.open(path, os.O_RDONLY)
+    with slot.stage(fd, abi.StageFlag.EVICTABLE) as staged:
+        assert slot.commit(staged.loaded().number) == 0
+    os.close(fd)
+    with raw.kv([FAT], block_tokens=TOKENS) as kv, slot.acquire() as gen:
+        cached(kv, "cached", PER_CHUNK)
+        raw.relieve(U64, CHUNKS)
+        leave(raw, 1)
+        assert raw.relieve(CHUNK) == [CHUNK, 0, 0, 0]
+        assert raw.relieve(2 * CHUNK) == [0, CHUNK, 0, CHUNK]
+        assert read("model/evicted") == CHUNK
+        assert raw.relieve(U64) == [0, 0, 0, 2 * CHUNK]
+        assert read("model/evicted") == 3 * CHUNK
+        assert raw.relieve(U64) == [0, 0, 0, 0]
+        assert os.pread(gen.fd, 3 * CHUNK, 0) == data
+        assert read("model/evicted") == 0
+        assert raw.relieve(1, WEIGHTS) == [0, 0, 0, CHUNK]
+        assert os.pread(gen.fd, 3 * CHUNK, 0) == data
+    path.unlink()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 3, 5, 6, 7])
@@ -354,7 +379,7 @@ def test_the_rt_pool_gives_nothing(raw: Raw) -> None:
         view[:] = weights("rt", len(view))
         leave(raw, 1)
         state, folder = rt.counts(), {name: read(f"rt/{name}") for name in ("size", "ready", "held", "used")}
-        assert raw.relieve(U64) == [CHUNK, 0, 0]
+        assert raw.relieve(U64) == [CHUNK, 0, 0, 0]
         assert view[:] == weights("rt", len(view))
         assert rt.counts() == state
         assert {name: read(f"rt/{name}") for name in folder} == folder
@@ -408,7 +433,7 @@ def test_every_size_of_the_struct(raw: Raw) -> None:
 def test_outputs_are_ignored_on_input(raw: Raw) -> None:
     item = abi.Relieve(bytes=1, given=U64, step=(U64, U64, U64))
     assert raw.ioctl(abi.IOC_RELIEVE, item) == 0
-    assert (item.given, *item.step) == (0, 0, 0, 0)
+    assert (item.given, *item.step) == (0, 0, 0, 0, 0)
 
 
 def test_memory_that_cannot_be_written_costs_nothing(raw: Raw) -> None:
@@ -697,7 +722,7 @@ def test_killed_in_the_middle(raw: Raw) -> None:
         view.close()
     becomes("kv/caches", 0)
     raw.relieve(U64)
-    assert raw.relieve(U64) == [0, 0, 0]
+    assert raw.relieve(U64) == [0, 0, 0, 0]
 
 
 def test_an_arena_is_made_while_memory_is_scarce(raw: Raw) -> None:
@@ -723,7 +748,7 @@ def test_the_library(raw: Raw) -> None:
     before = pressure.status()
     given = pressure.relieve("4M")
     assert (given.wanted, given.total) == (2 * CHUNK, 2 * CHUNK)
-    assert given.steps == {"chunks": 2 * CHUNK, "prefixes": 0, "idle": 0}
+    assert given.steps == {"chunks": 2 * CHUNK, "prefixes": 0, "idle": 0, "weights": 0}
     assert pressure.relieve(1, ["prefixes", "idle"]).total == 0
     after = pressure.status()
     assert after.steps["chunks"].given - before.steps["chunks"].given == 2 * CHUNK

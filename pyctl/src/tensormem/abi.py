@@ -273,6 +273,7 @@ class Relief(IntEnum):
     CHUNKS = 0
     PREFIXES = 1
     IDLE = 2
+    WEIGHTS = 3
 
 
 class ModelState(IntEnum):
@@ -325,7 +326,7 @@ KV_UNPACK = 1 << 0
 
 
 #: Steps of a relief.
-RELIEF_STEPS = 3
+RELIEF_STEPS = 4
 
 #: Bytes for a slot's name with its final 0.
 MODEL_NAME = 64

@@ -1213,9 +1213,10 @@ enum tensormem_relief {
 	TENSORMEM_RELIEF_CHUNKS		= 0,	/* free chunks, the reserve, what is kept for reuse */
 	TENSORMEM_RELIEF_PREFIXES	= 1,	/* KV: what is free, then cached blocks, the oldest first */
 	TENSORMEM_RELIEF_IDLE		= 2,	/* KV: sequences not used for a second are packed */
+	TENSORMEM_RELIEF_WEIGHTS	= 3,	/* evictable weights, least recently used first */
 };
 
-#define TENSORMEM_RELIEF_STEPS	3
+#define TENSORMEM_RELIEF_STEPS	4
 
 /**
  * struct tensormem_relieve - give memory back to the system
@@ -1226,8 +1227,8 @@ enum tensormem_relief {
  * @step: out: of these, by enum tensormem_relief
  *
  * Less may be given than asked for: that is no error. Nothing is lost but what can be had
- * again: cached prefixes have to be computed, packed sequences come back by a touch. The RT
- * pool gives nothing. Takes CAP_SYS_ADMIN. One relief at a time: others wait.
+ * again: cached prefixes have to be computed, packed sequences and weights come back by a touch. The
+ * RT pool gives nothing. Takes CAP_SYS_ADMIN. One relief at a time: others wait.
  */
 struct tensormem_relieve {
 	__u64 bytes;

@@ -25,6 +25,7 @@ _MEANING = {
     "chunks": "free chunks, the reserve, what is kept for reuse",
     "prefixes": "KV: what is free, cached prefixes",
     "idle": "KV: idle sequences packed",
+    "weights": "evictable weights",
     "OOM": "before the kernel would have killed somebody",
 }
 
