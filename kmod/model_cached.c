@@ -17,6 +17,7 @@
 #include <linux/err.h>
 #include <linux/file.h>
 #include <linux/fs.h>
+#include <linux/ktime.h>
 #include <linux/magic.h>
 #include <linux/mm.h>
 #include <linux/mutex.h>
@@ -32,6 +33,7 @@
 #include "model.h"
 #include "model_cached.h"
 #include "pages.h"
+#include "trace.h"
 #include "vm.h"
 
 /**
@@ -341,7 +343,7 @@ static vm_fault_t tm_model_cached_insert(struct tm_model_cached *cached,
 	return vmf_error(err);
 }
 
-static vm_fault_t tm_model_cached_fault(struct vm_fault *vmf)
+static vm_fault_t tm_model_cached_map(struct vm_fault *vmf)
 {
 	struct tm_model_cached *cached = tm_model_cached_of(vmf->vma);
 	vm_fault_t got, result = VM_FAULT_NOPAGE;
@@ -364,6 +366,22 @@ static vm_fault_t tm_model_cached_fault(struct vm_fault *vmf)
 	put_page(page);
 	vmf->page = NULL;
 	return result | (got & VM_FAULT_MAJOR);
+}
+
+static vm_fault_t tm_model_cached_fault(struct vm_fault *vmf)
+{
+	u64 start = trace_tensormem_model_fault_enabled() ? ktime_get_ns() : 0;
+	const struct file *reader = vmf->vma->vm_private_data;
+	const struct tm_model_gen *gen = reader->private_data;
+	vm_fault_t result = tm_model_cached_map(vmf);
+
+	/* To be tried again: the mapping, and the generation with it, may be gone by now. */
+	if (start && !(result & VM_FAULT_RETRY))
+		trace_tensormem_model_fault(kobject_name(&gen->model->kobj),
+					    gen->core.number, vmf->pgoff,
+					    !(result & VM_FAULT_ERROR),
+					    ktime_get_ns() - start);
+	return result;
 }
 
 /* Each mapping has its reader's descriptor, and through that the generation. */
