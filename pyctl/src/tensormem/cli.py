@@ -21,6 +21,7 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, histogram, system
+from .commands.monitor import monitor
 from .console import (
     WIDTH,
     Group,
@@ -1659,6 +1660,9 @@ def _control_report(report: control_module.Report) -> None:
             f"  promise      {verdict}: {pool.refused} messages refused in the RT pool,"
             f" {wrong} changed"
         )
+
+
+cli.add_command(monitor)
 
 
 # -- completion ------------------------------------------------------------------------
