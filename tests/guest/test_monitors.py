@@ -45,10 +45,10 @@ def tensors() -> None:
 def objects() -> None:
     """N steps of each kind with a KV cache, a model slot and an arena of the RT pool."""
     with Raw() as raw:
-        with raw.kv([full(1, PAGE // 8)]) as kv:
+        with raw.kv([full(1, PAGE // 8)], max_sequences=32) as kv:
             seq = kv.open()
             for _ in range(N):
-                assert kv.extend(seq, 1)[0] == 0
+                assert kv.extend(seq, 1) == 0
             children = [kv.fork(seq, N - 1) for _ in range(N)]
             for child in (*children, seq):
                 assert kv.end(child) == 0
@@ -101,11 +101,10 @@ def of_objects() -> tuple[Told, int]:
     """And how many chunks the pool took meanwhile."""
     names = ("tmkv", "tmswap", "tmpressure", "tmdeadline")
     monitors = [Monitor(name, "-j", command=(*CLI, name)) for name in names]
-    assert write("chunk/reserve", 0) == 0
-    before = read("chunk/capacity")
-    assert write("chunk/capacity", 0) == 0
-    assert write("chunk/capacity", before) == 0
+    reserve, capacity = read("chunk/reserve"), read("chunk/capacity")
     try:
+        for name, value in (("reserve", 0), ("capacity", 0), ("capacity", capacity)):
+            assert write(f"chunk/{name}", value) == 0
         grown = 0
 
         def work() -> None:
@@ -118,6 +117,7 @@ def of_objects() -> tuple[Told, int]:
     finally:
         for monitor in monitors:
             monitor.close()
+        assert write("chunk/reserve", reserve) == 0
 
 
 def lines(told: Sequence[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
