@@ -6,6 +6,7 @@
 #include <linux/cache.h>
 #include <linux/err.h>
 #include <linux/fs.h>
+#include <linux/ktime.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -29,6 +30,7 @@
 #include "rt_sysfs.h"
 #include "sysfs.h"
 #include "tensor.h"
+#include "trace.h"
 #include "vm.h"
 
 /* The parts every version of a struct has had. */
@@ -251,8 +253,8 @@ static int tm_device_query(void *object, const struct tm_items *items,
 
 static struct miscdevice tm_device;
 
-static long tm_device_ioctl(struct file *file, unsigned int cmd,
-			    unsigned long arg)
+static long tm_device_command(struct file *file, unsigned int cmd,
+			      unsigned long arg)
 {
 	struct tm_client *client = file->private_data;
 	void __user *user = (void __user *)arg;
@@ -298,6 +300,19 @@ static long tm_device_ioctl(struct file *file, unsigned int cmd,
 	default:
 		return -ENOTTY;
 	}
+}
+
+static long tm_device_ioctl(struct file *file, unsigned int cmd,
+			    unsigned long arg)
+{
+	u64 start = trace_tensormem_ioctl_enabled() ? ktime_get_ns() : 0;
+	const struct tm_client *client = file->private_data;
+	long ret = tm_device_command(file, cmd, arg);
+
+	if (start)
+		trace_tensormem_ioctl(client->id, cmd, ret,
+				      ktime_get_ns() - start);
+	return ret;
 }
 
 static int tm_device_open(struct inode *inode, struct file *file)

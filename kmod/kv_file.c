@@ -7,6 +7,7 @@
 #include <linux/err.h>
 #include <linux/file.h>
 #include <linux/fs.h>
+#include <linux/ktime.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/poll.h>
@@ -25,6 +26,7 @@
 #include "kv_pack.h"
 #include "kv_vm.h"
 #include "pages.h"
+#include "trace.h"
 
 /* The parts every version of a struct has had. */
 #define TM_MIN_GROUP	offsetofend(struct tensormem_kv_group, window)
@@ -482,8 +484,8 @@ static bool tm_kv_file_moves(unsigned int cmd)
 	}
 }
 
-static long tm_kv_file_ioctl(struct file *file, unsigned int cmd,
-			     unsigned long arg)
+static long tm_kv_file_command(struct file *file, unsigned int cmd,
+			       unsigned long arg)
 {
 	struct tm_kv *kv = file->private_data;
 	void __user *user = (void __user *)arg;
@@ -530,6 +532,19 @@ static long tm_kv_file_ioctl(struct file *file, unsigned int cmd,
 	default:
 		return -ENOTTY;
 	}
+}
+
+static long tm_kv_file_ioctl(struct file *file, unsigned int cmd,
+			     unsigned long arg)
+{
+	u64 start = trace_tensormem_ioctl_enabled() ? ktime_get_ns() : 0;
+	const struct tm_kv *kv = file->private_data;
+	long ret = tm_kv_file_command(file, cmd, arg);
+
+	if (start)
+		trace_tensormem_ioctl(kv->client->id, cmd, ret,
+				      ktime_get_ns() - start);
+	return ret;
 }
 
 /* Take events out of the ring; what is not delivered is kept for the next read. */

@@ -12,16 +12,19 @@
  * permission back without asking.
  */
 #include <linux/fs.h>
+#include <linux/ktime.h>
 #include <linux/math64.h>
 #include <linux/minmax.h>
 #include <linux/mm.h>
 #include <linux/sched/signal.h>
 
+#include "client.h"
 #include "compat.h"
 #include "kv.h"
 #include "kv_ops.h"
 #include "kv_pack.h"
 #include "kv_vm.h"
+#include "trace.h"
 
 /*
  * Pages that a fault maps at most, aligned. It looks at each, also where something
@@ -148,7 +151,7 @@ static vm_fault_t tm_kv_map_around(struct tm_kv *kv, struct vm_fault *vmf,
 	return tm_kv_map(kv, vmf->vma, plane & PAGE_MASK, spot, first, end);
 }
 
-static vm_fault_t tm_kv_vm_fault(struct vm_fault *vmf)
+static vm_fault_t tm_kv_vm_serve(struct vm_fault *vmf)
 {
 	struct tm_kv *kv = vmf->vma->vm_private_data;
 	bool write = vmf->flags & FAULT_FLAG_WRITE;
@@ -185,7 +188,7 @@ static vm_fault_t tm_kv_vm_fault(struct vm_fault *vmf)
 }
 
 /* A write to a read-only entry. */
-static vm_fault_t tm_kv_vm_mkwrite(struct vm_fault *vmf)
+static vm_fault_t tm_kv_vm_own(struct vm_fault *vmf)
 {
 	struct tm_kv *kv = vmf->vma->vm_private_data;
 	struct tm_kv_spot spot;
@@ -197,6 +200,31 @@ static vm_fault_t tm_kv_vm_mkwrite(struct vm_fault *vmf)
 			  spot.index /
 			  kv->cache.pool.geo.plane_pages[spot.group]);
 	return err ? VM_FAULT_SIGBUS : VM_FAULT_NOPAGE;
+}
+
+static vm_fault_t tm_kv_vm_told(struct vm_fault *vmf, bool write,
+				vm_fault_t (*serve)(struct vm_fault *vmf))
+{
+	u64 start = trace_tensormem_kv_fault_enabled() ? ktime_get_ns() : 0;
+	const struct tm_kv *kv = vmf->vma->vm_private_data;
+	vm_fault_t result = serve(vmf);
+
+	if (start)
+		trace_tensormem_kv_fault(kv->client->id, kv->id, vmf->pgoff,
+					 write, !(result & VM_FAULT_ERROR),
+					 ktime_get_ns() - start);
+	return result;
+}
+
+static vm_fault_t tm_kv_vm_fault(struct vm_fault *vmf)
+{
+	return tm_kv_vm_told(vmf, vmf->flags & FAULT_FLAG_WRITE,
+			     tm_kv_vm_serve);
+}
+
+static vm_fault_t tm_kv_vm_mkwrite(struct vm_fault *vmf)
+{
+	return tm_kv_vm_told(vmf, true, tm_kv_vm_own);
 }
 
 /* A moved mapping would leave the addresses that a sequence's place promises. */

@@ -13,6 +13,7 @@
 #include <linux/err.h>
 #include <linux/file.h>
 #include <linux/fs.h>
+#include <linux/ktime.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
 #include <linux/rwsem.h>
@@ -25,6 +26,7 @@
 #include "model_cached.h"
 #include "model_watch.h"
 #include "pages.h"
+#include "trace.h"
 #include "vm.h"
 
 /**
@@ -159,7 +161,7 @@ static vm_fault_t tm_model_cached_insert(struct tm_model_cached *cached,
 	return vmf_error(err);
 }
 
-static vm_fault_t tm_model_cached_fault(struct vm_fault *vmf)
+static vm_fault_t tm_model_cached_map(struct vm_fault *vmf)
 {
 	struct tm_model_cached *cached = tm_model_cached_of(vmf->vma);
 	vm_fault_t got, result = VM_FAULT_NOPAGE;
@@ -182,6 +184,22 @@ static vm_fault_t tm_model_cached_fault(struct vm_fault *vmf)
 	put_page(page);
 	vmf->page = NULL;
 	return result | (got & VM_FAULT_MAJOR);
+}
+
+static vm_fault_t tm_model_cached_fault(struct vm_fault *vmf)
+{
+	u64 start = trace_tensormem_model_fault_enabled() ? ktime_get_ns() : 0;
+	const struct file *reader = vmf->vma->vm_private_data;
+	const struct tm_model_gen *gen = reader->private_data;
+	vm_fault_t result = tm_model_cached_map(vmf);
+
+	/* To be tried again: the mapping, and the generation with it, may be gone by now. */
+	if (start && !(result & VM_FAULT_RETRY))
+		trace_tensormem_model_fault(kobject_name(&gen->model->kobj),
+					    gen->core.number, vmf->pgoff,
+					    !(result & VM_FAULT_ERROR),
+					    ktime_get_ns() - start);
+	return result;
 }
 
 /* Each mapping has its reader's descriptor, and through that the generation. */

@@ -8,6 +8,7 @@
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/fs_struct.h>
+#include <linux/ktime.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/poll.h>
@@ -26,6 +27,7 @@
 #include "model_inode.h"
 #include "model_load.h"
 #include "pages.h"
+#include "trace.h"
 
 /* The parts every version of a struct has had. */
 #define TM_MIN_OPEN	offsetofend(struct tensormem_model_open, fd)
@@ -438,8 +440,8 @@ static int tm_model_file_write(struct tm_model_handle *handle, unsigned int nr,
 	}
 }
 
-static long tm_model_file_ioctl(struct file *file, unsigned int cmd,
-				unsigned long arg)
+static long tm_model_file_command(struct file *file, unsigned int cmd,
+				  unsigned long arg)
 {
 	struct tm_model_handle *handle = file->private_data;
 	bool write = file->f_mode & FMODE_WRITE;
@@ -467,6 +469,19 @@ static long tm_model_file_ioctl(struct file *file, unsigned int cmd,
 	default:
 		return -ENOTTY;
 	}
+}
+
+static long tm_model_file_ioctl(struct file *file, unsigned int cmd,
+				unsigned long arg)
+{
+	u64 start = trace_tensormem_ioctl_enabled() ? ktime_get_ns() : 0;
+	const struct tm_model_handle *handle = file->private_data;
+	long ret = tm_model_file_command(file, cmd, arg);
+
+	if (start)
+		trace_tensormem_ioctl(handle->client->id, cmd, ret,
+				      ktime_get_ns() - start);
+	return ret;
 }
 
 static __poll_t tm_model_file_poll(struct file *file, poll_table *wait)

@@ -71,8 +71,8 @@ static void tm_model_gen_fill_info(struct tm_model_gen *gen,
 	up_read(&model->lock);
 }
 
-static long tm_model_gen_ioctl(struct file *file, unsigned int cmd,
-			       unsigned long arg)
+static long tm_model_gen_command(struct file *file, unsigned int cmd,
+				 unsigned long arg)
 {
 	void __user *user = (void __user *)arg;
 	struct tensormem_model_info info;
@@ -89,6 +89,19 @@ static long tm_model_gen_ioctl(struct file *file, unsigned int cmd,
 		return err;
 	tm_model_gen_fill_info(file->private_data, &info);
 	return tm_args_out(user, size, &info, sizeof(info));
+}
+
+static long tm_model_gen_ioctl(struct file *file, unsigned int cmd,
+			       unsigned long arg)
+{
+	u64 start = trace_tensormem_ioctl_enabled() ? ktime_get_ns() : 0;
+	const struct tm_model_gen *gen = file->private_data;
+	long ret = tm_model_gen_command(file, cmd, arg);
+
+	if (start)
+		trace_tensormem_ioctl(gen->client->id, cmd, ret,
+				      ktime_get_ns() - start);
+	return ret;
 }
 
 /* Copy what of the model lies in one extent. Return: bytes copied, @want less a fault. */
@@ -224,7 +237,7 @@ static bool tm_model_gen_region(const struct tm_model_gen *gen, u64 page,
 
 static vm_fault_t tm_model_gen_fault(struct vm_fault *vmf)
 {
-	u64 start = trace_tensormem_fault_enabled() ? ktime_get_ns() : 0;
+	u64 start = trace_tensormem_model_fault_enabled() ? ktime_get_ns() : 0;
 	struct tm_model_gen *gen = vmf->vma->vm_file->private_data;
 	vm_fault_t result = VM_FAULT_SIGBUS;
 	struct tm_region region;
@@ -234,26 +247,26 @@ static vm_fault_t tm_model_gen_fault(struct vm_fault *vmf)
 	    tm_model_gen_region(gen, vmf->pgoff, &region))
 		result = tm_vm_map(vmf, &region, &mapped);
 	if (start)
-		trace_tensormem_fault(gen->client->id, vmf->pgoff, mapped,
-				      ktime_get_ns() - start);
+		trace_tensormem_model_fault(kobject_name(&gen->model->kobj),
+					    gen->core.number, vmf->pgoff,
+					    mapped, ktime_get_ns() - start);
 	return result;
 }
 
 static vm_fault_t tm_model_gen_fault_evictable(struct vm_fault *vmf)
 {
-	u64 start = trace_tensormem_fault_enabled() ? ktime_get_ns() : 0;
+	u64 start = trace_tensormem_model_fault_enabled() ? ktime_get_ns() : 0;
 	struct tm_model_gen *gen = vmf->vma->vm_file->private_data;
 	vm_fault_t result = VM_FAULT_SIGBUS;
-	u32 client = gen->client->id;
-	u64 pgoff = vmf->pgoff;
 	u32 mapped = 0;
 
-	/* With VM_FAULT_RETRY neither the area nor the generation is ours any more. */
 	if (!tm_vm_marked(vmf))
 		result = tm_model_evict_fault(gen, vmf, &mapped);
-	if (start)
-		trace_tensormem_fault(client, pgoff, mapped,
-				      ktime_get_ns() - start);
+	/* With VM_FAULT_RETRY neither the area nor the generation is ours any more; it comes again. */
+	if (start && !(result & VM_FAULT_RETRY))
+		trace_tensormem_model_fault(kobject_name(&gen->model->kobj),
+					    gen->core.number, vmf->pgoff,
+					    mapped, ktime_get_ns() - start);
 	return result;
 }
 

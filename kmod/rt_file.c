@@ -19,6 +19,7 @@
 #include "rt.h"
 #include "rt_file.h"
 #include "rt_vm.h"
+#include "trace.h"
 #include "vm.h"
 
 /* The parts every version of a struct has had. */
@@ -289,8 +290,8 @@ static int tm_rt_file_unpin_one(struct tm_rt_user *user, void __user *arg,
 	return err ?: tm_rt_user_unpin(user, pin.handle);
 }
 
-static long tm_rt_file_ioctl(struct file *file, unsigned int cmd,
-			     unsigned long arg)
+static long tm_rt_file_command(struct file *file, unsigned int cmd,
+			       unsigned long arg)
 {
 	struct tm_rt_user *user = file->private_data;
 	void __user *to = (void __user *)arg;
@@ -323,6 +324,19 @@ static long tm_rt_file_ioctl(struct file *file, unsigned int cmd,
 	default:
 		return -ENOTTY;
 	}
+}
+
+static long tm_rt_file_ioctl(struct file *file, unsigned int cmd,
+			     unsigned long arg)
+{
+	u64 start = trace_tensormem_ioctl_enabled() ? ktime_get_ns() : 0;
+	const struct tm_rt_user *user = file->private_data;
+	long ret = tm_rt_file_command(file, cmd, arg);
+
+	if (start)
+		trace_tensormem_ioctl(user->arena->client->id, cmd, ret,
+				      ktime_get_ns() - start);
+	return ret;
 }
 
 static void tm_rt_file_fdinfo(struct seq_file *out, struct file *file)

@@ -571,6 +571,80 @@ TRACE_EVENT(tensormem_model_reload,
 		  __entry->error, __entry->latency_ns)
 );
 
+/*
+ * A call to any of our descriptors. client: who pays for what it stands for. cmd: the number in
+ * the command. ret: 0 or more, or a negative errno.
+ */
+TRACE_EVENT(tensormem_ioctl,
+	TP_PROTO(u32 client, u32 cmd, long ret, u64 latency_ns),
+	TP_ARGS(client, cmd, ret, latency_ns),
+	TP_STRUCT__entry(
+		__field(u64, latency_ns)
+		__field(s64, ret)
+		__field(u32, client)
+		__field(u32, cmd)
+	),
+	TP_fast_assign(
+		__entry->latency_ns = latency_ns;
+		__entry->ret = ret;
+		__entry->client = client;
+		__entry->cmd = _IOC_NR(cmd);
+	),
+	TP_printk("client=%u cmd=%#x ret=%lld latency_ns=%llu",
+		  __entry->client, __entry->cmd, __entry->ret,
+		  __entry->latency_ns)
+);
+
+/* page: in the window. write: to what was read-only, or not there. ok: not SIGBUS. */
+TRACE_EVENT(tensormem_kv_fault,
+	TP_PROTO(u32 client, u32 cache, u64 page, bool write, bool ok,
+		 u64 latency_ns),
+	TP_ARGS(client, cache, page, write, ok, latency_ns),
+	TP_STRUCT__entry(
+		__field(u64, page)
+		__field(u64, latency_ns)
+		__field(u32, client)
+		__field(u32, cache)
+		__field(bool, write)
+		__field(bool, ok)
+	),
+	TP_fast_assign(
+		__entry->page = page;
+		__entry->latency_ns = latency_ns;
+		__entry->client = client;
+		__entry->cache = cache;
+		__entry->write = write;
+		__entry->ok = ok;
+	),
+	TP_printk("client=%u cache=%u page=%llu write=%d ok=%d latency_ns=%llu",
+		  __entry->client, __entry->cache, __entry->page,
+		  __entry->write, __entry->ok, __entry->latency_ns)
+);
+
+/* page: of the model. mapped: pages this fault saw to; 0 for SIGBUS. */
+TRACE_EVENT(tensormem_model_fault,
+	TP_PROTO(const char *slot, u64 generation, u64 page, u32 mapped,
+		 u64 latency_ns),
+	TP_ARGS(slot, generation, page, mapped, latency_ns),
+	TP_STRUCT__entry(
+		__array(char, slot, TENSORMEM_MODEL_NAME)
+		__field(u64, generation)
+		__field(u64, page)
+		__field(u64, latency_ns)
+		__field(u32, mapped)
+	),
+	TP_fast_assign(
+		strscpy(__entry->slot, slot, TENSORMEM_MODEL_NAME);
+		__entry->generation = generation;
+		__entry->page = page;
+		__entry->latency_ns = latency_ns;
+		__entry->mapped = mapped;
+	),
+	TP_printk("slot=%s generation=%llu page=%llu mapped=%u latency_ns=%llu",
+		  __entry->slot, __entry->generation, __entry->page,
+		  __entry->mapped, __entry->latency_ns)
+);
+
 #endif
 
 #undef TRACE_INCLUDE_PATH

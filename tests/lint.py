@@ -110,11 +110,14 @@ def guest_build(*flags: str) -> Callable[[], str]:
 
 CHECKS: dict[str, Callable[[], str]] = {
     "ruff pyctl": lambda: tool("ruff", "check", "-q", "--no-cache", "pyctl"),
-    "ruff qemu, tests": lambda: tool(
-        "ruff", "check", "-q", "--no-cache", "--config", "tests/ruff.toml", "qemu", "tests"
+    "ruff bpf, qemu, tests": lambda: tool(
+        "ruff", "check", "-q", "--no-cache", "--config", "tests/ruff.toml", "bpf", "qemu", "tests"
     ),
     "mypy pyctl": lambda: run(
         "sh", "-c", f"cd pyctl && {sys.executable} -m mypy --no-incremental --strict src tests"
+    ),
+    "mypy bpf": lambda: run(
+        "sh", "-c", f"cd bpf && {sys.executable} -m mypy --no-incremental --strict *.py"
     ),
     "mypy qemu": lambda: run(
         "sh", "-c", f"cd qemu && {sys.executable} -m mypy --no-incremental --strict tmguest"

@@ -69,6 +69,8 @@ def pytest(name: str, *where: str) -> Stage:
 
 #: What has descriptors of its own beside a client's, and takes as long as all else.
 OBJECTS = ("kv_*", "model_*")
+#: What has stages of its own: a compiler in the guest takes as long as many other tests; another machine.
+APART = ("monitors", "pmu", "pressure_hog")
 #: Parts of the guest suite: the files, or those not in OBJECTS when there are none; the guest's memory nodes and CPUs.
 PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "guest": (("*",), 1, 2),
@@ -80,11 +82,14 @@ PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
                "reuse", "rt_abi", "rt_mapping", "small", "sysfs"), 1, 2),
     "rt": (("rt_*", "kernel_api"), 1, 4),
     "pmu": (("pmu",), 1, 1),
+    "monitors": (("monitors",), 1, 2),
 }
 #: Memory of the guests of a part; of the others 1G.
 MEMORY = {"pressure": "512M"}
 #: Those whose clock counts instructions.
 ICOUNT = ("pmu",)
+#: Of the monitors, what runs on each kernel: every tool once, with bcc and without.
+ONCE = "told"
 
 
 def guest_files(patterns: tuple[str, ...]) -> list[str]:
@@ -97,7 +102,8 @@ def guest(kernel: str, select: str, part: str = "guest") -> Stage:
     """A part of the guest suite on one kernel. Its report comes back through a shared folder."""
     name = f"{part}-{kernel}"
     files, nodes, cpus = PARTS[part]
-    where = guest_files(files) or sorted(set(guest_files(("*",))) - set(guest_files(OBJECTS)))
+    found = set(guest_files(files)) or set(guest_files(("*",))) - set(guest_files(OBJECTS))
+    where = sorted(found if set(files) <= set(APART) and files else found - set(guest_files(APART)))
     inside = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
               f"--junitxml=/share/{name}/junit.xml", *where)  # fmt: skip
     options = ("--kernel", kernel, "--cpus", str(cpus), "--memory", MEMORY.get(part, "1G"),
@@ -122,6 +128,7 @@ def stages(select: str) -> list[Stage]:
         pytest("python", "-c", "pyctl/pyproject.toml", "--rootdir=pyctl", "pyctl/tests"),
         pytest("qemu", "qemu/tests"),
         pytest("runner", "tests/runner"),
+        pytest("bpf", "tests/bpf"),
         guest("6.12", select),
         guest("6.12", select, "numa"),
         guest("6.12", select, "pressure"),
@@ -130,6 +137,8 @@ def stages(select: str) -> list[Stage]:
         guest("debug", select, "tensors"),
         guest("6.12-16k", select, "pages"),
         guest("6.12-rt", select, "rt"),
+        guest("6.12", select, "monitors"),
+        *(guest(kernel, select or ONCE, "monitors") for kernel in ("6.1", "newest")),
         *(smoke(kernel) for kernel in SMOKE),
         smoke("6.12", "raspi3b"),
     ]
@@ -235,7 +244,7 @@ def main() -> None:
         parser.error(f"no such stage: {', '.join(sorted(unknown))}")
     wanted = set(options.stage)
     if "host" in wanted:
-        wanted |= {"core", "python", "qemu"}
+        wanted |= {"core", "python", "qemu", "bpf"}
 
     total = run_all([stage for stage in known if not wanted or stage.name in wanted])
     for name in total.bad:

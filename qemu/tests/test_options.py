@@ -32,6 +32,11 @@ def test_command_keeps_its_own_options() -> None:
     assert wanted.kernel == "6.1"
 
 
+def test_untraced_is_asked_for() -> None:
+    assert parse("--untraced", "--", "true").untraced
+    assert not parse("--", "true").untraced
+
+
 def test_share(tmp_path: Path) -> None:
     wanted = parse("--share", f"{tmp_path}:ro", "--share", "/", "--", "true")
     assert wanted.shares[0] == options.Share(tmp_path, read_only=True)

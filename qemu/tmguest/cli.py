@@ -72,6 +72,7 @@ def _guest_options(into: argparse.ArgumentParser) -> None:
     into.add_argument("--append", default="", metavar="ARGS", help="more kernel arguments")
     into.add_argument("--module-params", default="", metavar="ARGS", help="for the module")
     into.add_argument("--no-module", dest="module", action="store_false", help="neither build nor load it")
+    into.add_argument("--untraced", action="store_true", help="the module without its tracepoints")
     into.add_argument("--unload", action=argparse.BooleanOptionalAction, default=True, help="at the end")
 
 
@@ -91,6 +92,7 @@ def guest_options(arguments: argparse.Namespace) -> options.Options:
         module=arguments.module,
         module_params=arguments.module_params,
         unload=arguments.unload,
+        untraced=arguments.untraced,
         command=tuple(getattr(arguments, "cmd", ())),
     )
 

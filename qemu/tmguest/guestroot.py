@@ -13,11 +13,11 @@ from pathlib import Path
 from . import apt, buildroot, cpio, store
 from .log import step
 
-RECIPE = 1
+RECIPE = 2
 PACKAGES = (
     "base-files", "base-passwd", "bash", "coreutils", "dash", "diffutils", "findutils", "gawk", "grep", "gzip",
     "hostname", "iproute2", "kmod", "less", "mount", "ncurses-base", "procps", "sed", "tar", "util-linux",
-    "python3", "python3-click", "python3-numpy", "python3-pyroute2", "python3-pytest",
+    "python3", "python3-bpfcc", "python3-click", "python3-numpy", "python3-pyroute2", "python3-pytest",
     "busybox-static",
 )  # fmt: skip
 # A power of two, because QEMU's SD cards must have such a size.

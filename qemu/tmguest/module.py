@@ -17,6 +17,7 @@ from .log import say, step
 
 MADE = (".ko", ".o", ".mod", ".cmd", ".mod.c", ".order", ".symvers", ".a")
 # The map makes the kernel's warnings name files as they are called in the tree.
+UNTRACED = " -DNOTRACE"
 KCFLAGS = "-Werror -fmacro-prefix-map=/build/=kmod/"
 
 
@@ -32,15 +33,17 @@ class Extras:
         return (["C=2", "CF=-Wsparse-error"] if self.sparse else []) + (["W=1"] if self.w1 else [])
 
 
-def build(kernel: Kernel, extras: Extras | None = None) -> Path:
+def build(kernel: Kernel, extras: Extras | None = None, untraced: bool = False) -> Path:
     """Build ``kmod/`` for ``kernel`` with warnings as errors; returns the folder with its ``.ko`` files.
+
+    Untraced, its tracepoints are compiled out.
 
     Raises GuestError with the compiler's output if that fails.
     """
     source = paths.kmod_dir()
     if not (source / "Kbuild").exists() and not (source / "Makefile").exists():
         raise GuestError(f"there is no kernel module to build: {source} has neither Kbuild nor Makefile")
-    copy = paths.BUILD / _copies(source) / kernel.spec.name
+    copy = paths.BUILD / _copies(source) / (kernel.spec.name + ("-untraced" if untraced else ""))
     with store.locked(copy.with_suffix(".lock"), f"the module for {kernel.spec.name}"):
         stamp = copy / ".built-for"
         # Object files of another kernel version are of no use to make, and it does not notice.
@@ -62,7 +65,7 @@ def build(kernel: Kernel, extras: Extras | None = None) -> Path:
         command += [
             f"CROSS_COMPILE={buildroot.CROSS_PREFIX}",
             f"CC={buildroot.CROSS_PREFIX}gcc",
-            f"KCFLAGS={KCFLAGS}",
+            f"KCFLAGS={KCFLAGS}{UNTRACED if untraced else ''}",
         ]
         checks = extras.arguments() if extras else []
         with step(f"building the module for {kernel.spec.name}", f"Linux {kernel.version}"):

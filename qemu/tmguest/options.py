@@ -45,6 +45,7 @@ class Options:
     module: bool = True
     module_params: str = ""
     unload: bool = True
+    untraced: bool = False
     command: tuple[str, ...] = field(default=())
 
 

@@ -27,7 +27,7 @@ def run(wanted: options.Options, interactive: bool = False) -> int:
         raise GuestError(f"{machine.QEMU} is not installed: run qemu/install-deps")
     kernel = kernels.prepare(kernels.spec(wanted.kernel))
     root = guestroot.prepare()
-    modules = module.build(kernel) if wanted.module else None
+    modules = module.build(kernel, untraced=wanted.untraced) if wanted.module else None
     programs = module.guest_programs()
     nonce = secrets.token_hex(8)
     console = _log_file(wanted.kernel)

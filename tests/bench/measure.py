@@ -107,16 +107,32 @@ BENCHES = {
         },
     ),
     "monitor": Bench(
-        programs=(),
-        guest=("--memory", "1G"),
+        programs=("monitor_rate",),
+        # a compiler runs for each tool
+        guest=("--memory", "1G", "--append", "init_on_alloc=0", "--timeout", "1800"),
         rows={
             "netlink-idle": Spec("asking netlink who listens", 50, bounded="ours"),
+            "monitor-event": Spec("the trace of tracefs", 600, bounded="ours"),
+            "monitor-demo": Spec("the demo alone", 1.05),
         },
     ),
 }
 
-#: What a boot's benchmark has beside it: calls of the core, on this machine.
-BESIDE: dict[str, Callable[[], list[Row]]] = {"rt": rt_core.measure}
+
+
+def tracepoint_off() -> list[Row]:
+    """Allocations with tracepoints that are off, beside a module built without any."""
+    took = []
+    for build in ((), ("--untraced",)):
+        command = [GUEST, "run", "--icount", "--timeout", "600", "--share", f"{OUT}:ro", *build,
+                   "--memory", "1G", "--append", "init_on_alloc=0", "--",
+                   f"/share/{OUT.name}/monitor_rate", "20000"]  # fmt: skip
+        took.append(int(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout))
+    return [Row("tracepoint-off", took[0], took[1], "built without tracepoints", 1.02)]
+
+
+#: What a boot's benchmark has beside it: calls of the core, on this machine, or boots of another kind.
+BESIDE: dict[str, Callable[[], list[Row]]] = {"rt": rt_core.measure, "monitor": tracepoint_off}
 
 #: Traces through the core, on this machine.
 TRACES: dict[str, Callable[[], list[Row]]] = {

@@ -3,15 +3,26 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tensormem
+from tensormem.demo import run
 
-MODULE = Path(__file__).parents[2] / "kmod/tests/tm_bench_event.ko"
+TREE = Path(__file__).parents[2]
+MODULE = TREE / "kmod/tests/tm_bench_event.ko"
+TRACING = Path("/sys/kernel/tracing/events/tensormem/enable")
+TOOLS = ("tmlat", "tmtop", "tmsnoop", "tmleak", "tmpressure", "tmdeadline", "tmswap", "tmkv")
+ROUNDS = 2000
+TOKENS = 24
 
 
-def events() -> None:
+def of_idle_netlink() -> None:
     """The row of tm_bench_event.c: nobody has listened since the module was loaded."""
     subprocess.run(["insmod", MODULE], check=True)
     row = Path("/sys/kernel/debug/tm_bench_event/idle").read_text()
@@ -21,8 +32,70 @@ def events() -> None:
     print(row, end="", flush=True)
 
 
+@contextmanager
+def watching(name: str) -> Iterator[None]:
+    """A tool at work: its start is over, its end is not yet."""
+    process = subprocess.Popen(
+        [sys.executable, TREE / f"bpf/{name}.py"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr
+        for line in process.stderr:
+            if "events watched" in line:
+                break
+        else:
+            sys.exit(f"{name} has not come to watch")
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+
+
+def rate(program: Path, rounds: int = ROUNDS) -> int:
+    """Instructions of so many rounds of four events."""
+    return int(subprocess.run([program, str(rounds)], check=True, capture_output=True, text=True).stdout)
+
+
+def of_events(program: Path) -> None:
+    """Instructions more for an event: the dearest tool that counts or tells all, and tracefs' own ring."""
+    alone = rate(program)
+    dearest = 0.0
+    for name, events in (("tmlat", 3), ("tmtop", 4), ("tmsnoop", 4)):
+        with watching(name):
+            each = (rate(program) - alone) / ROUNDS / events
+        print(f"# {name}: {each:.0f} instructions an event", flush=True)
+        dearest = max(dearest, each)
+    TRACING.write_text("1")
+    traced = (rate(program) - alone) / ROUNDS / 4
+    TRACING.write_text("0")
+    print(f"monitor-event {dearest:.0f} {traced:.0f}", flush=True)
+
+
+def generate() -> float:
+    """Instructions of a token, from the first one on; what a tool does meanwhile included."""
+    times: list[float] = []
+    with tensormem.open() as client:
+        run.run(client, count=TOKENS, each=lambda token: times.append(time.perf_counter()))
+    return (times[-1] - times[0]) / (len(times) - 1) * 1e9
+
+
+def of_demo() -> None:
+    """The demo, which generates text, alone and with each tool beside it: the dearest counts."""
+    generate()
+    alone = generate()
+    dearest = 0.0
+    for name in TOOLS:
+        with watching(name):
+            each = generate()
+        print(f"# {name}: {each / alone:.4f} of the demo alone", flush=True)
+        dearest = max(dearest, each)
+    print(f"monitor-demo {dearest:.0f} {alone:.0f}", flush=True)
+
+
 def main() -> None:
-    events()
+    of_idle_netlink()
+    of_events(Path(sys.argv[1]) / "monitor_rate")
+    of_demo()
 
 
 if __name__ == "__main__":

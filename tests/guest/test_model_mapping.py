@@ -421,7 +421,7 @@ def test_one_that_failed_is_not_mapped(slot: Slot) -> None:
 
 
 def faults() -> list[int]:
-    return [int(event["mapped"]) for event in events("fault")]
+    return [int(event["mapped"]) for event in events("model_fault")]
 
 
 def test_faults_of_a_first_pass(slot: Slot, trace: None) -> None:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from device import CHUNK, PAGE, TRACING, Raw, events, read, write
+import errno
+
+from device import CHUNK, PAGE, TRACING, Raw, events, full, read, weights, write
+from tensormem import abi
 
 
 def test_alloc_and_free(raw: Raw, trace: None) -> None:
@@ -46,3 +49,60 @@ def test_chunks_come_and_go(raw: Raw, trace: None, settings: None) -> None:
     assert all(e["ok"] == "1" and int(e["latency_ns"]) > 0 for e in grow)
     assert len(shrink) == 4
     assert {e["chunk"] for e in shrink} < {e["chunk"] for e in grow}
+
+
+def test_calls(raw: Raw, trace: None) -> None:
+    """One event for each call to each kind of descriptor, with what it returned."""
+    item = raw.alloc(PAGE)
+    assert raw.free(item.handle) == 0
+    assert raw.free(item.handle) == errno.ENOENT
+    with raw.kv([full(1, PAGE // 8)]) as kv:
+        kv.open()
+    with raw.rt(CHUNK) as rt:
+        rt.info()
+    flags = abi.OpenFlag.CREATE | abi.OpenFlag.EXCL | abi.OpenFlag.WRITE
+    with raw.slot("test", flags, mode=0o600) as slot:
+        with slot.load(weights(0, PAGE)) as gen:
+            assert slot.abort(gen.number) == 0
+        assert slot.remove() == 0
+    calls = [(int(e["cmd"], 16), int(e["ret"])) for e in events("ioctl")]
+    # KV_INFO, MODEL_INFO: by the fixtures that open them, however often they look
+    assert [call for call in calls if call[0] not in (0x40, 0x60)] == [
+        (0x10, 0), (0x11, 0), (0x11, -errno.ENOENT), (0x30, 0), (0x41, 0), (0x32, 0), (0x70, 0),
+        (0x31, 0), (0x51, 0), (0x53, 0), (0x56, 0),
+    ]  # fmt: skip
+    assert len({e["client"] for e in events("ioctl")}) == 1
+    assert all(int(e["latency_ns"]) > 0 for e in events("ioctl"))
+
+
+def test_kv_faults(raw: Raw, trace: None) -> None:
+    with raw.kv([full(1, PAGE // 8)]) as kv:
+        seq = kv.open()
+        assert kv.extend(seq, 1) == 0
+        view = kv.view()
+        assert not events("kv_fault")
+        view.write(seq, {0: "first"})
+        view.check(seq, {0: "first"})
+        (fault,) = events("kv_fault")
+        assert (fault["write"], fault["ok"]) == ("1", "1")
+        assert int(fault["page"]) == seq.offset // PAGE
+        assert int(fault["latency_ns"]) > 0
+        # what a fork shares is read-only: the next write faults once more
+        kv.fork(seq, 1)
+        before = len(events("kv_fault"))
+        view.write(seq, {0: "second"})
+        assert [e["write"] for e in events("kv_fault")[before:]] == ["1"]
+        view.close()
+
+
+def test_model_faults(raw: Raw, trace: None) -> None:
+    flags = abi.OpenFlag.CREATE | abi.OpenFlag.EXCL | abi.OpenFlag.WRITE
+    with raw.slot("test", flags, mode=0o600) as slot:
+        with slot.load(weights(0, 3 * PAGE)) as gen:
+            view = gen.view()
+            assert view[2 * PAGE] == weights(0, 3 * PAGE)[2 * PAGE]
+            (fault,) = events("model_fault")
+            assert (fault["slot"], int(fault["generation"])) == ("test", gen.number)
+            assert (int(fault["page"]), int(fault["mapped"])) == (2, 3)
+            view.close()
+        assert slot.remove() == 0

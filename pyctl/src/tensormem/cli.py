@@ -23,6 +23,7 @@ from click.shell_completion import ShellComplete, get_completion_class
 from . import __version__, errors, histogram, system
 from .commands.bandwidth import bandwidth
 from .commands.events import events as events_command
+from .commands.monitor import monitor
 from .commands.pressure import pressure
 from .console import (
     WIDTH,
@@ -1694,6 +1695,7 @@ def _control_report(report: control_module.Report) -> None:
 
 cli.add_command(bandwidth)
 cli.add_command(events_command)
+cli.add_command(monitor)
 cli.add_command(pressure)
 
 

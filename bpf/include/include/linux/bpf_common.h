@@ -1,0 +1,2 @@
+/* SPDX-License-Identifier: MIT */
+/* Of no use to tracepoints; bcc includes it. */

@@ -1,0 +1,2 @@
+/* SPDX-License-Identifier: MIT */
+/* bcc brings one of its own. */
