@@ -21,6 +21,8 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, histogram, system
+from .commands.record import record
+from .commands.top import top
 from .console import (
     WIDTH,
     Group,
@@ -1681,6 +1683,10 @@ def completion(shell: str, as_json: bool) -> None:
         emit({"shell": shell, "script": script})
     else:
         click.echo(script)
+
+
+cli.add_command(record)
+cli.add_command(top)
 
 
 def main() -> None:
