@@ -21,6 +21,7 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, histogram, system
+from .commands.export import export
 from .commands.record import record
 from .commands.top import top
 from .console import (
@@ -1685,6 +1686,7 @@ def completion(shell: str, as_json: bool) -> None:
         click.echo(script)
 
 
+cli.add_command(export)
 cli.add_command(record)
 cli.add_command(top)
 
