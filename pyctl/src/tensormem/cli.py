@@ -23,6 +23,7 @@ from click.shell_completion import ShellComplete, get_completion_class
 from . import __version__, errors, histogram, system
 from .commands.export import export
 from .commands.record import record
+from .commands.report import report
 from .commands.top import top
 from .console import (
     WIDTH,
@@ -1688,6 +1689,7 @@ def completion(shell: str, as_json: bool) -> None:
 
 cli.add_command(export)
 cli.add_command(record)
+cli.add_command(report)
 cli.add_command(top)
 
 
