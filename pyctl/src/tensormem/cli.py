@@ -22,9 +22,11 @@ from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, histogram, system
 from .commands.export import export
+from .commands.man import man
 from .commands.record import record
 from .commands.report import report
 from .commands.top import top
+from .commands.tune import tune
 from .console import (
     WIDTH,
     Group,
@@ -1688,9 +1690,11 @@ def completion(shell: str, as_json: bool) -> None:
 
 
 cli.add_command(export)
+cli.add_command(man)
 cli.add_command(record)
 cli.add_command(report)
 cli.add_command(top)
+cli.add_command(tune)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from . import histogram, system
 from .recording import Recording, Sample
@@ -45,7 +45,8 @@ _STYLE: Any = {
     "font.family": "sans-serif", "font.size": 9.0, "axes.titlesize": 10.0,
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _GRID, "grid.color": _GRID,
     "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.linewidth": 0.6,
+    "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
     "lines.linewidth": 1.6, "legend.frameon": False, "legend.fontsize": 8.0,
 }  # fmt: skip
 
@@ -190,7 +191,13 @@ class _Page:
                 drawn.set_gid(f"line{self._names}")
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(max(0.0, value))))
-            axes.yaxis.set_major_locator(MaxNLocator(5, integer=show is _number))
+            if show is _size:
+                # round in binary units
+                top = max(v for line in lines for v in line.values if not math.isnan(v))
+                step = 2.0 ** math.ceil(math.log2(max(top, 1) / 5))
+                axes.yaxis.set_major_locator(MultipleLocator(step))
+            else:
+                axes.yaxis.set_major_locator(MaxNLocator(5, integer=show is _number))
             self._time_axis(axes)
             axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
             drawing = _svg(figure, title)
