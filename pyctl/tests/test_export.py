@@ -94,16 +94,24 @@ def test_values(root: Path) -> None:
         ("tensormem_model_generation_loaded_bytes", {"slot": "chat", "generation": "4"}, 10 << 20),
         ("tensormem_rt_client_deadline_misses_total", {"client": "3"}, 3),
         ("tensormem_rt_deadline_misses_total", {}, 8),
+        ("tensormem_pressure_reliefs_total", {}, 5),
+        ("tensormem_pressure_level", {}, 1),
+        ("tensormem_pressure_given_bytes_total", {"step": "chunks"}, 10 << 20),
+        ("tensormem_pressure_steps_total", {"step": "oom"}, 0),
+        ("tensormem_bandwidth_moved_bytes_total", {"pool": "kv"}, 3 << 20),
+        ("tensormem_bandwidth_period_seconds", {}, 0.001),
+        ("tensormem_core_excess_total", {"core": "0"}, 3),
+        ("tensormem_core_held_seconds_total", {"core": "0"}, 0.0025),
         # what this package knows no names for
-        ("tensormem_pressure_reliefs", {}, 5),
-        ("tensormem_bandwidth_excess", {"part": "core0"}, 3),
+        ("tensormem_novelty_depth", {}, 7),
+        ("tensormem_novelty_depth_each", {"part": "part"}, 8),
     ):  # fmt: skip
-        assert value(found, name, **labels) == expected, name
+        assert value(found, name, **labels) == pytest.approx(expected), name
 
 
 def test_names_follow_the_conventions(root: Path) -> None:
-    (root / "pressure" / "total").write_text("1\n")
-    (root / "bandwidth" / "budget").write_text("5\n")  # also in core0, there with a label
+    for name in ("total", "Odd-name", "count"):
+        (root / "novelty" / name).write_text("1\n")
     for found in (families(text(root)), openmetrics(root)):
         assert len(found) > 60
         for family in found.values():

@@ -43,7 +43,8 @@ def make_run(top: Path, count: int = COUNT) -> Path:
                 ("chunk/grown", 30 + number * (number % 3)), ("clients/count", 1 + number % 5),
                 ("pressure/available", (200 - 3 * number) << 20), ("pressure/reliefs", number),
                 ("pressure/level", "none" if number < 10 else "low" if number < 20 else "critical"),
-                ("bandwidth/core0/used", number * 1000),
+                ("core0/used", number * 1000), ("core0/held_ns", 10**8 * number),
+                ("bandwidth/kv_bytes", number << 20), ("pressure/chunks_given", number << 21),
                 ("model/chat/4/state", "loading" if number < 15 else "staged"),
                 ("rt/latency", " ".join(["0"] * 10 + [str(5 * number), "3"] + ["0"] * 52)),
                 ("rt/allocs", 2000 + 10 * number),
@@ -113,7 +114,7 @@ def test_page(recorded: Path) -> None:
     assert "Not recorded" not in text
     assert "2023-11-1" in text, "when it was"
     assert "58 s, 30 samples" in text
-    for figure in ("82 MiB", "90 %", "200 MiB", "22 MiB"):
+    for figure in ("82 MiB", "90 %", "200 MiB", "22 MiB", "core0 held (% of the time)"):
         assert figure in text
 
 

@@ -60,9 +60,15 @@ def make_world(top: Path) -> Path:
         (root / "model" / name).write_text(f"{value}\n")
     others: dict[str, dict[str, object]] = {
         "kv": {"caches": 2, "held": 12 << 20, "codec": "zstd"},
-        "pressure": {"level": "low", "low": 64 << 20, "high": 96 << 20, "reliefs": 5},
-        "bandwidth": {"event": "cycles", "period_us": 1000},
-        "bandwidth/core0": {"budget": 1 << 20, "excess": 3},
+        "pressure": {"level": "low", "low": 64 << 20, "high": 96 << 20, "available": 50 << 20,
+                     "reliefs": 5, "chunks_calls": 5, "chunks_given": 10 << 20, "oom_calls": 0},
+        "bandwidth": {"event": "cycles", "period_us": 1000, "kv_bytes": 3 << 20,
+                      "client_budget": (1 << 64) - 1, "client_held_ns": 0},
+        "core0": {"budget": 1 << 20, "excess": 3, "held_ns": 2_500_000},
+        "core1": {"budget": 0, "excess": 0, "held_ns": 0},
+        # as a newer module may have it
+        "novelty": {"depth": 7},
+        "novelty/part": {"depth": 8},
     }  # fmt: skip
     for group, files in others.items():
         (root / group).mkdir()
@@ -131,8 +137,13 @@ def test_picture(root: Path) -> None:
         line.startswith("RT latency 512 ns █ ▁ ▁ 65.5 us 100 requests, p50 < 1.02 us, p99 < 65")
         for line in text
     )
-    assert "pressure high 96 MiB level low low 64 MiB reliefs 5" in " ".join(text)
-    assert "bandwidth/core0 budget 1 MiB excess 3" in " ".join(text)
+    tall = " ".join(" ".join(line.split()) for line in picture(now, first, height=40))
+    assert (
+        "pressure available 50 MiB chunks_calls 5 chunks_given 10 MiB high 96 MiB level low"
+        " low 64 MiB reliefs 5 bandwidth client_budget none event cycles kv_bytes 3 MiB"
+        " period_us 1000 core0 budget 1048576 excess 3 held_ns 2.50 ms"
+    ) in tall
+    assert "core1" not in tall, "it has no budget"
     assert "2 clients with 28 tensors hold 30 MiB, 512 KiB of it kept for reuse" in text
 
 

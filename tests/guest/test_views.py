@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
 
 import tensormem
 from device import CHUNK, SYSFS
-from tensormem import recording
+from tensormem import recording, tune
 from tensormem.cli import cli
 
 SIZE = 3 * CHUNK
@@ -71,3 +72,43 @@ def test_record_and_top(world: None, tmp_path: Path) -> None:
     for word in ("KV cache", "RT client", "RT latency", "1 requests", "misses"):
         assert word in picture
     assert all(len(line) <= 80 for line in picture.splitlines())
+
+
+def test_export(world: None, tmp_path: Path) -> None:
+    file = tmp_path / "tensormem.prom"
+    command("export", "--textfile", file)
+    found = {f.name: f for f in text_string_to_metric_families(file.read_text())}
+    assert found["tensormem_up"].samples[0].value == 1
+    assert found["tensormem_client_held_bytes"].samples[0].value >= SIZE + CHUNK
+    (misses,) = found["tensormem_rt_client_deadline_misses"].samples
+    assert (misses.name, misses.value) == ("tensormem_rt_client_deadline_misses_total", 1)
+    (sequences,) = found["tensormem_kv_cache_sequences"].samples
+    assert sequences.value == 1
+    unnamed = [name for name, family in found.items() if family.type == "unknown"]
+    assert not unnamed, "files of sysfs that the exporter has no names for"
+
+
+def test_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The running kernel's own values, changed and put back; files go to a root of their own."""
+    swappiness = Path("/proc/sys/vm/swappiness")
+    before = swappiness.read_text()
+    root = tmp_path / "root"
+    for name in ("var/lib", "etc", "proc/sys/vm"):
+        (root / name).mkdir(parents=True)
+    (root / "proc/sys/vm/swappiness").symlink_to(swappiness)
+    (root / "proc/swaps").write_text("Filename\n/var/swap file 1 0 -2\n")
+    monkeypatch.setenv("TENSORMEM_ROOT", str(root))
+    try:
+        found = json.loads(command("tune", "--apply", "--json"))
+        assert found["changed"] == ["/proc/sys/vm/swappiness", "/etc/sysctl.d/60-tensormem.conf"]
+        assert swappiness.read_text() == "10\n"
+        command("tune", "--revert")
+        assert swappiness.read_text() == before
+        assert sorted(p.name for p in (root / "etc").iterdir()) == []
+        # the kernel itself refuses: 200 is the most
+        advice = [tune.Advice("x", "", "", "", (tune.Change("/proc/sys/vm/swappiness", "999", live=True),))]
+        with pytest.raises(tensormem.TensormemError, match="Invalid argument"):
+            tune.apply(advice)
+        assert swappiness.read_text() == before
+    finally:
+        swappiness.write_text(before)

@@ -37,7 +37,8 @@ class _Rule:
     Attributes:
         name: of the metric, without ``tensormem_``; a counter's without ``_total``.
         help: what it says.
-        unit: ``chunk``, ``page``, or nothing: what to multiply with to get bytes.
+        unit: ``chunk``, ``page``, ``us``, ``ns`` or nothing: what to multiply with to get bytes or
+            seconds.
         counter: it only grows.
     """
 
@@ -108,6 +109,24 @@ _RULES: Mapping[tuple[str, str], _Rule] = {
     ("model", "slots"): _Rule("model_slots", "Model slots."),
     ("model", "generations"): _Rule("model_generations", "Generations of all slots."),
     ("model", "held"): _Rule("model_held_bytes", "Memory of resident generations."),
+    ("model", "evictable"): _Rule("model_evictable_bytes", "Of it, what could go."),
+    ("model", "evicted"): _Rule("model_evicted_bytes", "What is in its file only."),
+    ("model", "reloads"): _Rule("model_chunks_reloaded", "Chunks come back.", "", True),
+    ("model", "reload_failed"): _Rule("model_reload_failures", "Chunks not to be had.", "", True),
+    ("pressure", "low"): _Rule("pressure_low_bytes", "Below it memory is given back."),
+    ("pressure", "high"): _Rule("pressure_high_bytes", "Until there is so much."),
+    ("pressure", "available"): _Rule("pressure_available_bytes", "Available to the system."),
+    ("pressure", "reliefs"): _Rule("pressure_reliefs", "Times memory was given.", "", True),
+    ("pressure", "fruitless"): _Rule("pressure_fruitless", "Of them, in vain.", "", True),
+    ("bandwidth", "period_us"): _Rule("bandwidth_period_seconds", "Length of a period.", "us"),
+    ("bandwidth", "throttle"): _Rule("bandwidth_throttle", "1: who is above it waits."),
+    ("bandwidth", "reclaim"): _Rule("bandwidth_reclaim", "1: cores share what is unused."),
+    ("bandwidth", "client_budget"): _Rule("bandwidth_client_budget_bytes", "Of a new client."),
+    ("bandwidth", "client_excess"): _Rule("bandwidth_client_excess", "Periods.", "", True),
+    ("bandwidth", "client_waits"): _Rule("bandwidth_client_waits", "Calls held.", "", True),
+    ("bandwidth", "client_held_ns"): _Rule(
+        "bandwidth_client_held_seconds", "How long they were.", "ns", True
+    ),
     ("clients", "count"): _Rule("clients", "Clients."),
     ("clients", "tensors"): _Rule("client_tensors", "Tensors of all clients."),
     ("clients", "bytes"): _Rule("client_held_bytes", "Memory that clients hold."),
@@ -119,15 +138,37 @@ _RULES: Mapping[tuple[str, str], _Rule] = {
     ("board", "protocol_bytes"): _Rule("board_protocol_bytes", "Of it, for the RT pool."),
 }
 
-_NODE_RULES: Mapping[str, _Rule] = {
-    "capacity": _Rule("node_capacity_bytes", "The node's share of the capacity.", "chunk"),
-    "total": _Rule("node_held_bytes", "Memory held on the node.", "chunk"),
-    "free": _Rule("node_free_bytes", "Of it, ready in whole chunks.", "chunk"),
-    "used": _Rule("node_used_bytes", "Of it, used in whole chunks.", "chunk"),
-    "used_pages": _Rule("node_used_run_bytes", "Of it, used in runs.", "page"),
-    "hits": _Rule("node_hits", "Served by the node tried first.", "", True),
-    "fallbacks": _Rule("node_fallbacks", "Served because others could not.", "", True),
-}
+#: Groups and files with a part of the name that becomes a label.
+_PATTERNS: Sequence[tuple[str, str, _Rule]] = (
+    ("pressure", r"(?P<step>\w+)_given",
+     _Rule("pressure_given_bytes", "Memory that the system got from a step.", "", True)),
+    ("pressure", r"(?P<step>\w+)_calls",
+     _Rule("pressure_steps", "Times that a step was taken.", "", True)),
+    ("bandwidth", r"(?P<pool>[a-z]+)_bytes",
+     _Rule("bandwidth_moved_bytes", "Bytes that the module moved.", "", True)),
+    (r"core(?P<core>\d+)", "budget", _Rule("core_budget", "Events of a period; 0: any.")),
+    (r"core(?P<core>\d+)", "used", _Rule("core_used", "Events of the last period.")),
+    (r"core(?P<core>\d+)", "total", _Rule("core_events", "Events charged.", "", True)),
+    (r"core(?P<core>\d+)", "exempt", _Rule("core_exempt_events", "Not charged.", "", True)),
+    (r"core(?P<core>\d+)", "periods", _Rule("core_periods", "With a budget.", "", True)),
+    (r"core(?P<core>\d+)", "excess", _Rule("core_excess", "Periods used up.", "", True)),
+    (r"core(?P<core>\d+)", "held_ns",
+     _Rule("core_held_seconds", "How long it was held.", "ns", True)),
+    (r"node(?P<node>\d+)", "capacity",
+     _Rule("node_capacity_bytes", "The node's share of the capacity.", "chunk")),
+    (r"node(?P<node>\d+)", "total", _Rule("node_held_bytes", "Held on the node.", "chunk")),
+    (r"node(?P<node>\d+)", "free", _Rule("node_free_bytes", "Of it, ready chunks.", "chunk")),
+    (r"node(?P<node>\d+)", "used", _Rule("node_used_bytes", "Of it, chunks used.", "chunk")),
+    (r"node(?P<node>\d+)", "used_pages",
+     _Rule("node_used_run_bytes", "Of it, used in runs.", "page")),
+    (r"node(?P<node>\d+)", "hits",
+     _Rule("node_hits", "Served by the node tried first.", "", True)),
+    (r"node(?P<node>\d+)", "fallbacks",
+     _Rule("node_fallbacks", "Served because others could not.", "", True)),
+)  # fmt: skip
+
+#: Words that become numbers.
+_LEVELS = {"none": 0, "low": 1, "critical": 2}
 
 _KV_RULES: Mapping[str, _Rule] = {
     "held": _Rule("kv_cache_held_bytes", "Memory of the cache, in whole chunks."),
@@ -177,7 +218,9 @@ class _Families:
     """Metrics of one scrape: samples of one name belong together, whoever adds them."""
 
     def __init__(self, page_size: int) -> None:
-        self._units = {"": 1, "chunk": system.CHUNK_SIZE, "page": page_size}
+        self._units = {
+            "": 1, "chunk": system.CHUNK_SIZE, "page": page_size, "us": 1e-6, "ns": 1e-9,
+        }  # fmt: skip
         self._families: dict[str, Metric] = {}
 
     def add(self, rule: _Rule, labels: Mapping[str, str], value: int) -> None:
@@ -229,20 +272,20 @@ class _Families:
 
 def _fill(families: _Families, now: recording.Sample) -> None:
     for name, group in now.groups.items():
-        node = re.fullmatch(r"node(\d+)", name)
         for file, value in group.values.items():
-            if not isinstance(value, int):
+            # fragmentation is a ratio, and added elsewhere
+            if not isinstance(value, int) or (name, file) == ("buddy", "fragmentation"):
                 continue
-            rule = _NODE_RULES.get(file) if node else _RULES.get((name, file))
-            if name == "buddy" and file == "fragmentation":
-                continue  # below: it is a ratio
-            if rule is None:
-                families.add_unknown(name, file, value)
-            elif node:
-                families.add(rule, {"node": node[1]}, value)
-            else:
+            rule = _RULES.get((name, file))
+            if rule is not None:
                 pool = rule.name.startswith("pool_") and name in _POOLS
                 families.add(rule, {"pool": name} if pool else {}, value)
+            elif not _add_pattern(families, name, file, value):
+                families.add_unknown(name, file, value)
+    level = _LEVELS.get(now.text("pressure", "level"))
+    if level is not None:
+        rule = _Rule("pressure_level", "0: none, 1: low, 2: critical.")
+        families.add(rule, {}, level)
     for cache in now.kv.caches:
         _add_each(families, _KV_RULES, {"cache": str(cache.id)}, cache.values)
     for slot in now.slots:
@@ -260,6 +303,15 @@ def _fill(families: _Families, now: recording.Sample) -> None:
                            {}, now.rt.missed)  # fmt: skip
         for client in now.rt.clients:
             _add_each(families, _CLIENT_RULES, {"client": str(client.id)}, client.values)
+
+
+def _add_pattern(families: _Families, name: str, file: str, value: int) -> bool:
+    for groups, files, rule in _PATTERNS:
+        group, match = re.fullmatch(groups, name), re.fullmatch(files, file)
+        if group and match:
+            families.add(rule, {**group.groupdict(), **match.groupdict()}, value)
+            return True
+    return False
 
 
 def _add_each(

@@ -17,13 +17,27 @@ from typing import Any, TextIO
 
 from . import errors, system
 
-__all__ = ["VERSION", "Recording", "Sample", "counter_rate", "load", "parse", "sample", "write"]
+__all__ = ["VERSION", "Recording", "Sample", "counter_rate", "load", "parse", "sample",
+           "unit", "write"]  # fmt: skip
 
 #: Of the lines' form; a reader refuses a higher one.
 VERSION = 1
 
 #: Groups whose inner folders have readers of their own, or no values that change.
 _OWN = ("dispatch", "model", "rt")
+
+
+_BYTES = (
+    ("pressure", "low"), ("pressure", "high"), ("pressure", "available"),
+    ("bandwidth", "client_budget"),
+)  # fmt: skip
+
+
+def unit(group: str, file: str) -> str:
+    """Return what a file of pressure/, bandwidth/ or core<N>/ is in: ``bytes``, ``ns``, nothing."""
+    if (group, file) in _BYTES or file.endswith(("_bytes", "_given")):
+        return "bytes"
+    return "ns" if file.endswith("_ns") else ""
 
 
 @dataclass(frozen=True)

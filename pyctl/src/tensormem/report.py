@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from . import histogram, system
-from .recording import Recording, Sample
+from .recording import Recording, Sample, unit
 from .units import format_ns, format_size
 
 __all__ = ["POINTS", "page"]
@@ -39,6 +39,9 @@ _VARIABLES = {_INK: "--ink", _GRID: "--grid"} | {c: f"--c{n}" for n, c in enumer
 
 #: States of a generation, in the order of the colours.
 _STATES = ("active", "staged", "loading", "previous", "retired", "failed")
+
+#: Likewise of levels of pressure.
+_LEVELS = {"none": 2, "low": 4, "critical": 1}
 
 _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "tensormem", "path.simplify": False,
@@ -142,10 +145,10 @@ class _Page:
         self.times = [sample.time - start for sample in self.samples]
         self._names = 0
 
-    def numbers(self, group: str, name: str, unit: int = 1) -> list[float]:
+    def numbers(self, group: str, name: str, size: int = 1) -> list[float]:
         """Return a value over time."""
         found = (sample.get(group, name) for sample in self.samples)
-        return [math.nan if value is None else value * unit for value in found]
+        return [math.nan if value is None else value * size for value in found]
 
     def rates(self, values: Sequence[float]) -> list[float]:
         """Return how fast a counter grew up to each sample; one that fell began anew."""
@@ -240,7 +243,8 @@ class _Page:
             for place, (name, states) in enumerate(rows.items()):
                 for state, begin, end in _runs(states, self.times):
                     self._names += 1
-                    colour = _COLOURS[_STATES.index(state) if state in _STATES else -1]
+                    known = {s: n for n, s in enumerate(_STATES)} | _LEVELS
+                    colour = _COLOURS[known.get(state, -1)]
                     bars = axes.broken_barh(
                         [(begin, end - begin)], (place - 0.35, 0.7), facecolors=colour,
                         label="" if state in seen else state,
@@ -432,43 +436,50 @@ def _rt(page: _Page) -> _Section:
     return section
 
 
-#: Values of pressure and bandwidth that are bytes, whatever else a module has there.
-_BYTES = ("low", "high", "available", "given", "budget", "used", "evictable")
-
-
-def _other(page: _Page, group: str, title: str) -> _Section:
-    """Draw a group whose files differ between modules: sizes, what only grows, the rest."""
+def _other(page: _Page, groups: str, title: str) -> _Section:
+    """Draw groups whose files differ between modules: sizes, what only grows, the rest."""
     section = _Section(title)
     files = sorted(
         {
             (name, file)
             for sample in page.samples
             for name, found in sample.groups.items()
-            if name.split("/")[0] == group
+            if re.fullmatch(groups, name)
             for file, value in found.values.items()
-            if isinstance(value, int)
+            if isinstance(value, int) and value < 1 << 63  # above: no bound
         }
     )
-    sizes, rates, levels = [], [], []
+    sizes, moved, rates, levels = [], [], [], []
     for name, file in files:
-        label = "/".join([*name.split("/")[1:], file])
+        label = f"{name} {file}" if name.startswith("core") else file
         values = page.numbers(name, file)
         known = [value for value in values if not math.isnan(value)]
         grows = known == sorted(known) and known[0] != known[-1]
-        if file in _BYTES or file.endswith("bytes"):
+        if not any(known):
+            continue  # nothing ever happened there
+        kind = unit(name, file)
+        if kind == "bytes" and file.endswith(("_bytes", "_given")):
+            moved.append(_Line(label, page.rates(values)))
+        elif kind == "bytes":
             sizes.append(_Line(label, values))
+        elif kind == "ns":
+            shares = [rate / 1e7 for rate in page.rates(values)]
+            levels.append(_Line(f"{label.removesuffix('_ns')} (% of the time)", shares))
         elif grows:
             rates.append(_Line(label, page.rates(values)))
         else:
             levels.append(_Line(label, values))
-    words = [sample.text(group, "level") for sample in page.samples]
-    if any(words) and not any(word.isdigit() for word in words):
+    words = [sample.text("pressure", "level") for sample in page.samples]
+    if groups == "pressure" and any(words):
         section.figures.append(page.spans("Level", {"level": [word or None for word in words]}))
     for what, lines, show in (
-        ("Sizes", sizes, _size), ("Events", rates, _rate), ("Values", levels, _number)
+        ("Sizes", sizes, _size), ("Bytes in a second", moved, _size), ("Events", rates, _rate),
+        ("Values", levels, _number),
     ):  # fmt: skip
         for number in range(0, len(lines), LINES):
             _add(section, page.lines(what, lines[number : number + LINES], show))
+    if files and not section.figures:
+        section.notes.append("Nothing happened there.")
     return section
 
 
@@ -495,7 +506,7 @@ def page(recording: Recording, title: str) -> str:
     first, last = recording.samples[0], recording.samples[-1]
     sections = (
         _pools(made), _clients(made), _kv(made), _slots(made), _rt(made),
-        _other(made, "pressure", "Pressure"), _other(made, "bandwidth", "Bandwidth"),
+        _other(made, "pressure", "Pressure"), _other(made, r"bandwidth|core\d+", "Bandwidth"),
     )  # fmt: skip
     body = [
         f"<h1>tensormem: {escape(title)}</h1>",

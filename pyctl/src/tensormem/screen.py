@@ -7,6 +7,7 @@ that differ from those that stand there: over a slow line that is what counts.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from . import histogram, system
-from .recording import Sample, counter_rate
-from .units import format_ns, format_size
+from .recording import Sample, counter_rate, unit
+from .units import format_ns, format_quota, format_size
 
 __all__ = ["HELP", "ORDERS", "Painter", "View", "frame", "lines"]
 
@@ -125,8 +126,8 @@ def _percent(part: int | None, whole: int | None) -> str:
     return f"{100 * part / whole:.1f} %" if part is not None and whole else "-"
 
 
-def _times(value: int | None, unit: int) -> int | None:
-    return None if value is None else value * unit
+def _times(value: int | None, size: int) -> int | None:
+    return None if value is None else value * size
 
 
 def _header(now: Sample, view: View, width: int) -> Text:
@@ -304,26 +305,33 @@ def _histogram(counts: Sequence[int], sparks: str) -> list[Text]:
     ]
 
 
-#: Values of groups without a table of their own that count bytes.
-_BYTES = ("low", "high", "available", "given", "used", "budget", "evictable")
+def _value(group: str, file: str, value: int | str) -> str:
+    if isinstance(value, str):
+        return value.splitlines()[0] if value else "-"
+    kind = unit(group, file)
+    if kind == "bytes":
+        return format_quota(value)
+    return format_ns(value) if kind == "ns" else str(value)
 
 
-def _generic(now: Sample, before: Sample | None, name: str, width: int) -> list[Text]:
-    """Write a group, and those inside it, as pairs: modules differ in what they have."""
-    found: list[Text] = []
-    for group in [g for g in now.groups if g == name or g.startswith(name + "/")]:
-        line = Text(group, "bold")
-        for key, value in now.groups[group].values.items():
-            text = str(value)
-            if isinstance(value, int):
-                sized = key in _BYTES or key.endswith("bytes")
-                text = format_size(value) if sized else text
-            rate = counter_rate(before, now, group, key)
-            if rate and not isinstance(value, str) and key not in _BYTES:
-                text += f" ({_rate(rate)})"
-            line.append(f"  {key} ", "dim").append(text.splitlines()[0] if text else "-")
-        found += line.wrap(Console(width=width), width)
-    return found
+def _pairs(now: Sample, before: Sample | None, name: str, width: int) -> list[Text]:
+    """Write a group as pairs, without what is 0: modules differ in what they have."""
+    line = Text(name, "bold")
+    for file, value in now.groups[name].values.items():
+        if value == 0:
+            continue
+        line.append(f"  {file} ", "dim").append(_value(name, file, value))
+        rate = counter_rate(before, now, name, file)
+        if rate and not unit(name, file):
+            line.append(f" ({_rate(rate)})")
+    return list(line.wrap(Console(width=width), width))
+
+
+def _others(now: Sample, before: Sample | None, width: int) -> list[Text]:
+    """Write pressure, bandwidth and the cores that have a budget."""
+    names = [name for name in ("pressure", "bandwidth") if name in now.groups]
+    names += [n for n in now.groups if re.fullmatch(r"core\d+", n) and now.get(n, "budget")]
+    return [line for name in names for line in _pairs(now, before, name, width)]
 
 
 def _share(sections: Sequence[_Section], room: int) -> list[int]:
@@ -369,7 +377,7 @@ def frame(
     sparks = _PLAIN_SPARKS if plain else _SPARKS
     found = [_pools(now, before), _kv(now, before), _slots(now), _rt(now, before, sparks)]
     sections = [section for section in found if section is not None]
-    others = [*_generic(now, before, "pressure", width), *_generic(now, before, "bandwidth", width)]
+    others = _others(now, before, width)
     if clients is not None:
         others.insert(0, clients)
     room = height - len(parts) - 1
