@@ -25,9 +25,9 @@ from tensormem import recording, report, screen  # noqa: E402
 
 RUN = """
 tensormem record -i 1 -o /share/pictures/run.jsonl & recorder=$!
-tensormem demo --requests 24 > /dev/null & one=$!
-tensormem demo --swap 12 > /dev/null & two=$!
-tensormem demo --rt --seconds 30 > /dev/null & three=$!
+tensormem demo --requests 12 > /dev/null & one=$!
+tensormem demo --swap 6 > /dev/null & two=$!
+tensormem demo --rt --seconds 8 > /dev/null & three=$!
 wait $one && wait $two && wait $three; code=$?
 kill -TERM $recorder; wait $recorder
 exit $code
