@@ -111,7 +111,7 @@ def guest_build(*flags: str) -> Callable[[], str]:
 CHECKS: dict[str, Callable[[], str]] = {
     "ruff pyctl": lambda: tool("ruff", "check", "-q", "--no-cache", "pyctl"),
     "ruff qemu, tests": lambda: tool(
-        "ruff", "check", "-q", "--no-cache", "--config", "tests/ruff.toml", "qemu", "tests"
+        "ruff", "check", "-q", "--no-cache", "--config", "tests/ruff.toml", "qemu", "tests", "docs"
     ),
     "mypy pyctl": lambda: run(
         "sh", "-c", f"cd pyctl && {sys.executable} -m mypy --no-incremental --strict src tests"

@@ -160,9 +160,12 @@ class _Page:
             found.append((new - old) / (end - begin) if known else math.nan)
         return found
 
-    def _figure(self, title: str, height: float) -> tuple[Figure, Axes]:
-        figure = Figure(figsize=(4.8, height), layout="constrained")
+    def _figure(self, title: str, height: float, measured: bool = False) -> tuple[Figure, Axes]:
+        """Begin a drawing; to measure its labels takes longer than all the rest."""
+        figure = Figure(figsize=(4.8, height), layout="constrained" if measured else "none")
         axes = figure.add_subplot()
+        if not measured:
+            figure.subplots_adjust(left=0.16, right=0.98, top=0.9, bottom=0.27)
         axes.set_title(title, loc="left")
         return figure, axes
 
@@ -238,7 +241,7 @@ class _Page:
         """Draw for each row which state it was in, and when."""
         table = []
         with mpl.rc_context(_STYLE):
-            figure, axes = self._figure(title, 1.3 + 0.22 * len(rows))
+            figure, axes = self._figure(title, 1.3 + 0.22 * len(rows), measured=True)
             seen: set[str] = set()
             for place, (name, states) in enumerate(rows.items()):
                 for state, begin, end in _runs(states, self.times):
