@@ -22,7 +22,7 @@ NOT_FOR_CHECKPATCH = {"trace.h"}
 
 #: Hosts and paths that belong to one machine; the tree names none.
 PRIVATE = re.compile(
-    r"https?://(?![\w.-]+\.example\b|www\.gnu\.org|docs\.kernel\.org|arxiv\.org|github\.com|json\.schemastore\.org)"
+    r"https?://(?![\w.-]+\.example\b|www\.gnu\.org|www\.w3\.org|docs\.kernel\.org|arxiv\.org|github\.com|json\.schemastore\.org)"
     r"[\w.-]+\.\w+|" + re.escape(f"{ROOT}/") + "|" + re.escape(f"{Path.home()}/.cache/")
 )
 

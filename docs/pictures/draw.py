@@ -9,6 +9,7 @@ a browser takes a picture of, and the moment in which most happened is shown as 
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,10 @@ def draw_top(run: recording.Recording, path: Path) -> None:
     view = screen.View(interval=1)
     for part in screen.frame(run.samples[at], run.samples[at - 1], view, 80, 24):
         console.print(part, crop=True, overflow="ellipsis", no_wrap=True, highlight=False)
-    console.save_svg(str(path), title="tensormem top", unique_id="top")
+    picture = console.export_svg(title="tensormem top", unique_id="top")
+    # rich names fonts and itself at places on the network; a picture fetches nothing
+    picture = re.sub(r"@font-face \{.*?\}\s*|<!--.*?-->\s*", "", picture, flags=re.S)
+    path.write_text(picture, encoding="utf-8")
 
 
 def draw_report(run: recording.Recording, folder: Path, path: Path) -> None:

@@ -162,7 +162,7 @@ class _Page:
 
     def _figure(self, title: str, height: float, measured: bool = False) -> tuple[Figure, Axes]:
         """Begin a drawing; to measure its labels takes longer than all the rest."""
-        figure = Figure(figsize=(4.8, height), layout="constrained" if measured else "none")
+        figure = Figure(figsize=(4.8, height), layout="constrained" if measured else None)
         axes = figure.add_subplot()
         if not measured:
             figure.subplots_adjust(left=0.16, right=0.98, top=0.9, bottom=0.27)

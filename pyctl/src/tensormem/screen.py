@@ -149,7 +149,8 @@ def _bar(now: Sample, width: int) -> Text:
     capacity = now.get("chunk", "capacity")
     if total is None or free is None or not capacity:
         return Text("chunk pool: the module does not say", "dim")
-    size = system.CHUNK_SIZE
+    # the two are not read at one moment
+    free, size = min(free, total), system.CHUNK_SIZE
     label = (
         f" {format_size((total - free) * size)} used, {format_size(free * size)} ready"
         f" of {format_size(capacity * size)}"
