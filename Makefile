@@ -26,6 +26,8 @@ help:
 	@echo 'make bench BENCH=alloc           instructions beside a peer: build/bench/*.json'
 	@echo 'make lint                        style, types, sparse, W=1'
 	@echo 'make shell KERNEL=6.12           an interactive guest'
+	@echo 'make man                         the man pages of all commands: build/man/'
+	@echo 'make pictures                    docs/pictures/, drawn anew from a run in a guest'
 	@echo 'make modules                     the module for the running kernel (on a board)'
 	@echo 'make clean                       remove build/; the cache stays'
 
@@ -56,6 +58,13 @@ shell:
 	@qemu/install-deps demo
 	@qemu/guest shell --kernel $(KERNEL)
 
+man: $(READY)
+	@PYTHONPATH=pyctl/src $(PYTHON) -m tensormem man build/man/man1
+
+pictures: $(READY)
+	@qemu/install-deps test
+	@$(PYTHON) docs/pictures/draw.py
+
 modules:
 	@$(MAKE) -C kmod
 
@@ -69,5 +78,5 @@ $(READY):
 clean:
 	rm -rf build
 
-.PHONY: help demo test test-host test-guest bench lint shell modules clean
+.PHONY: help demo test test-host test-guest bench lint shell man pictures modules clean
 .DEFAULT_GOAL := help

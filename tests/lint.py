@@ -22,7 +22,7 @@ NOT_FOR_CHECKPATCH = {"trace.h"}
 
 #: Hosts and paths that belong to one machine; the tree names none.
 PRIVATE = re.compile(
-    r"https?://(?![\w.-]+\.example\b|www\.gnu\.org|docs\.kernel\.org|arxiv\.org|github\.com|json\.schemastore\.org)"
+    r"https?://(?![\w.-]+\.example\b|www\.gnu\.org|www\.w3\.org|docs\.kernel\.org|arxiv\.org|github\.com|json\.schemastore\.org)"
     r"[\w.-]+\.\w+|" + re.escape(f"{ROOT}/") + "|" + re.escape(f"{Path.home()}/.cache/")
 )
 
@@ -111,7 +111,7 @@ def guest_build(*flags: str) -> Callable[[], str]:
 CHECKS: dict[str, Callable[[], str]] = {
     "ruff pyctl": lambda: tool("ruff", "check", "-q", "--no-cache", "pyctl"),
     "ruff bpf, qemu, tests": lambda: tool(
-        "ruff", "check", "-q", "--no-cache", "--config", "tests/ruff.toml", "bpf", "qemu", "tests"
+        "ruff", "check", "-q", "--no-cache", "--config", "tests/ruff.toml", "bpf", "qemu", "tests", "docs"
     ),
     "mypy pyctl": lambda: run(
         "sh", "-c", f"cd pyctl && {sys.executable} -m mypy --no-incremental --strict src tests"

@@ -17,7 +17,8 @@ RECIPE = 2
 PACKAGES = (
     "base-files", "base-passwd", "bash", "coreutils", "dash", "diffutils", "findutils", "gawk", "grep", "gzip",
     "hostname", "iproute2", "kmod", "less", "mount", "ncurses-base", "procps", "sed", "tar", "util-linux",
-    "python3", "python3-bpfcc", "python3-click", "python3-numpy", "python3-pyroute2", "python3-pytest",
+    "python3", "python3-bpfcc", "python3-click", "python3-numpy", "python3-prometheus-client", "python3-pyroute2",
+    "python3-pytest", "python3-rich",
     "busybox-static",
 )  # fmt: skip
 # A power of two, because QEMU's SD cards must have such a size.

@@ -23,8 +23,14 @@ from click.shell_completion import ShellComplete, get_completion_class
 from . import __version__, errors, histogram, system
 from .commands.bandwidth import bandwidth
 from .commands.events import events as events_command
+from .commands.export import export
+from .commands.man import man
 from .commands.monitor import monitor
 from .commands.pressure import pressure
+from .commands.record import record
+from .commands.report import report
+from .commands.top import top
+from .commands.tune import tune
 from .console import (
     WIDTH,
     Group,
@@ -1719,6 +1725,14 @@ def completion(shell: str, as_json: bool) -> None:
         emit({"shell": shell, "script": script})
     else:
         click.echo(script)
+
+
+cli.add_command(export)
+cli.add_command(man)
+cli.add_command(record)
+cli.add_command(report)
+cli.add_command(top)
+cli.add_command(tune)
 
 
 def main() -> None:
