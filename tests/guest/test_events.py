@@ -300,7 +300,7 @@ def test_what_was_before_is_nobodys() -> None:
 
 def test_many_readers() -> None:
     """Each in a process of its own gets all of it."""
-    count, expected = 3 if SLOW else 8, 300
+    count, expected = 3 if SLOW else 5, 300
     ready = os.pipe()
     children = []
     for _ in range(count):
@@ -521,5 +521,3 @@ def test_the_command() -> None:
     assert [{name: event[name] for name in numbered(0)} for event in found] == [numbered(i % 2) for i in range(4)]
     seqs = [event["seq"] for event in found]
     assert seqs == list(range(seqs[0], seqs[0] + 4))
-    result = subprocess.run(["tensormem", "events", "--timeout", "0"], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
