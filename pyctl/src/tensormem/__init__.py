@@ -65,6 +65,7 @@ from .errors import (
 if TYPE_CHECKING:
     from . import gguf, kvfile, safetensors, system
     from .abi import Kind, Pool
+    from .arena import Arena
     from .client import Client, Spec, Stats, Tensor, TensorInfo, open
     from .kv import (
         KVCache,
@@ -83,6 +84,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccessDenied",
+    "Arena",
     "ArenaFull",
     "BadAddress",
     "Busy",
@@ -171,6 +173,8 @@ def __getattr__(name: str) -> Any:
     module = ".kv" if name.startswith("KV") else ".client"
     if name == "KVFileError":
         module = ".kvfile"
+    elif name == "Arena":
+        module = ".arena"
     elif name in ("Generation", "GenerationInfo", "Slot", "SlotInfo", "Staging", "slot"):
         module = ".model"
     elif name in ("RTBlock", "RTBuffer", "RTClient", "RTInfo", "rt"):

@@ -40,8 +40,10 @@ import numpy.typing as npt
 
 from . import abi, errors, kv
 from .abi import AllocFlag, Kind, Mapping, Numa, Pool
+from .arena import Arena
 from .bandwidth import ANY, Bandwidth
 from .device import DEFAULT_PATH, Device, KernelDevice
+from .form import Shape, array_form
 from .kv import KVCache, KVGroup
 from .model import Slot, open_slot
 from .realtime import RTClient, Size, open_rt
@@ -49,8 +51,6 @@ from .session import BatchError, Event, Export, Held, Session, address
 from .units import format_size, parse_size
 
 __all__ = ["Client", "Nodes", "Spec", "Stats", "Tensor", "TensorInfo", "open"]
-
-Shape = SupportsIndex | Sequence[SupportsIndex]
 
 #: Which memory nodes serve a tensor: None (what :meth:`Client.set_numa` said),
 #: ``"local"``, ``"interleave"``, ``[0, 1]`` (these and no other) or
@@ -417,31 +417,8 @@ def _size(value: SupportsIndex) -> int:
     return size
 
 
-def _shape(shape: Shape) -> tuple[int, ...]:
-    if isinstance(shape, str | bytes):
-        raise errors.InvalidArgument(f"shape {shape!r} is not a size or a list of sizes")
-    try:
-        parts = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-        dims = tuple(operator.index(n) for n in parts)
-    except TypeError:
-        raise errors.InvalidArgument(
-            f"shape {shape!r} is not a size or a list of sizes", "pass integers from 0"
-        ) from None
-    if any(n < 0 for n in dims):
-        raise errors.InvalidArgument(f"shape {dims} has a negative size", "pass integers from 0")
-    return dims
-
-
 def _request(spec: Spec) -> tuple[abi.Alloc, tuple[int, ...], np.dtype[Any]]:
-    shape = _shape(spec.shape)
-    try:
-        dtype = np.dtype(spec.dtype)
-    except TypeError:
-        raise errors.InvalidArgument(f"{spec.dtype!r} is not a dtype") from None
-    if dtype.hasobject or not dtype.itemsize:
-        raise errors.InvalidArgument(
-            f"dtype {dtype} has no fixed bytes to keep in a tensor", "use a plain numeric dtype"
-        )
+    shape, dtype = array_form(spec.shape, spec.dtype)
     # an array without elements still is an array: it gets the smallest tensor
     size = _size(max(1, math.prod(shape) * dtype.itemsize))
     item = _item(size, spec.kind, spec.pool, spec.huge, spec.reuse, spec.pinned, spec.numa)
@@ -837,6 +814,21 @@ class Client:
         """Allocate tensors of these sizes in bytes, all or none; see :meth:`alloc`."""
         items = [_item(_size(size), kind, pool, huge, reuse, pinned, numa) for size in sizes]
         return [Tensor(block) for block in self._session.allocate(items)]
+
+    def arena(
+        self, size: SupportsIndex, *, huge: bool | None = None, poison: bool = False
+    ) -> Arena:
+        """Return an arena: arrays out of one activations tensor, taken back together.
+
+        Args:
+            size: bytes of the tensor; ``Arena.peak`` of a run says how many it takes.
+            huge: as for :meth:`empty`.
+            poison: fill what is taken back with ``0xff``, to find who uses it for too long.
+
+        Raises:
+            The errors of :meth:`empty`.
+        """
+        return Arena(self.alloc(size, huge=huge), self.cache_line, poison=poison)
 
     # -- KV caches -----------------------------------------------------------
 

@@ -16,14 +16,15 @@ rows, so every row goes through the weights by itself (one call for all of them)
 attends by itself to as many keys as there are before it. Hence a prefix that another
 sequence has computed is the one that this sequence would have computed.
 
-Every array that lives longer than one operation comes from a :class:`Memory`.
-The operations write with ``out=``, so that the hot arrays really are where the provider
-put them.
+Every array that lives longer than one operation comes from a :class:`Memory`, those of one
+pass out of an arena that the next pass resets. The operations write with ``out=``, so that the
+hot arrays really are where the provider put them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -37,14 +38,29 @@ __all__ = [
     "Config",
     "Decoder",
     "HeapMemory",
+    "HeapScratch",
     "Memory",
     "Model",
+    "Scratch",
     "decode",
     "encode",
 ]
 
 Floats = npt.NDArray[np.float32]
+_PROJECTED = ("queries", "queries_rotated", "new_keys", "new_keys_rotated")
 Tokens = Sequence[int] | npt.NDArray[Any]
+
+
+class Scratch(Protocol):
+    """Arrays that are given out for a step and taken back together; ``tensormem.Arena`` is one."""
+
+    def empty(self, shape: int | Sequence[int]) -> npt.NDArray[Any]:
+        """Return a float32 array of this shape, until the next reset."""
+        ...
+
+    def reset(self) -> None:
+        """Take all arrays back."""
+        ...
 
 
 class Memory(Protocol):
@@ -55,6 +71,21 @@ class Memory(Protocol):
     ) -> npt.NDArray[Any]:
         """Return an array of this shape and dtype for this kind of use."""
         ...
+
+    def arena(self, size: int) -> Scratch:
+        """Return scratch of at most this many bytes at a time."""
+        ...
+
+
+class HeapScratch:
+    """Ordinary numpy memory, allocated anew each time."""
+
+    def empty(self, shape: int | Sequence[int]) -> npt.NDArray[Any]:
+        """Return ``np.empty(shape, np.float32)``."""
+        return np.empty(shape, np.float32)
+
+    def reset(self) -> None:
+        """Do nothing: an array lives as long as somebody has it."""
 
 
 class HeapMemory:
@@ -68,6 +99,10 @@ class HeapMemory:
     ) -> npt.NDArray[Any]:
         """Return ``np.empty(shape, dtype)``."""
         return np.empty(shape, dtype)
+
+    def arena(self, size: int) -> HeapScratch:
+        """Return scratch without a bound."""
+        return HeapScratch()
 
 
 @dataclass(frozen=True)
@@ -205,11 +240,15 @@ class Model:
 
     Attributes:
         config: the shape.
-        arrays: every array taken from the memory provider, by name.
+        arrays: every array it has from the memory provider, by name; those of a pass
+            until the next one.
     """
 
     #: Tokens that one pass takes at most, of all its sequences together.
     ROWS = 32
+
+    #: Bytes that alignment takes of each array at most: no CPU has longer cache lines.
+    LINE = 256
 
     def __init__(
         self, weights: Mapping[str, npt.NDArray[Any]], config: Config, memory: Memory
@@ -263,37 +302,47 @@ class Model:
                 }
             )
 
-        def array(name: str, *shape: int) -> Floats:
-            result = memory.empty(shape, np.float32, kind="activations")
-            self.arrays[name] = result
-            return result
-
-        b = self.ROWS
-        self._x = array("residual", b, c.dim)
-        self._h = array("normed", b, c.dim)
-        self._t = array("scratch", b, c.dim)
-        self._scale = array("norm_scale", b, 1)
-        self._q = array("queries", b, c.heads, c.head_dim)
-        self._qr = array("queries_rotated", b, c.heads, c.head_dim)
-        self._k = array("new_keys", b, c.kv_heads, c.head_dim)
-        self._kr = array("new_keys_rotated", b, c.kv_heads, c.head_dim)
-        self._v = array("new_values", b, c.kv_heads, c.head_dim)
-        self._rot = array("rotary_scratch", b, c.heads, half)
-        self._att = array("attention", c.heads * c.context)
-        self._att_norm = array("attention_norm", c.kv_heads, self._group, 1)
-        self._ctx = array("context", b, c.dim)
-        self._gate = array("gate", b, c.ffn)
-        self._up = array("up", b, c.ffn)
-        self._sig = array("sigmoid", b, c.ffn)
-        self._logits = array("logits", b, c.vocab)
-        self._cos = array("cos", c.context, half)
-        self._sin = array("sin", c.context, half)
-        self._cos_now = array("cos_of_rows", b, 1, half)
-        self._sin_now = array("sin_of_rows", b, 1, half)
+        for name in ("cos", "sin"):
+            self.arrays[name] = memory.empty((c.context, half), np.float32, kind="activations")
+        self._cos, self._sin = self.arrays["cos"], self.arrays["sin"]
+        sizes = [4 * math.prod(shape) for shape in self._shapes(self.ROWS).values()]
+        self._scratch = memory.arena(sum(sizes) + len(sizes) * self.LINE)
 
         freq = c.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
         angle = np.arange(c.context)[:, None] * freq
         self._cos[:], self._sin[:] = np.cos(angle), np.sin(angle)
+
+    def _shapes(self, n: int) -> dict[str, tuple[int, ...]]:
+        """The arrays of a pass of n tokens."""
+        c = self.config
+        half = c.head_dim // 2
+        return {
+            "residual": (n, c.dim),
+            "normed": (n, c.dim),
+            "scratch": (n, c.dim),
+            "norm_scale": (n, 1),
+            "queries": (n, c.heads, c.head_dim),
+            "queries_rotated": (n, c.heads, c.head_dim),
+            "new_keys": (n, c.kv_heads, c.head_dim),
+            "new_keys_rotated": (n, c.kv_heads, c.head_dim),
+            "new_values": (n, c.kv_heads, c.head_dim),
+            "rotary_scratch": (n, c.heads, half),
+            "attention": (c.heads * c.context,),
+            "attention_norm": (c.kv_heads, self._group, 1),
+            "context": (n, c.dim),
+            "gate": (n, c.ffn),
+            "up": (n, c.ffn),
+            "sigmoid": (n, c.ffn),
+            "logits": (n, c.vocab),
+            "cos_of_rows": (n, 1, half),
+            "sin_of_rows": (n, 1, half),
+        }
+
+    def _begin(self, n: int) -> None:
+        """Take the arrays of a pass of n tokens; those of the last pass end."""
+        self._scratch.reset()
+        for name, shape in self._shapes(n).items():
+            self.arrays[name] = self._scratch.empty(shape)
 
     def check(self, tokens: Tokens) -> npt.NDArray[np.int64]:
         """Return tokens as an array.
@@ -333,10 +382,12 @@ class Model:
             if begin < 0 or end > c.context:
                 raise ValueError(f"tokens {begin} to {end} in a context of {c.context}")
         places = np.concatenate([np.arange(begin, end) for begin, end in spans])
-        np.take(self._cos, places, axis=0, out=self._cos_now[:n, 0], mode="clip")
-        np.take(self._sin, places, axis=0, out=self._sin_now[:n, 0], mode="clip")
+        self._begin(n)
+        now = self.arrays
+        np.take(self._cos, places, axis=0, out=now["cos_of_rows"][:, 0], mode="clip")
+        np.take(self._sin, places, axis=0, out=now["sin_of_rows"][:, 0], mode="clip")
 
-        x, h, t = self._x[:n], self._h[:n], self._t[:n]
+        x, h, t = now["residual"], now["normed"], now["scratch"]
         ids = np.concatenate([ids for _, ids in parts])
         np.take(self._embed, ids, axis=0, out=x, mode="clip")
         for i, layer in enumerate(self._layers):
@@ -346,10 +397,10 @@ class Model:
             for (kv, _), (begin, end) in zip(parts, spans, strict=True):
                 self._attend(kv.k(i), kv.v(i), row, begin, end)
                 row += end - begin
-            self._rows(self._ctx[:n], layer["o"], t)
+            self._rows(now["context"], layer["o"], t)
             np.add(x, t, out=x)
             self._rms(x, layer["norm2"], h)
-            gate, up, sig = self._gate[:n], self._up[:n], self._sig[:n]
+            gate, up, sig = now["gate"], now["up"], now["sigmoid"]
             self._rows(h, layer["gate"], gate)
             self._rows(h, layer["up"], up)
             np.negative(gate, out=sig)
@@ -360,7 +411,7 @@ class Model:
             self._rows(gate, layer["down"], t)
             np.add(x, t, out=x)
         self._rms(x, self._norm, h)
-        logits = self._logits[:n]
+        logits = now["logits"]
         self._rows(h, self._head_t, logits)
         return logits
 
@@ -370,7 +421,7 @@ class Model:
         np.matmul(x[:, None], weight, out=out[:, None])
 
     def _rms(self, x: Floats, weight: Floats, out: Floats) -> None:
-        scale = self._scale[: len(x)]
+        scale = self.arrays["norm_scale"]
         np.multiply(x, x, out=out)
         np.mean(out, axis=1, keepdims=True, out=scale)
         np.add(scale, self.config.eps, out=scale)
@@ -380,8 +431,9 @@ class Model:
 
     def _project(self, layer: dict[str, Floats], h: Floats) -> None:
         """Compute queries, keys and values of all rows; the first two rotated."""
-        n = len(h)
-        q, qr, k, kr, v = (a[:n] for a in (self._q, self._qr, self._k, self._kr, self._v))
+        n, now = len(h), self.arrays
+        q, qr, k, kr = (now[name] for name in _PROJECTED)
+        v = now["new_values"]
         for name, out in (("q", q), ("k", k), ("v", v)):
             self._rows(h, layer[name], out.reshape(n, -1))
         self._rotate(q, qr)
@@ -390,10 +442,10 @@ class Model:
 
     def _rotate(self, x: Floats, out: Floats) -> None:
         """Rotate the two halves of the last axis by position; x is (n, any heads, head_dim)."""
-        n, half = len(x), x.shape[-1] // 2
-        cos, sin = self._cos_now[:n], self._sin_now[:n]
+        half = x.shape[-1] // 2
+        cos, sin = self.arrays["cos_of_rows"], self.arrays["sin_of_rows"]
         a, b = x[..., :half], x[..., half:]
-        s = self._rot[:n, : x.shape[1]]
+        s = self.arrays["rotary_scratch"][:, : x.shape[1]]
         np.multiply(a, cos, out=out[..., :half])
         np.multiply(b, sin, out=s)
         np.subtract(out[..., :half], s, out=out[..., :half])
@@ -403,22 +455,22 @@ class Model:
 
     def _attend(self, keys: Floats, values: Floats, row: int, begin: int, end: int) -> None:
         """Store a sequence's new keys and values; attend for each of its rows."""
-        c = self.config
-        keys[begin:end] = self._kr[row : row + end - begin]
-        values[begin:end] = self._v[row : row + end - begin]
+        c, now = self.config, self.arrays
+        keys[begin:end] = now["new_keys_rotated"][row : row + end - begin]
+        values[begin:end] = now["new_values"][row : row + end - begin]
         # (length, kv_heads, head_dim) as BLAS takes it: strides, no copies
         keys_t, values_h = keys.transpose(1, 2, 0), values.transpose(1, 0, 2)
         heads = (c.kv_heads, self._group, c.head_dim)
-        top = self._att_norm
+        top = now["attention_norm"]
         for seen in range(begin + 1, end + 1):
-            att = self._att[: c.heads * seen].reshape(c.kv_heads, self._group, seen)
-            np.matmul(self._qr[row].reshape(heads), keys_t[..., :seen], out=att)
+            att = now["attention"][: c.heads * seen].reshape(c.kv_heads, self._group, seen)
+            np.matmul(now["queries_rotated"][row].reshape(heads), keys_t[..., :seen], out=att)
             np.amax(att, axis=2, keepdims=True, out=top)
             np.subtract(att, top, out=att)
             np.exp(att, out=att)
             np.sum(att, axis=2, keepdims=True, out=top)
             np.divide(att, top, out=att)
-            np.matmul(att, values_h[:, :seen], out=self._ctx[row].reshape(heads))
+            np.matmul(att, values_h[:, :seen], out=now["context"][row].reshape(heads))
             row += 1
 
 
