@@ -62,14 +62,16 @@ def test_a_core_under_budget_is_not_slowed() -> None:
     after = {name: core(0, name) for name in before}
     print(f"{free} ns without a budget, {counted} with one: {counted / free - 1:+.4%}")
     assert after["periods"] - before["periods"] >= 3 * free // PERIOD
-    assert after["total"] - before["total"] >= 3 * free
+    # all of it is charged, but for what runs while the counter is looked at
+    assert after["total"] - before["total"] >= 0.99 * 3 * free
     assert (after["excess"], after["held_ns"]) == (before["excess"], before["held_ns"])
     assert counted <= 1.01 * free
 
 
-def test_a_real_time_task_is_neither_held_nor_charged() -> None:
-    """Its work takes as long as without a budget, while the core is over it."""
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+@pytest.mark.parametrize("priority", [1, 50])
+def test_a_real_time_task_is_neither_held_nor_charged(priority: int) -> None:
+    """Its work takes as long as without a budget, while the core is over it; also at the holder's priority."""
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
     try:
         work()
         free = min(work() for _ in range(3))
@@ -82,5 +84,5 @@ def test_a_real_time_task_is_neither_held_nor_charged() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     print(f"{free} ns without a budget, {counted} with one: {counted / free - 1:+.4%}")
     assert counted <= 1.01 * free
-    assert after["exempt"] - before["exempt"] >= 3 * free
+    assert after["exempt"] - before["exempt"] >= 0.99 * 3 * free
     assert after["total"] - before["total"] <= 0.1 * 3 * free
