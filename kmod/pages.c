@@ -248,7 +248,7 @@ static struct page *tm_pages_from_system(struct tm_node *n, bool zeroed,
 		gfp |= __GFP_COMP;
 	page = alloc_pages_node(n->nid, gfp, order);
 	if (page && zeroed)
-		tm_bandwidth_count(TM_MOVER_CHUNK, TM_CHUNK_SIZE);
+		tm_bandwidth_count(TM_MOVER_CHUNK, (u64)PAGE_SIZE << tm_pools.geometry.chunk_order);
 	if (page && form.split)
 		split_page(page, order);
 	return page;

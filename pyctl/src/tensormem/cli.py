@@ -1699,10 +1699,10 @@ def _control_report(report: control_module.Report) -> None:
         )
 
 
-cli.add_command(bandwidth)
-cli.add_command(events_command)
-cli.add_command(monitor)
-cli.add_command(pressure)
+for each in (
+    bandwidth, events_command, export, man, monitor, pressure, record, report, top, tune,
+):  # fmt: skip
+    cli.add_command(each)
 
 
 # -- completion ------------------------------------------------------------------------
@@ -1725,14 +1725,6 @@ def completion(shell: str, as_json: bool) -> None:
         emit({"shell": shell, "script": script})
     else:
         click.echo(script)
-
-
-cli.add_command(export)
-cli.add_command(man)
-cli.add_command(record)
-cli.add_command(report)
-cli.add_command(top)
-cli.add_command(tune)
 
 
 def main() -> None:
