@@ -118,6 +118,21 @@ def test_the_tool_gets_the_arguments_and_its_exit_code_counts(tools: Path) -> No
     assert "events watched" in result.stderr
 
 
+def test_json_is_an_option_of_the_command_too(tools: Path) -> None:
+    (tools / "tmlat.py").write_text("")
+    seen: list[list[str]] = []
+
+    def ran(tool: Path, arguments: list[str]) -> tuple[int, str]:
+        seen.append(list(arguments))
+        return 0, ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "_run", ran)
+        run("--json", "tmlat", "1", "5")
+        run("tmlat", "-j", "1", "5")
+    assert seen == [["-j", "1", "5"]] * 2
+
+
 def test_wrong_usage_is_the_tools_own_words(tools: Path) -> None:
     (tools / "tmkv.py").write_text("echo 'usage: tmkv' >&2; echo 'tmkv: error: no' >&2; exit 2\n")
     result = run("tmkv", "--no-such")

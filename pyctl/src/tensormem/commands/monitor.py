@@ -262,10 +262,11 @@ def _show(name: str, value: str) -> str:
     cls=Command,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
+@click.option("--json", "as_json", is_flag=True, help="Lines of JSON; as -j among ARGUMENTS.")
 @click.option("--tracefs", is_flag=True, help="Do not try BPF: the kernel's own histograms.")
 @click.argument("name", type=click.Choice(list(tracehist.MONITORS)))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def monitor(tracefs: bool, name: str, arguments: tuple[str, ...]) -> None:
+def monitor(as_json: bool, tracefs: bool, name: str, arguments: tuple[str, ...]) -> None:
     """Watch the module's events: latencies, clients, leaks, KV caches, models, deadlines.
 
     ARGUMENTS go to the tool, such as '-j' for lines of JSON, '-p PID', '-d 10s' or '1 5' for
@@ -273,6 +274,8 @@ def monitor(tracefs: bool, name: str, arguments: tuple[str, ...]) -> None:
     compile, histograms of tracefs take its place, with fewer details.
     """
     reason = "as asked for"
+    if as_json:
+        arguments = ("-j", *arguments)
     if not tracefs:
         tool = _tool(name)
         if tool is None:
