@@ -150,7 +150,7 @@ class Deadline(tmbpf.Tool):
         assert self.bpf
         if stack < 0:
             return
-        for address in self.bpf.bpf["tm_stacks"].walk(ctypes.c_int(stack)):
+        for address in self.bpf.bpf["tm_stacks"].walk(stack):
             if pid < 0:
                 yield self.bpf.bpf.ksym(address, show_offset=True).decode(errors="replace")
             else:

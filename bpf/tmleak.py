@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -121,7 +120,7 @@ class Leak(tmbpf.Tool):
         """The addresses of a stack."""
         assert self.bpf
         if stack >= 0:
-            yield from self.bpf.bpf["tm_stacks"].walk(ctypes.c_int(stack))
+            yield from self.bpf.bpf["tm_stacks"].walk(stack)
 
     def kernel_stack(self, stack: int) -> Iterator[str]:
         """Names of the kernel's functions."""

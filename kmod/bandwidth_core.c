@@ -58,6 +58,9 @@
 /* Events until an overflow that nobody waits for: half of what the counters hold. */
 #define TM_CORE_LONG	((u64)S32_MAX)
 
+/* The part that is drawn doubles so often. */
+#define TM_CORE_MAX_DRAWS	12u
+
 /* Above, the sums of some periods would not fit. */
 #define TM_CORE_MAX_BUDGET	(1ull << 48)
 
@@ -73,6 +76,7 @@
  * @exempt: what is counted now is not charged
  * @over: the budget of this period is used up
  * @hold: the core is to be held
+ * @draws: times it has drawn on others in this period
  * @seen: what the counter had when it was looked at
  * @end: when the period ends
  * @limit: what may be charged in it
@@ -91,6 +95,7 @@ struct tm_core {
 	bool exempt;
 	bool over;
 	bool hold;
+	u32 draws;
 	u64 seen;
 	u64 end;
 	u64 limit;
@@ -160,17 +165,20 @@ static u64 tm_spare_begin(struct tm_core *core, u64 budget)
 }
 
 /* A bit of what others have given away in this period, or 0. */
-static u64 tm_spare_draw(struct tm_core *core, u64 budget)
+static u64 tm_spare_draw(struct tm_core *core, u64 budget, u64 lack)
 {
+	u64 part = max(budget / TM_CORE_PART, 1ull) << core->draws;
 	u64 got = 0;
 
 	if (!READ_ONCE(tm_core_reclaim))
 		return 0;
 	raw_spin_lock(&tm_spare.lock);
 	if (tm_spare.end == core->end)
-		got = min(tm_spare.left, max(budget / TM_CORE_PART, 1));
+		got = min(tm_spare.left, lack + part);
 	tm_spare.left -= got;
 	raw_spin_unlock(&tm_spare.lock);
+	/* More each time: an interrupt is not to cost more than what it draws. */
+	core->draws = min(core->draws + 1, TM_CORE_MAX_DRAWS);
 	return got;
 }
 
@@ -225,16 +233,15 @@ static u64 tm_core_let_go(const struct tm_core *core)
 /* See whether the budget is used up. Context: a hard interrupt: the holder may be woken. */
 static void tm_core_judge(struct tm_core *core, u64 now)
 {
-	u64 budget = READ_ONCE(core->budget), more = 1;
+	u64 budget = READ_ONCE(core->budget);
 	bool hold;
 
 	/* Who is exempt is not kept from running; who comes next will be. */
 	if (core->exempt || core->over)
 		return;
-	while (core->spent >= core->limit && more) {
-		more = tm_spare_draw(core, budget);
-		core->limit += more;
-	}
+	if (core->spent >= core->limit)
+		core->limit += tm_spare_draw(core, budget,
+					     core->spent - core->limit);
 	if (core->spent < core->limit)
 		return;
 	core->over = true;
@@ -256,6 +263,7 @@ static void tm_core_begin_period(struct tm_core *core, u64 now)
 	core->end = now - rest + period;
 	core->spent = core->debt;
 	core->over = false;
+	core->draws = 0;
 	core->limit = tm_spare_begin(core, READ_ONCE(core->budget));
 }
 
@@ -282,6 +290,8 @@ static enum hrtimer_restart tm_core_tick(struct hrtimer *timer)
 		return HRTIMER_NORESTART;
 	WRITE_ONCE(core->hold, false);
 	tm_core_stop(core);
+	/* A task's priority may have changed without a switch. */
+	core->exempt = tm_core_exempts(current);
 	if (now >= core->end) {
 		tm_core_end_period(core, now);
 		hrtimer_set_expires(timer, ns_to_ktime(tm_core_let_go(core)));
@@ -300,6 +310,7 @@ static void tm_core_work(struct irq_work *work)
 	if (!core->live)
 		return;
 	tm_core_stop(core);
+	core->exempt = tm_core_exempts(current);
 	tm_core_judge(core, ktime_get_ns());
 	tm_core_start(core);
 }
@@ -354,8 +365,13 @@ static int tm_core_holder(void *data)
 	while (!kthread_should_stop()) {
 		u64 begin;
 
+		/* Pushed away by an offline that failed after all: back, or it would hold nothing. */
+		if (raw_smp_processor_id() != core->cpu && cpu_active(core->cpu))
+			set_cpus_allowed_ptr(current, cpumask_of(core->cpu));
 		set_current_state(TASK_IDLE);
-		if (!READ_ONCE(core->hold) && !kthread_should_stop())
+		if (!(READ_ONCE(core->hold) &&
+		      raw_smp_processor_id() == core->cpu) &&
+		    !kthread_should_stop())
 			schedule();
 		__set_current_state(TASK_RUNNING);
 		begin = ktime_get_ns();
@@ -521,11 +537,11 @@ static int tm_core_change(struct tm_core *core, u64 budget)
 
 	cpus_read_lock();
 	mutex_lock(&tm_core_mutex);
+	if (!budget && core->event)
+		tm_core_disable(core);
 	WRITE_ONCE(core->budget, budget);
 	if (budget && !core->event && cpu_online(core->cpu))
 		err = tm_core_enable(core);
-	else if (!budget && core->event)
-		tm_core_disable(core);
 	if (err)
 		WRITE_ONCE(core->budget, before);
 	mutex_unlock(&tm_core_mutex);

@@ -61,7 +61,7 @@ u32 tm_kv_compact_some(struct tm_kv *kv, bool all)
 		WARN_ON_ONCE(tm_kv_move_end(pool, true));
 	}
 	if (i)
-		tm_bandwidth_move(kv->client, TM_MOVER_KV, (u64)i << PAGE_SHIFT);
+		tm_bandwidth_count(TM_MOVER_KV, (u64)i << PAGE_SHIFT);
 	return i;
 }
 

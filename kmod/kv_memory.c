@@ -211,7 +211,8 @@ void tm_kv_settle(struct tm_kv *kv)
 	tm_kv_compact_wake(kv);
 }
 
-static void tm_kv_tell_evicted(const struct tm_kv *kv, u64 blocks)
+/* Cached blocks went. Context: any. */
+void tm_kv_tell_evicted(const struct tm_kv *kv, u64 blocks)
 {
 	trace_tensormem_kv_evict(kv->client->id, kv->id, blocks);
 	tm_event_kv_evicted(kv->client->id, kv->id, blocks);

@@ -16,5 +16,6 @@ void tm_kv_settle(struct tm_kv *kv);
 u32 tm_kv_take_empty(struct tm_kv *kv, u32 most, struct list_head *list);
 void tm_kv_give_back_all(struct tm_kv *kv, struct list_head *list);
 u64 tm_kv_memory_held(void);
+void tm_kv_tell_evicted(const struct tm_kv *kv, u64 blocks);
 
 #endif

@@ -306,6 +306,7 @@ int tm_kv_pack_idlest(struct tm_kv *kv, u64 above, bool *later)
 	u32 place = TM_NONE;
 	struct tm_kv_packed packed;
 	struct tm_seq_id id;
+	int err;
 
 	*later = false;
 	down_write(&kv->lock);
@@ -316,7 +317,11 @@ int tm_kv_pack_idlest(struct tm_kv *kv, u64 above, bool *later)
 		id = tm_cache_id(&kv->cache, place);
 	}
 	up_write(&kv->lock);
-	return place == TM_NONE ? -ENODATA : tm_kv_pack_all(kv, id, &packed);
+	if (place == TM_NONE)
+		return -ENODATA;
+	err = tm_kv_pack_all(kv, id, &packed);
+	tm_kv_tell_packing(kv, id, TENSORMEM_NL_EVENT_KV_PACKED, &packed);
+	return err;
 }
 
 static void tm_kv_pack_work(struct work_struct *work)

@@ -15,7 +15,6 @@
 #include "kv_memory.h"
 #include "kv_pack.h"
 #include "kv_relief.h"
-#include "trace.h"
 
 /* What is wanted still, what level 1 got, whether to wait for a cache that is in use. */
 struct tm_kv_relief {
@@ -81,7 +80,7 @@ static void tm_kv_relief_evict(struct tm_kv *kv, u64 pages)
 		cond_resched();
 	}
 	if (evictions)
-		trace_tensormem_kv_evict(kv->client->id, kv->id, evictions);
+		tm_kv_tell_evicted(kv, evictions);
 	if (kv->cache.event_head != events)
 		wake_up_interruptible(&kv->events);
 }

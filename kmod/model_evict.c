@@ -36,6 +36,7 @@
 #include <linux/spinlock.h>
 #include <linux/wait_bit.h>
 
+#include "bandwidth.h"
 #include "client.h"
 #include "compat.h"
 #include "memory.h"
@@ -256,6 +257,12 @@ static struct tm_memory *tm_model_evict_take(struct tm_model_piece *piece,
 		WRITE_ONCE(piece->memory, NULL);
 	}
 	spin_unlock(&tm_model_evict_lock);
+	/* Before it can come back. */
+	if (memory) {
+		atomic64_add(piece->core.pages, &piece->gen->evict->evicted);
+		atomic64_add(piece->core.pages, &tm_model_evicted_pages);
+		tm_model_count_held(-(s64)piece->core.pages);
+	}
 out:
 	filemap_invalidate_unlock(mapping);
 	return memory;
@@ -265,7 +272,6 @@ out:
 static u64 tm_model_evict_piece(struct tm_model_piece *piece, bool any)
 {
 	struct tm_model_gen *gen = piece->gen;
-	u32 pages = piece->core.pages;
 	struct tm_memory *memory;
 	u64 bytes;
 
@@ -274,9 +280,6 @@ static u64 tm_model_evict_piece(struct tm_model_piece *piece, bool any)
 	if (!memory)
 		return 0;
 	bytes = (u64)memory->nr_pages << PAGE_SHIFT;
-	atomic64_add(pages, &gen->evict->evicted);
-	atomic64_add(pages, &tm_model_evicted_pages);
-	tm_model_count_held(-(s64)pages);
 	trace_tensormem_model_evict(kobject_name(&gen->model->kobj),
 				    gen->core.number,
 				    (u64)piece->index << TM_CHUNK_SHIFT, bytes);
@@ -307,8 +310,10 @@ static u64 tm_model_evict_some(const struct tm_model_evict_scope *scope,
 /* Unmap what would be next, so that its use is seen. */
 static void tm_model_evict_age(u64 bytes)
 {
+	const struct tm_model_evict_scope any = { 0 };
 	/* What faults meanwhile makes others the next: not for ever. */
-	u64 rounds = (bytes >> TM_CHUNK_SHIFT) + 1;
+	u64 rounds = min_t(u64, bytes >> TM_CHUNK_SHIFT,
+			   tm_model_evict_count_matches(&any)) + 1;
 	struct tm_model_piece *piece;
 
 	do {
@@ -324,7 +329,7 @@ static void tm_model_evict_age(u64 bytes)
 		}
 		mutex_unlock(&tm_model_evict_mutex);
 		cond_resched();
-	} while (piece && --rounds);
+	} while (piece && --rounds && !fatal_signal_pending(current));
 }
 
 static u64 tm_model_evict_and_age(const struct tm_model_evict_scope *scope,
@@ -407,6 +412,7 @@ static int tm_model_evict_read(const struct tm_model_piece *piece,
 		if (got <= 0)
 			return got ?: -EBADMSG;
 		crc = crc32_le(crc, to, got);
+		tm_bandwidth_move(piece->client, TM_MOVER_MODEL, got);
 		done += got;
 		cond_resched();
 	}
@@ -736,8 +742,8 @@ static void tm_model_evict_broke(struct tm_model_watch *watch,
 			tm_model_evict_ruin(gen, READ_ONCE(evict->error) ?: err);
 		break;
 	case -EAGAIN:
-		/* There is nothing to bring in yet: it is as good as its file. */
-		tm_model_fail(gen, -ETXTBSY);
+		/* There is nothing to bring in yet, or it becomes usable just now: it is as good as its file. */
+		tm_model_evict_ruin(gen, -ETXTBSY);
 		break;
 	}
 }

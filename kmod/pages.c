@@ -552,9 +552,8 @@ retry:
 		if (err == -ENOSPC || (err && !form.charged))
 			err = tm_node_take_grown(n, true, owner, form,
 						 want_zeroed, id);
-		/* At capacity, but the last chunk may be in the worker's hands. */
-		if (grow_err == -ENOSPC && err == -ENOENT &&
-		    flush_work(&n->reserve_work)) {
+		/* At capacity, or the system has no more; but the last chunk may be in the worker's hands. */
+		if (err == -ENOENT && flush_work(&n->reserve_work)) {
 			if (fatal_signal_pending(current))
 				return -EINTR;
 			goto retry;

@@ -152,15 +152,20 @@ static void tm_relief_idle(const struct tm_relief *relief)
 
 static void tm_relief_weights(const struct tm_relief *relief)
 {
-	u64 left = tm_relief_left(relief), before;
+	u64 left = tm_relief_left(relief), most = tm_model_evictable();
 
-	/* Pieces that are no whole chunk may leave the system nothing. */
-	do {
-		before = left;
-		if (!left || !tm_model_evict(left))
+	/*
+	 * Pieces that are no whole chunk may leave the system nothing, and readers bring others back: no more than
+	 * there was to begin with.
+	 */
+	while (left && most && !fatal_signal_pending(current)) {
+		u64 given = tm_model_evict(min(left, most));
+
+		if (!given)
 			break;
+		most -= min(given, most);
 		left = tm_relief_trim(relief);
-	} while (left < before && !fatal_signal_pending(current));
+	}
 }
 
 /* In this order. */
@@ -273,8 +278,10 @@ static unsigned long tm_pressure_look(void)
 					   TM_PRESSURE_PERIOD,
 					   TM_PRESSURE_MAX_PERIOD);
 	WRITE_ONCE(tm_pressure.resting, tm_pressure.level && !given);
+	/* Weights in use are back at once: giving them without a pause would be all that a core does. */
 	rest = !tm_pressure.level ? MAX_SCHEDULE_TIMEOUT :
-	       given ? 0 : tm_pressure.period;
+	       !given ? tm_pressure.period :
+	       by[TENSORMEM_RELIEF_WEIGHTS] ? TM_PRESSURE_PERIOD : 0;
 	mutex_unlock(&tm_pressure_mutex);
 	return rest;
 }

@@ -47,7 +47,7 @@ class Monitor:
         """Wait for its end, which must be a good one; the lines it printed."""
         out, err = self.process.communicate(timeout=PATIENCE)
         assert self.process.returncode == 0, err
-        assert "Traceback" not in err
+        assert "Traceback" not in err, err
         return out.splitlines()
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ def test_info_tells_what_the_machine_has(raw: Raw) -> None:
     assert info.quota == read("clients/default_quota")
 
 
-@pytest.mark.parametrize("number", [0x03, 0x0F, 0x13, 0x1F, 0x23, 0xFF])
+@pytest.mark.parametrize("number", [0x06, 0x0F, 0x13, 0x1F, 0x23, 0xFF])
 def test_unknown_numbers(raw: Raw, number: int) -> None:
     assert raw.ioctl(abi.iowr(number, 8), abi.Free()) == errno.ENOTTY
 

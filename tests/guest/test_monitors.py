@@ -222,7 +222,8 @@ def test_told_by_deadline(of_objects: tuple[Told, int]) -> None:
     assert len(misses) == N
     for miss in misses:
         assert (miss["pid"], miss["size"]) == (os.getpid(), 4096)
-        assert miss["had_ns"] >= MS and miss["waited_ns"] > 0
+        # the deadline is a time of day, and the call begins a little after it was chosen
+        assert 0 < miss["had_ns"] <= MS and miss["waited_ns"] > 0
         assert any("tm_rt" in name for name in miss["kernel"])
     assert only(told, waits=N)["missed"] == N
     # it slept, so something else ran, if only the idle task

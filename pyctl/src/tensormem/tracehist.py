@@ -79,7 +79,7 @@ MONITORS: Mapping[str, tuple[Histogram, ...]] = {
     ),
     "tmpressure": (
         Histogram("pressure_level", ("level",), ("given",)),
-        Histogram("pressure_step", ("step",), ("wanted", "given", "latency_ns")),
+        Histogram("pressure_step", ("step",), ("wanted", "given")),
         Histogram("chunk_grow", ("node", "ok"), ("latency_ns",)),
         Histogram("chunk_shrink", ("node",)),
         Histogram(f"{_RECLAIM}begin", ("order",)),
