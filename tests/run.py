@@ -69,6 +69,10 @@ def pytest(name: str, *where: str) -> Stage:
 
 #: What has descriptors of its own beside a client's, and takes as long as all else.
 OBJECTS = ("kv_*", "model_*")
+#: What is Python above calls that others make as well: the debug kernel has nothing to find there, and is slow.
+ABOVE = ("*library", "views")
+#: What is of no other page size: who may, which state follows which, what reads the same pages.
+ANY_PAGE = ("kv_library", "kv_lifecycle", "model_access", "model_library", "model_states", "model_stress")
 #: What has stages of its own: a compiler in the guest takes as long as many other tests; another machine.
 APART = ("monitors", "pmu", "pressure_hog")
 #: Parts of the guest suite: the files, or those not in OBJECTS when there are none; the guest's memory nodes and CPUs.
@@ -103,7 +107,13 @@ def guest(kernel: str, select: str, part: str = "guest") -> Stage:
     name = f"{part}-{kernel}"
     files, nodes, cpus = PARTS[part]
     found = set(guest_files(files)) or set(guest_files(("*",))) - set(guest_files(OBJECTS))
-    where = sorted(found if set(files) <= set(APART) and files else found - set(guest_files(APART)))
+    if not set(files) & set(APART):
+        found -= set(guest_files(APART))
+    if kernel == "debug":
+        found -= set(guest_files(ABOVE))
+    if part == "pages":
+        found -= set(guest_files(ANY_PAGE))
+    where = sorted(found)
     inside = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
               f"--junitxml=/share/{name}/junit.xml", *where)  # fmt: skip
     options = ("--kernel", kernel, "--cpus", str(cpus), "--memory", MEMORY.get(part, "1G"),

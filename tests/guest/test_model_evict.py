@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from device import CHUNK, PAGE, TRACING, Generation, Raw, Slot, becomes, file_of, read, wait_for, weights, write
+from device import CHUNK, KASAN, PAGE, TRACING, Generation, Raw, Slot, becomes, file_of, read, wait_for, weights, write
 from process import FAILED, dies, hold, killed_at_random, let_go, libc, status_of
 from tensormem import abi
 
@@ -35,7 +35,7 @@ ALL = 4 * CHUNK + TAIL
 PLACES = {"tmpfs": Path("/tmp/evict.bin"), "ext4": Path("/var/tmp/evict.bin")}
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(params=["tmpfs"] if KASAN else PLACES)
 def path(request: pytest.FixtureRequest) -> Iterator[Path]:
     where = PLACES[request.param]
     where.write_bytes(DATA)
