@@ -84,7 +84,7 @@ PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "pressure": (("pressure_hog",), 1, 2),
     "pages": (("abi", "compact", "huge", "kernel_api", "kv_*", "mapping", "model_*",
                "reuse", "rt_abi", "rt_mapping", "small", "sysfs"), 1, 2),
-    "rt": (("rt_*", "kernel_api"), 1, 4),
+    "rt": (("rt_*", "kernel_api", "events", "bandwidth"), 1, 4),
     "pmu": (("pmu",), 1, 1),
     "monitors": (("monitors",), 1, 2),
 }
