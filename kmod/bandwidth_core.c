@@ -588,6 +588,7 @@ void tm_core_usage(unsigned int cpu, struct tm_core_usage *usage)
 {
 	struct tm_core *core = per_cpu_ptr(&tm_cores, cpu);
 
+	/* Its CPU writes it meanwhile. */
 	*usage = data_race(core->usage);
 	usage->budget = READ_ONCE(core->budget);
 }

@@ -40,7 +40,7 @@ static u32 tm_kv_relief_chunks(const struct tm_kv_relief *relief)
 	u64 chunks = (relief->bytes >> TM_CHUNK_SHIFT) +
 		     !!(relief->bytes & (TM_CHUNK_SIZE - 1));
 
-	return min(chunks, (u64)U32_MAX);
+	return min_t(u64, chunks, U32_MAX);
 }
 
 /*

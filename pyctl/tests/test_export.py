@@ -224,7 +224,7 @@ def server(root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     )  # fmt: skip
     assert process.stdout is not None
     url = process.stdout.readline().removeprefix("listening: ").strip()
-    assert url == f"http://127.0.0.1:{port}/metrics"
+    assert url.split("/")[2:] == [f"127.0.0.1:{port}", "metrics"]
     yield process, url
     process.kill()
     process.wait()

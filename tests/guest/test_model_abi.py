@@ -615,7 +615,7 @@ def test_no_descriptor_left(filled: Slot, file: int) -> None:
 
 
 def test_each_descriptor_knows_its_calls(raw: Raw, filled: Slot) -> None:
-    slot_calls, others = range(0x50, 0x57), (0x4F, 0x57, 0x5F, 0x61, 0xFF)
+    slot_calls, others = range(0x50, 0x58), (0x4F, 0x58, 0x5F, 0x61, 0xFF)
     with filled.acquire() as gen, raw.kv([full(2, PAGE)]) as kv:
         before = state_of(filled)
         sizes = (4, 8, 16, 40, 72)
