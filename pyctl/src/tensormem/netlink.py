@@ -531,7 +531,11 @@ class Events:
         return event
 
     def fileno(self) -> int:
-        """Return the descriptor: readable when there is something to read; -1 once closed."""
+        """Return the descriptor, for poll(); -1 once closed.
+
+        One datagram may be several events: after it was readable, call ``read(0)`` until it
+        returns None.
+        """
         return self._socket.fileno()
 
     def close(self) -> None:
