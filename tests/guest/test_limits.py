@@ -164,7 +164,8 @@ def test_a_cgroup_is_not_exceeded(cgroup: Path, size: int, flags: int) -> None:
     assert used == held
     assert LIMIT - SLACK <= held <= LIMIT
     assert charged == -(-held // CHUNK)
-    assert held <= billed <= LIMIT
+    # at its limit the cgroup loses what Python has of the page cache
+    assert held - SLACK // 4 <= billed <= LIMIT
     assert after < SLACK // 4
     events = happened(cgroup)
     assert events["max"] > 0

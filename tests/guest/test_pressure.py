@@ -141,6 +141,7 @@ def test_free_chunks(raw: Raw, asked: int, given: int) -> None:
         "chunks_given": before["chunks_given"] + given * CHUNK,
         "prefixes_calls": before["prefixes_calls"] + others,
         "idle_calls": before["idle_calls"] + others,
+        "weights_calls": before["weights_calls"] + others,
     }
 
 

@@ -77,8 +77,8 @@ def test_calls(raw: Raw, trace: None) -> None:
 
 def test_kv_faults(raw: Raw, trace: None) -> None:
     with raw.kv([full(1, PAGE // 8)]) as kv:
-        seq = kv.open()
-        assert kv.extend(seq, 1) == 0
+        block = kv.info().block_tokens
+        seq = kv.open(tokens=block)
         view = kv.view()
         assert not events("kv_fault")
         view.write(seq, {0: "first"})
@@ -88,7 +88,7 @@ def test_kv_faults(raw: Raw, trace: None) -> None:
         assert int(fault["page"]) == seq.offset // PAGE
         assert int(fault["latency_ns"]) > 0
         # what a fork shares is read-only: the next write faults once more
-        kv.fork(seq, 1)
+        kv.fork(seq, block)
         before = len(events("kv_fault"))
         view.write(seq, {0: "second"})
         assert [e["write"] for e in events("kv_fault")[before:]] == ["1"]
