@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import errors, recording
+from .. import errors, pressure, recording
 from ..console import Command
 from ..units import format_size, parse_size
 
@@ -49,17 +49,12 @@ def _screen() -> Any:
 def _relieve(wanted: int) -> str:
     """Ask the module to give memory back; return what to tell the user."""
     try:
-        pressure = importlib.import_module("tensormem.pressure")
-    except ModuleNotFoundError:
-        return "this version of tensormem cannot relieve pressure"
-    try:
         given = pressure.relieve(wanted)
     except errors.TensormemError as error:
         return str(error)
     except OSError as error:
         return f"cannot relieve: {error.strerror}"
-    total = getattr(given, "total", given)
-    return f"given back: {format_size(total)} of {format_size(wanted)}"
+    return f"given back: {format_size(given.total)} of {format_size(wanted)}"
 
 
 class _Stopped(Exception):
