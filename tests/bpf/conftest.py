@@ -70,8 +70,8 @@ class Table(dict[Any, Any]):
     def open_ring_buffer(self, handler: Callable[[object, int, int], int]) -> None:
         self.handler = handler
 
-    def walk(self, stack: ctypes.c_int) -> list[int]:
-        return [0x1000 + stack.value, 0x2000]
+    def walk(self, stack: int) -> list[int]:
+        return [0x1000 + stack, 0x2000]
 
 
 class FakeBPF:
