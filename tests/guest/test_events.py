@@ -72,7 +72,8 @@ def happened(reader: Events, count: int) -> list[tuple[str, dict[str, object]]]:
         seqs = [event.seq for event in its]
         assert seqs == list(range(seqs[0], seqs[0] + len(its)))
         assert reader.state()[group].seq == seqs[-1]
-        assert all(a.time <= b.time for a, b in itertools.pairwise(its))
+        # two CPUs that have events at once take their numbers and look at the clock in any order
+        assert group == "rt" or all(a.time <= b.time for a, b in itertools.pairwise(its))
         assert its[-1].time <= time.monotonic_ns()
     return [(event.kind, dict(event.fields)) for event in found]
 
