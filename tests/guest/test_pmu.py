@@ -55,15 +55,16 @@ def work() -> int:
 
 def test_a_core_under_budget_is_not_slowed() -> None:
     work()
-    free = min(work() for _ in range(3))
+    free = min(work() for _ in range(8))
     assert write("core0/budget", 2 * PERIOD) == 0
     before = {name: core(0, name) for name in ("total", "excess", "held_ns", "periods")}
-    counted = min(work() for _ in range(3))
+    runs = [work() for _ in range(8)]
+    counted = min(runs)
     after = {name: core(0, name) for name in before}
     print(f"{free} ns without a budget, {counted} with one: {counted / free - 1:+.4%}")
-    assert after["periods"] - before["periods"] >= 3 * free // PERIOD
+    assert after["periods"] - before["periods"] >= sum(runs) // PERIOD
     # all of it is charged, but for what runs while the counter is looked at
-    assert after["total"] - before["total"] >= 0.99 * 3 * free
+    assert after["total"] - before["total"] >= 0.99 * sum(runs)
     assert (after["excess"], after["held_ns"]) == (before["excess"], before["held_ns"])
     assert counted <= 1.01 * free
 
@@ -74,15 +75,15 @@ def test_a_real_time_task_is_neither_held_nor_charged(priority: int) -> None:
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
     try:
         work()
-        free = min(work() for _ in range(3))
+        free = min(work() for _ in range(8))
         assert write("core0/budget", PERIOD // 10) == 0
         with hog(0):
             before = {name: core(0, name) for name in ("total", "exempt")}
-            counted = min(work() for _ in range(3))
+            counted = min(work() for _ in range(8))
             after = {name: core(0, name) for name in before}
     finally:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     print(f"{free} ns without a budget, {counted} with one: {counted / free - 1:+.4%}")
     assert counted <= 1.01 * free
-    assert after["exempt"] - before["exempt"] >= 0.99 * 3 * free
-    assert after["total"] - before["total"] <= 0.1 * 3 * free
+    assert after["exempt"] - before["exempt"] >= 0.99 * 8 * counted
+    assert after["total"] - before["total"] <= 0.1 * 8 * counted
