@@ -142,6 +142,7 @@ def stages(select: str) -> list[Stage]:
         guest("6.12", select),
         guest("6.12", select, "numa"),
         guest("6.12", select, "pressure"),
+        guest("6.12", select, "pmu"),
         guest("debug", select, "objects"),
         guest("debug", select, "tensors"),
         guest("6.12-16k", select, "pages"),

@@ -1289,13 +1289,13 @@ def test_rt_ready(settings: None) -> None:
 
 def test_relieve(raw: Raw, settings: None) -> None:
     """What cannot be told is not begun; what was begun gives what it can, and nothing that is in use."""
+    empty_pool()
     with raw.kv([full(2, CHUNK // 256)], block_tokens=8) as kv:
         view, live = kv.view(), kv.open(tokens=8)
         values = tokens("live", 0, 8)
         view.write(live, values)
 
         def prepare() -> None:
-            empty_pool()
             seq = kv.open(tokens=16 * 8)
             assert kv.publish(seq, chain(os.urandom(8), 16)) == 0
             assert kv.end(seq) == 0
