@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Allocators beside each other: the module's pools and ``malloc`` of three libraries.
 
-A C program (``allocators.c``) does the work, a process for each allocator and shape, since calls from
-Python would cost more than what they call. It is compiled at first use into the user's
-cache. Peers are the process's own ``malloc``, with another library preloaded.
+A C program (``allocators.c``) does the work, a process for each allocator and shape, since
+calls from Python would cost more than what they call. It is compiled at first use into the
+user's cache. Peers are the process's own ``malloc``, with another library preloaded.
 
 What counts as memory is the process's anonymous memory, what its client holds in the
 module, and the kernel's objects that were added meanwhile: a tensor has one, and for
@@ -71,15 +71,14 @@ class Allocator:
 
 
 _SMALL = ("fixed", "mixed")
-_PEERS = (
-    ("glibc", (), ""),
-    ("jemalloc", ("libjemalloc.so.2",), "mallctl"),
-    ("mimalloc", ("libmimalloc.so.3", "libmimalloc.so.2", "libmimalloc.so.2.0"), "mi_malloc"),
-)
+_EVERY = tuple(SHAPES)
+_MIMALLOC = ("libmimalloc.so.3", "libmimalloc.so.2", "libmimalloc.so.2.0")
 _ALL = (
     *(Allocator(name, name, _SMALL) for name in ("bump", "slab", "single")),
     *(Allocator(name, name, ("tensors",)) for name in ("buddy", "chunk", "reuse")),
-    *(Allocator(name, "malloc", tuple(SHAPES), *how) for name, *how in _PEERS),
+    Allocator("glibc", "malloc", _EVERY),
+    Allocator("jemalloc", "malloc", _EVERY, ("libjemalloc.so.2",), "mallctl"),
+    Allocator("mimalloc", "malloc", _EVERY, _MIMALLOC, "mi_malloc"),
 )
 ALLOCATORS = {each.name: each for each in _ALL}
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,14 +34,12 @@ if TYPE_CHECKING:
 __all__ = ["Arena", "Scope"]
 
 
-class _Made(NamedTuple):
-    """An array that was given out, and where the next one may begin."""
+#: An array that was given out: for which shape and dtype, and where the next one may begin.
+#: A plain tuple, since to find one again is all that an allocation costs.
+_Made = tuple[object, npt.DTypeLike, npt.NDArray[Any], int]
 
-    kind: type  # of the shape: 3.0 equals 3 and is no shape
-    shape: object
-    dtype: npt.DTypeLike
-    array: npt.NDArray[Any]
-    end: int
+#: In place of a shape that is never found again.
+_NO_SHAPE = object()
 
 
 class Scope:
@@ -107,7 +105,7 @@ class Arena:
     @property
     def used(self) -> int:
         """Bytes given out now, and what alignment has skipped between them."""
-        return self._made[self._next - 1].end if self._next else 0
+        return self._made[self._next - 1][3] if self._next else 0
 
     @property
     def peak(self) -> int:
@@ -142,12 +140,19 @@ class Arena:
             NotPermitted: it belongs to the parent process.
         """
         i = self._next
-        if i < len(self._made) and kind == "activations":
-            made = self._made[i]
-            # an equal dtype of another type (a string, a class) only takes the slow way
-            if made.dtype is dtype and made.kind is type(shape) and made.shape == shape:
-                self._next = i + 1
-                return made.array
+        try:
+            asked, form, array, _ = self._made[i]
+        except IndexError:
+            return self._make(shape, dtype, kind)
+        # an equal dtype of another type (a string, a class) only takes the slow way;
+        # 3.0 equals 3 and is no shape
+        if (
+            (asked is shape or (type(asked) is type(shape) and asked == shape))
+            and form is dtype
+            and kind == "activations"
+        ):
+            self._next = i + 1
+            return array
         return self._make(shape, dtype, kind)
 
     def _make(self, shape: Shape, dtype: npt.DTypeLike, kind: str) -> npt.NDArray[Any]:
@@ -166,11 +171,11 @@ class Arena:
                 "make a larger arena, or reset it earlier",
             )
         array = np.ndarray(dims, form, self._bytes.data, begin)
-        # who asks with a list may change it: it is never found again
-        key = None if isinstance(shape, list) else shape
+        # who asks with anything else may change it
+        key = shape if isinstance(shape, (int, np.integer, tuple)) else _NO_SHAPE
         self._peak = max(self._peak, end)
         del self._made[self._next :]
-        self._made.append(_Made(type(shape), key, dtype, array, end))
+        self._made.append((key, dtype, array, end))
         self._next += 1
         return array
 

@@ -22,7 +22,9 @@ def bench() -> None:
 
 
 def _memory(memory: library.Memory | None) -> dict[str, Any] | None:
-    return memory and {**asdict(memory), "taken": memory.taken, "ratio": round(memory.ratio, 4)}
+    if memory is None:
+        return None
+    return {**asdict(memory), "taken": memory.taken, "ratio": round(memory.ratio, 4)}
 
 
 def _document(result: library.Result, among: list[library.Result]) -> dict[str, Any]:
