@@ -265,8 +265,12 @@ def run(objects: int = OBJECTS, only: Sequence[str] = ()) -> Iterator[Result]:
         yield _measure(path, allocator, shape, objects // divisor)
 
 
+def _times(factor: float) -> str:
+    return f"{factor:.0f}x" if factor >= 10 else f"{factor:.1f}x"
+
+
 def better(result: Result, among: Sequence[Result]) -> list[str]:
-    """Say which peers are ahead of an allocator of ours: the first in time and in memory."""
+    """Say who is ahead of an allocator of ours: the fastest peer, and the one that takes least."""
     peers = [
         r
         for r in among
@@ -278,9 +282,9 @@ def better(result: Result, among: Sequence[Result]) -> list[str]:
     found = []
     fastest = min(peers, key=lambda peer: peer.ns_each)
     if result.ns_each / fastest.ns_each >= _AHEAD:
-        found.append(f"{fastest.allocator} {result.ns_each / fastest.ns_each:.1f}x faster")
+        found.append(f"{fastest.allocator} {_times(result.ns_each / fastest.ns_each)} faster")
     least = min(peers, key=lambda peer: peer.half.ratio if peer.half else 0)
     assert least.half is not None
     if result.half.ratio / least.half.ratio >= _AHEAD:
-        found.append(f"{least.allocator} {result.half.ratio / least.half.ratio:.1f}x smaller")
+        found.append(f"{least.allocator} {_times(result.half.ratio / least.half.ratio)} less")
     return found

@@ -110,7 +110,7 @@ class Arena:
     @property
     def peak(self) -> int:
         """The most bytes that were ever given out at a time: the size that would have done."""
-        return max(self._peak, self.used)
+        return self._peak
 
     @property
     def closed(self) -> bool:
@@ -216,10 +216,10 @@ class Arena:
         self._tensor.free()
 
     def _back_to(self, first: int) -> None:
-        end, self._peak = self.used, self.peak
-        self._next = first
         if self._poison:
-            self._bytes[self.used : end] = 0xFF
+            begin = self._made[first - 1][3] if first else 0
+            self._bytes[begin : self.used] = 0xFF
+        self._next = first
 
     def _check(self) -> None:
         if self.closed:

@@ -45,7 +45,7 @@ def _rate(count: float) -> str:
 def _report(results: list[library.Result]) -> None:
     for shape in dict.fromkeys(result.shape for result in results):
         of_shape = [result for result in results if result.shape == shape]
-        rows: list[tuple[str, ...]] = [("", "ns each", "per s", "full", "half")]
+        rows: list[tuple[str, ...]] = [("", "ns", "per s", "full", "half")]
         for result in of_shape:
             if result.missing or result.full is None or result.half is None:
                 rows.append((result.allocator, "-", "-", "-", "-"))
@@ -54,21 +54,20 @@ def _report(results: list[library.Result]) -> None:
             ns = result.ns_each
             rows.append((result.allocator, f"{ns:.0f}", _rate(1e9 / ns), *ratios))
         click.echo(f"{library.SHAPES[shape]}\n")
-        notes = ["", *(_note(result, results) for result in of_shape)]
+        notes = [click.style("better", bold=True), *(_note(result, results) for result in of_shape)]
         for line, note in zip(table(rows), notes, strict=True):
             click.echo(f"{line}  {note}".rstrip())
         click.echo()
-    click.echo("  ns each: allocate an object, touch its pages, free it")
-    click.echo("  full: memory over the bytes of all objects; half: over what is left")
-    click.echo("  when every other one is freed. Memory is what the process has, what its")
-    click.echo("  client holds in the module, and the kernel's objects for it.")
+    click.echo("  ns: to allocate an object, touch its pages and free it")
+    click.echo("  full: memory over the bytes of all objects; half: over what is left when every")
+    click.echo("  other one is freed. Memory is what the process has, what its client holds in")
+    click.echo("  the module, and the kernel's objects for it. better: the peers that are.")
 
 
 def _note(result: library.Result, among: list[library.Result]) -> str:
     if result.missing:
         return result.missing
-    ahead = library.better(result, among)
-    return f"better: {', '.join(ahead)}" if ahead else ""
+    return ", ".join(library.better(result, among))
 
 
 @bench.command("allocators")
