@@ -537,7 +537,7 @@ def test_requests() -> None:
         assert info.value.errno == errno.ENOENT
         assert asking.receive() is None
         assert not asking.wait(0)
-        # a signal came between a request and its answer, twice: also a dump's, which is not over by that
+        # twice a signal came between a request and its answer; a dump is not over by that
         seq = asking._seq
         for flags in (1, 0x301):
             form = control()

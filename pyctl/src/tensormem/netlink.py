@@ -309,16 +309,16 @@ class _Socket:
         self._seq = self._seq % _MOST_SEQ + 1
         message["header"]["sequence_number"] = self._seq
         message.encode()
-        # what a signal kept an earlier request from reading; the kernel refuses a second dump before
+        # what a signal kept an earlier request from reading: a dump goes on until it is read
         while self.receive() is not None:
             pass
         self._socket.send(bytes(message.data))
         answer: list[bytes] = []
         while True:
-            data, (sender, _) = self._socket.recvfrom(_MOST)
+            datagram, (sender, _) = self._socket.recvfrom(_MOST)
             if sender:  # another process
                 continue
-            for kind, seq, data in _split(data):
+            for kind, seq, data in _split(datagram):
                 if seq != self._seq:
                     continue
                 if kind not in (_ERROR, _DONE):
