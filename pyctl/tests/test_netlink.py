@@ -176,7 +176,7 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel()
     monkeypatch.setattr(netlink, "_Socket", lambda: FakeSocket(kernel))
-    monkeypatch.setattr(netlink.time, "monotonic", lambda: kernel.now)
+    monkeypatch.setattr("time.monotonic", lambda: kernel.now)
     return kernel
 
 

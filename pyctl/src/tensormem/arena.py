@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import errors
+from .closing import Closing
 from .form import Shape, array_form
 from .units import format_size
 
@@ -77,7 +78,7 @@ class Scope:
             arena._back_to(self._next)
 
 
-class Arena:
+class Arena(Closing):
     """Arrays out of one tensor, taken back together; from :meth:`Client.arena`.
 
     It provides memory as a client does (``empty``), so code that takes arrays from a client can
@@ -228,19 +229,6 @@ class Arena:
             raise errors.NotPermitted(
                 "the arena belongs to the parent process", "make one in the child"
             )
-
-    def __enter__(self) -> Arena:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def __repr__(self) -> str:
         """Say how full it is."""

@@ -34,11 +34,11 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from . import errors
 from .abi import NL_FAMILY, NL_VERSION, NLAttribute, NLCommand, NLGroup, PressureLevel
+from .closing import Closing
 
 __all__ = [
     "ATTRIBUTES", "BUFFER", "GROUPS", "KINDS", "Event", "Events", "Malformed", "Missed", "State",
@@ -379,7 +379,7 @@ def _split(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         at += length + -length % 4
 
 
-class Events:
+class Events(Closing):
     """A reader of events. Iterate over it, or call :meth:`read`; poll it by its ``fileno()``."""
 
     def __init__(
@@ -578,19 +578,6 @@ class Events:
         """Stop listening; a second time does nothing."""
         self._socket.close()
         self._asking.close()
-
-    def __enter__(self) -> Events:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop listening."""
-        self.close()
 
 
 def _gone() -> errors.DeviceMissing:
