@@ -161,7 +161,7 @@ def guest_programs() -> list[tuple[str, Path]]:
 
     Returns each program's place in the guest's tree and its file here.
     """
-    made = []
+    made: list[tuple[str, Path]] = []
     # another malloc() can be preloaded into the package's
     for folder, static in (("tests/guest", True), ("pyctl/src/tensormem", False)):
         sources = sorted((paths.TREE / folder).rglob("*.c"))
