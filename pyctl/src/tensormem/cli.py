@@ -25,12 +25,14 @@ from .commands.bandwidth import bandwidth
 from .commands.events import events as events_command
 from .commands.export import export
 from .commands.man import man
+from .commands.map import map_command
 from .commands.monitor import monitor
 from .commands.pressure import pressure
 from .commands.record import record
 from .commands.report import report
 from .commands.top import top
 from .commands.tune import tune
+from .commands.walk import walk
 from .console import (
     WIDTH,
     Group,
@@ -1700,7 +1702,8 @@ def _control_report(report: control_module.Report) -> None:
 
 
 for each in (
-    bandwidth, events_command, export, man, monitor, pressure, record, report, top, tune,
+    bandwidth, events_command, export, man, map_command, monitor, pressure, record, report, top,
+    tune, walk,
 ):  # fmt: skip
     cli.add_command(each)
 
