@@ -49,11 +49,8 @@ def _cost(entries: Sequence[layout.Entry], page_shift: int) -> Iterator[str]:
     """Yield what a miss costs, and what other sizes would."""
     last = entries[-1]
     reads = len(entries)
-    yield (
-        f"  A miss reads {reads} descriptors, one a level and each from where the one before says;"
-        f" CPUs keep the upper ones,"
-    )
-    yield "  then it is the last alone."
+    yield f"  A miss reads {reads} descriptors, one a level; each says where the next is. CPUs keep"
+    yield "  those of the upper levels, and often read the last alone."
     if last.what != "leaf":
         return
     folded = last.folded(page_shift)
@@ -62,8 +59,8 @@ def _cost(entries: Sequence[layout.Entry], page_shift: int) -> Iterator[str]:
     chunk = system.CHUNK_SIZE
     if folded > 1:
         yield (
-            f"  {folded} such entries of {size} in a row may share one entry of the TLB (CONT):"
-            f" it covers {covers}."
+            f"  {folded} such entries of {size} may share one of the TLB (CONT), which then covers"
+            f" {covers}."
         )
     else:
         yield f"  The entry of the TLB then covers {covers}."
