@@ -247,7 +247,7 @@ def test_map_draws_every_chunk(tensormem: Callable[..., Result]) -> None:
     assert row[9:73] in ("█" * 34 + "▂" + " " * 28 + "▂", "#" * 34 + "-" + "." * 28 + "-")
     assert row.endswith(" 53 %")
     assert "other modules" in "".join(lines[-3:])
-    assert "stays where it is" in lines[-1]
+    assert "used and not to be moved" in lines[-1]
     assert all(len(line) <= 80 for line in lines)
 
 

@@ -42,7 +42,7 @@ _FULL_PLAIN = ".-=+#"
 #: What a page of a chunk of the buddy pool can be, and its colour.
 _FREE, _MOVABLE, _FIXED, _ARRIVING, _SHOWN = range(5)
 _PAGE_COLOURS = ("bright_black", "green", "red", "magenta", "yellow")
-_PAGE_WORDS = ("free", "used", "used, stays where it is", "compaction moves there", "of the tensor")
+_PAGE_WORDS = ("free", "used", "used and not to be moved", "compaction moves there", "of the tensor")
 
 #: The same colours on paper.
 _PAPER = {
@@ -161,8 +161,8 @@ def draw(
     yield ""
     yield click.style(
         f"buddy pool, {each} a cell: {format_size(total.used_pages * page_size)} used,"
-        f" {format_size(total.free_pages * page_size)} free in {total.holes} holes,"
-        f" the largest of {format_size(total.largest * page_size)}", bold=True,
+        f" {format_size(total.free_pages * page_size)} free in holes of at most"
+        f" {format_size(total.largest * page_size)}", bold=True,
     )  # fmt: skip
     for chunk in chunks:
         if chunk.state == "buddy":
@@ -226,28 +226,26 @@ def _pixels(chunk: Chunk, page_size: int, shown: Set[int]) -> list[str]:
 
 
 def png(
-    file: BinaryIO, maps: Sequence[tuple[str, Sequence[Chunk]]], page_size: int,
-    *, shown: Set[int] = frozenset(),
-) -> None:  # fmt: skip
+    file: BinaryIO, maps: Sequence[tuple[str, Sequence[Chunk], Set[int]]], page_size: int
+) -> None:
     """Draw maps side by side, a row for each chunk and a column for each page.
 
     Args:
         file: where to write.
-        maps: title and chunks of each.
+        maps: of each its title, its chunks, and what to mark as in :func:`draw`.
         page_size: the kernel's.
-        shown: as in :func:`draw`.
 
     Raises:
         TensormemError: matplotlib is missing.
     """
     figures, colors = _matplotlib("matplotlib.figure"), _matplotlib("matplotlib.colors")
     patches = _matplotlib("matplotlib.patches")
-    rows = max(len(chunks) for _, chunks in maps)
+    rows = max(len(chunks) for _, chunks, _ in maps)
     figure = figures.Figure(figsize=(1 + 5.5 * len(maps), min(40.0, 1.6 + 0.2 * rows)), dpi=100)
     figure.set_layout_engine("constrained")
     meanings: dict[str, str] = {}
     sides = figure.subplots(1, len(maps), squeeze=False)[0]
-    for axes, (title, chunks) in zip(sides, maps, strict=True):
+    for axes, (title, chunks, shown) in zip(sides, maps, strict=True):
         blank = [["#ffffff"] * (system.CHUNK_SIZE // page_size)]
         # both of the same height, so that a chunk is as tall here as there
         lines = [_pixels(chunk, page_size, shown) for chunk in chunks]

@@ -8,9 +8,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
@@ -71,10 +71,23 @@ def show_layout(found: layout.Layout) -> Iterator[str]:
     )
 
 
-def _png(file: BinaryIO | None, maps: Sequence[tuple[str, Sequence[layout.Chunk]]], page: int,
-         shown: frozenset[int]) -> None:  # fmt: skip
-    if file is not None:
-        picture.png(file, maps, page, shown=shown)
+@dataclass(frozen=True)
+class _Look:
+    """The chunks and the tensors asked for, at one moment."""
+
+    title: str
+    chunks: list[layout.Chunk]
+    tensors: list[tuple[str, layout.Place, layout.Layout]]
+    marked: frozenset[int]
+
+
+def _look(title: str, places: Sequence[tuple[str, layout.Place]], page: int) -> _Look:
+    tensors = []
+    for name, at in places:
+        entries = layout.walk(at.address, at.size, at.pid)
+        tensors.append((name, at, layout.lay_out(entries, at.address, at.size, page)))
+    marked = frozenset(frame for _, _, found in tensors for frame in _marked(found))
+    return _Look(title, layout.chunks(), tensors, marked)
 
 
 @click.command("map", cls=Command)
@@ -90,51 +103,49 @@ def map_command(tensor: tuple[str, ...], png: str | None, compact: bool, as_json
 
     A TENSOR is marked, and its address, frames, flags and what it takes of a TLB are listed. It is
     named PID:HANDLE, for example 412:3, the handle being what Tensor.handle says in that process.
-    It takes root.
+    What compaction moves is not mapped again until it is touched. It takes root.
     """
     page = os.sysconf("SC_PAGE_SIZE")
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(replacing(Path(png))) if png else None
         places = []
         for name in tensor:
-            found = place(name)
-            if found is None:
+            at = place(name)
+            if at is None:
                 raise click.UsageError(f"{name!r} is not PID:HANDLE")
-            places.append((name, found))
-        maps = [("now", layout.chunks())]
+            places.append((name, at))
+        looks = [_look("before", places, page)]
         emptied = None
         if compact:
             emptied = system.compact()
-            maps = [("before", maps[0][1]), ("after", layout.chunks())]
-        # compaction moves pages: looked at last
-        layouts = [
-            (n, p, layout.lay_out(layout.walk(p.address, p.size, p.pid), p.address, p.size, page))
-            for n, p in places
-        ]
-        shown = frozenset(frame for _, _, each in layouts for frame in _marked(each))
-        _png(file, maps, page, shown)
+            looks.append(_look("after", places, page))
+        if file is not None:
+            maps = [(each.title if compact else "now", each.chunks, each.marked) for each in looks]
+            picture.png(file, maps, page)
+    last = looks[-1]
     if as_json:
         document: dict[str, Any] = {"page_size": page, "chunk_size": system.CHUNK_SIZE}
-        document["chunks"] = [_document(chunk) for chunk in maps[-1][1]]
-        document["summary"] = asdict(picture.summary(maps[-1][1], page))
+        document["chunks"] = [_document(chunk) for chunk in last.chunks]
+        document["summary"] = asdict(picture.summary(last.chunks, page))
         if compact:
-            document["before"] = [_document(chunk) for chunk in maps[0][1]]
+            document["before"] = [_document(chunk) for chunk in looks[0].chunks]
             document["emptied"] = emptied
-        document["tensors"] = [_layout_document(*each) for each in layouts]
+        document["tensors"] = [_layout_document(*each) for each in last.tensors]
         emit(document)
         return
     plain = not (sys.stdout.encoding or "").lower().startswith("utf")
-    for title, chunks in maps:
+    for each in looks:
         if compact:
-            click.echo(click.style(f"{title} compaction", underline=True))
-        for line in picture.draw(chunks, page, shown=shown, plain=plain):
+            click.echo(click.style(f"{each.title} compaction", underline=True))
+        for line in picture.draw(each.chunks, page, shown=each.marked, plain=plain):
             click.echo(line)
         click.echo()
-    for line in picture.legend([c for _, chunks in maps for c in chunks], marked=bool(shown)):
+    every = [chunk for each in looks for chunk in each.chunks]
+    for line in picture.legend(every, marked=any(each.marked for each in looks)):
         click.echo(line)
-    for name, _, each in layouts:
+    for name, _, found in last.tensors:
         click.echo(click.style(f"\ntensor {name}", bold=True))
-        for line in show_layout(each):
+        for line in show_layout(found):
             click.echo(line)
     if png:
         click.echo(f"\n{png}: drawn")
