@@ -268,8 +268,8 @@ def test_map_as_a_picture(tensormem: Callable[..., Result], tmp_path: Path) -> N
     image = pixels.imread(path)
     assert min(image.shape[:2]) > 200
     colours = {tuple(round(255 * v) for v in rgb) for rgb in image[:, :, :3].reshape(-1, 3)}
-    # weights, other modules, used, what stays, what arrives, free
-    for colour in ("1769aa", "e3a008", "2e7d32", "c62828", "8e24aa", "e4e7ea"):
+    # weights, other modules, used, not to be moved, arriving, free, ready
+    for colour in ("1769aa", "e3a008", "2e7d32", "c62828", "8e24aa", "eef0f2", "b4bec8"):
         assert tuple(bytes.fromhex(colour)) in colours, colour
     assert list(tmp_path.glob(".map*")) == []
 

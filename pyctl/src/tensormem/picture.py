@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence, Set
+import itertools
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -21,9 +22,9 @@ CELLS = 64
 
 #: Letter and colour of a chunk: of who has it whole, or of what it is else.
 _CHUNKS = {
-    "weights": ("W", "blue"), "kv": ("K", "green"), "activations": ("A", "magenta"),
+    "weights": ("W", "blue"), "kv": ("K", "bright_magenta"), "activations": ("A", "magenta"),
     "protocol": ("P", "cyan"), "cache": ("C", "bright_green"), "model": ("M", "bright_blue"),
-    "rt": ("R", "bright_cyan"), "module": ("O", "yellow"), "buddy": ("b", "red"),
+    "rt": ("R", "bright_cyan"), "module": ("O", "yellow"), "buddy": ("b", "green"),
     "zeroed": ("z", "bright_black"), "dirty": ("d", "bright_black"), "split": ("s", "bright_black"),
     "zeroing": ("~", "bright_black"),
 }  # fmt: skip
@@ -42,13 +43,18 @@ _FULL_PLAIN = ".-=+#"
 #: What a page of a chunk of the buddy pool can be, and its colour.
 _FREE, _MOVABLE, _FIXED, _ARRIVING, _SHOWN = range(5)
 _PAGE_COLOURS = ("bright_black", "green", "red", "magenta", "yellow")
-_PAGE_WORDS = ("free", "used", "used and not to be moved", "compaction moves there", "of the tensor")
+_PAGE_WORDS = (
+    "free", "used", "used and not to be moved", "compaction moves there", "of the tensor",
+)  # fmt: skip
 
-#: The same colours on paper.
+#: A free page of a chunk in the buddy pool, on paper.
+_HOLE = "#eef0f2"
+
+#: The other colours on paper.
 _PAPER = {
     "blue": "#1769aa", "green": "#2e7d32", "magenta": "#8e24aa", "cyan": "#00838f",
     "bright_green": "#7cb342", "bright_blue": "#64b5f6", "bright_cyan": "#4dd0e1",
-    "yellow": "#e3a008", "red": "#c62828", "bright_black": "#e4e7ea",
+    "yellow": "#e3a008", "red": "#c62828", "bright_magenta": "#ec407a", "bright_black": "#b4bec8",
 }  # fmt: skip
 
 
@@ -114,27 +120,34 @@ def summary(chunks: Sequence[Chunk], page_size: int) -> Summary:
     )  # fmt: skip
 
 
+def _row(cells: Iterable[tuple[str, tuple[str, str | None]]]) -> str:
+    """Join cells of one character and two colours."""
+    return "".join(
+        click.style("".join(character for character, _ in alike), fg=colours[0], bg=colours[1])
+        for colours, alike in itertools.groupby(cells, lambda cell: cell[1])
+    )
+
+
 def _strip(chunks: Sequence[Chunk], shown: Set[int]) -> Iterator[str]:
     for begin in range(0, len(chunks), CELLS):
-        row = ""
+        cells = []
         for chunk in chunks[begin : begin + CELLS]:
             letter, colour = _CHUNKS[_kind(chunk)]
             marked = chunk.state == "chunk" and chunk.frame in shown
-            row += click.style(letter, fg="black" if marked else "white",
-                               bg="yellow" if marked else colour)  # fmt: skip
-        yield f"  {row}"
+            cells.append((letter, ("black", "yellow") if marked else ("white", colour)))
+        yield f"  {_row(cells)}"
 
 
 def _cells(pages: Sequence[int], plain: bool) -> str:
     glyphs = _FULL_PLAIN if plain else _FULL
-    each, row = len(pages) // CELLS, ""
+    each, cells = len(pages) // CELLS, []
     for begin in range(0, len(pages), each):
         part = pages[begin : begin + each]
         used = sum(page != _FREE for page in part)
         glyph = glyphs[-(-used * (len(glyphs) - 1) // each)]
         # what is rarer matters more
-        row += click.style(glyph, fg=_PAGE_COLOURS[max(part)], bg=None if plain else "black")
-    return row
+        cells.append((glyph, (_PAGE_COLOURS[max(part)], None if plain else "black")))
+    return _row(cells)
 
 
 def draw(
@@ -161,7 +174,7 @@ def draw(
     yield ""
     yield click.style(
         f"buddy pool, {each} a cell: {format_size(total.used_pages * page_size)} used,"
-        f" {format_size(total.free_pages * page_size)} free in holes of at most"
+        f" {format_size(total.free_pages * page_size)} free in holes up to"
         f" {format_size(total.largest * page_size)}", bold=True,
     )  # fmt: skip
     for chunk in chunks:
@@ -216,10 +229,14 @@ def _matplotlib(name: str) -> Any:
         ) from None
 
 
+def _paper(page: int) -> str:
+    return _HOLE if page == _FREE else _PAPER[_PAGE_COLOURS[page]]
+
+
 def _pixels(chunk: Chunk, page_size: int, shown: Set[int]) -> list[str]:
     """Return the colour of each page."""
     if chunk.state == "buddy":
-        return [_PAPER[_PAGE_COLOURS[page]] for page in _pages(chunk, page_size, shown)]
+        return [_paper(page) for page in _pages(chunk, page_size, shown)]
     marked = chunk.state == "chunk" and chunk.frame in shown
     colour = _PAPER["yellow" if marked else _CHUNKS[_kind(chunk)][1]]
     return [colour] * (system.CHUNK_SIZE // page_size)
@@ -243,7 +260,7 @@ def png(
     rows = max(len(chunks) for _, chunks, _ in maps)
     figure = figures.Figure(figsize=(1 + 5.5 * len(maps), min(40.0, 1.6 + 0.2 * rows)), dpi=100)
     figure.set_layout_engine("constrained")
-    meanings: dict[str, str] = {}
+    meanings: dict[str, str] = {}  # in words -> colour
     sides = figure.subplots(1, len(maps), squeeze=False)[0]
     for axes, (title, chunks, shown) in zip(sides, maps, strict=True):
         blank = [["#ffffff"] * (system.CHUNK_SIZE // page_size)]
@@ -267,11 +284,13 @@ def png(
         axes.tick_params(which="both", length=0)
         for chunk in chunks:
             if chunk.state == "buddy":
-                for page in set(_pages(chunk, page_size, shown)) - {_FREE}:
-                    meanings[f"buddy pool: {_PAGE_WORDS[page]}"] = _PAGE_COLOURS[page]
+                for page in sorted(set(_pages(chunk, page_size, shown))):
+                    meanings[f"buddy pool: {_PAGE_WORDS[page]}"] = _paper(page)
+            elif chunk.state == "chunk":
+                meanings[_WORDS[_kind(chunk)]] = _PAPER[_CHUNKS[_kind(chunk)][1]]
             else:
-                meanings[_WORDS[_kind(chunk)]] = _CHUNKS[_kind(chunk)][1]
-    handles = [patches.Patch(color=_PAPER[c], label=label) for label, c in meanings.items()]
+                meanings["ready"] = _PAPER[_CHUNKS[_kind(chunk)][1]]
+    handles = [patches.Patch(color=c, label=label) for label, c in meanings.items()]
     if handles:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8

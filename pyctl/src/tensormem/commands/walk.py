@@ -49,8 +49,8 @@ def _cost(entries: Sequence[layout.Entry], page_shift: int) -> Iterator[str]:
     """Yield what a miss costs, and what other sizes would."""
     last = entries[-1]
     reads = len(entries)
-    yield f"  A miss reads {reads} descriptors, one a level; each says where the next is. CPUs keep"
-    yield "  those of the upper levels, and often read the last alone."
+    yield f"  A miss reads {reads} descriptors, one a level; each says where the next is. CPUs"
+    yield "  keep those of the upper levels, and often read the last alone."
     if last.what != "leaf":
         return
     folded = last.folded(page_shift)
