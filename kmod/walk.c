@@ -14,7 +14,7 @@
  * such areas are not walked.
  */
 #include <linux/capability.h>
-#include <linux/hugetlb_inline.h>
+#include <linux/hugetlb.h>
 #include <linux/kstrtox.h>
 #include <linux/mm.h>
 #include <linux/mmap_lock.h>
