@@ -9,18 +9,12 @@
 #include <linux/module.h>
 #include <linux/seq_file.h>
 #include <linux/slab.h>
-#include <uapi/linux/tensormem.h>
 
 #include "debugfs.h"
 #include "pages.h"
 #include "walk.h"
 
 static struct dentry *tm_debugfs;
-
-static_assert((int)TM_FOR_WEIGHTS == TENSORMEM_KIND_WEIGHTS &&
-	      (int)TM_FOR_KV == TENSORMEM_KIND_KV &&
-	      (int)TM_FOR_ACTIVATIONS == TENSORMEM_KIND_ACTIVATIONS &&
-	      (int)TM_FOR_PROTOCOL == TENSORMEM_KIND_PROTOCOL);
 
 static const char *const tm_purposes[TM_PURPOSES] = {
 	[TM_FOR_MODULE] = "module",

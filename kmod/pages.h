@@ -6,6 +6,7 @@
 #include <linux/gfp.h>
 #include <linux/minmax.h>
 #include <linux/nodemask.h>
+#include <uapi/linux/tensormem.h>
 
 #include "core/chunk.h"
 #include "core/compact.h"
@@ -45,10 +46,10 @@ struct tm_run {
 /* Who has a whole chunk. The first ones are other modules, and tensors by kind. */
 enum tm_purpose {
 	TM_FOR_MODULE,
-	TM_FOR_WEIGHTS,
-	TM_FOR_KV,
-	TM_FOR_ACTIVATIONS,
-	TM_FOR_PROTOCOL,
+	TM_FOR_WEIGHTS = TENSORMEM_KIND_WEIGHTS,
+	TM_FOR_KV = TENSORMEM_KIND_KV,
+	TM_FOR_ACTIVATIONS = TENSORMEM_KIND_ACTIVATIONS,
+	TM_FOR_PROTOCOL = TENSORMEM_KIND_PROTOCOL,
 	TM_FOR_CACHE,		/* a KV cache */
 	TM_FOR_MODEL,		/* a generation of a model slot */
 	TM_FOR_RT,		/* the RT pool */
