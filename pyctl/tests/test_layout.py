@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click import unstyle
 from click.testing import Result
 
 from tensormem import errors, layout, picture
@@ -249,6 +250,16 @@ def test_map_draws_every_chunk(tensormem: Callable[..., Result]) -> None:
     assert "other modules" in "".join(lines[-3:])
     assert "used and not to be moved" in lines[-1]
     assert all(len(line) <= 80 for line in lines)
+
+
+@pytest.mark.parametrize("shift", [12, 14, 16])
+def test_cells_follow_the_page_size(shift: int) -> None:
+    page = 1 << shift
+    half = layout.Chunk(0, 3, 0x100, "buddy", None, False, (layout.Run(0, (1 << 20) // page),))
+    *_, title, row = map(unstyle, picture.draw([half], page, plain=True))
+    cells = min(64, (2 << 20) // page)
+    assert row == f"     0:3 {'#' * (cells // 2)}{'.' * (cells // 2)}  50 %"
+    assert f"{(2 << 10) // cells} KiB a cell: 1 MiB used, 1 MiB free in holes up to 1 MiB" in title
 
 
 def test_map_as_a_document(tensormem: Callable[..., Result]) -> None:

@@ -120,7 +120,7 @@ def test_random_tensors_are_all_there_is(raw: Raw) -> None:
 
 def test_compaction_before_and_after(raw: Raw) -> None:
     rng = random.Random(3)
-    items = [raw.alloc(rng.randrange(1, 9) * PAGE, pool=abi.Pool.BUDDY) for _ in range(8 * PAGES // 5)]
+    items = [raw.alloc(rng.randrange(1, 9) * PAGE, pool=abi.Pool.BUDDY) for _ in range(PAGES)]
     rng.shuffle(items)
     kept, gone = items[: len(items) // 4], items[len(items) // 4 :]
     for item in gone:

@@ -17,7 +17,7 @@ from .units import format_size
 
 __all__ = ["Summary", "draw", "legend", "png", "summary"]
 
-#: Cells of a chunk of the buddy pool, and of a row of whole chunks.
+#: Cells of a chunk of the buddy pool, unless it has fewer pages, and of a row of whole chunks.
 CELLS = 64
 
 #: Letter and colour of a chunk: of who has it whole, or of what it is else.
@@ -140,7 +140,7 @@ def _strip(chunks: Sequence[Chunk], shown: Set[int]) -> Iterator[str]:
 
 def _cells(pages: Sequence[int], plain: bool) -> str:
     glyphs = _FULL_PLAIN if plain else _FULL
-    each, cells = len(pages) // CELLS, []
+    each, cells = max(1, len(pages) // CELLS), []
     for begin in range(0, len(pages), each):
         part = pages[begin : begin + each]
         used = sum(page != _FREE for page in part)
@@ -170,7 +170,7 @@ def draw(
         yield from _strip([chunk for chunk in chunks if chunk.node == node], shown)
     if not total.buddy:
         return
-    each = format_size(system.CHUNK_SIZE // CELLS)
+    each = format_size(max(page_size, system.CHUNK_SIZE // CELLS))
     yield ""
     yield click.style(
         f"buddy pool, {each} a cell: {format_size(total.used_pages * page_size)} used,"
