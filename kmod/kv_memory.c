@@ -121,6 +121,7 @@ static int tm_kv_grow(struct tm_kv *kv, u64 nr, u32 *added)
 		struct tm_memory_request request = {
 			.nr_pages = 1u << tm_pages_geometry().chunk_order,
 			.policy = TM_MEMORY_CHUNKS,
+			.flags = TM_PAGES_FOR(TM_FOR_CACHE),
 			.numa = tm_client_numa(kv->client),
 		};
 		struct tm_memory *memory;

@@ -75,7 +75,7 @@ enum tm_memory_policy {
  * struct tm_memory_request - what a memory is to be
  * @nr_pages: how many pages
  * @policy: what it may be made of
- * @flags: TM_PAGES_CHARGED, TM_PAGES_UNMOVABLE
+ * @flags: TM_PAGES_CHARGED, TM_PAGES_UNMOVABLE, TM_PAGES_FOR()
  * @numa: which nodes may serve it
  * @turn: whose turn it is when they are interleaved
  */

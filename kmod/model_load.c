@@ -218,7 +218,7 @@ struct tm_memory *tm_model_supply(struct tm_client *client, u64 size)
 		.nr_pages = PFN_UP(size),
 		.policy = size == TM_CHUNK_SIZE ? TM_MEMORY_CHUNKS :
 						  TM_MEMORY_AUTO,
-		.flags = TM_PAGES_UNMOVABLE,
+		.flags = TM_PAGES_UNMOVABLE | TM_PAGES_FOR(TM_FOR_MODEL),
 		.numa = tm_client_numa(client),
 	};
 

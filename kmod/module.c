@@ -5,6 +5,7 @@
 #include "bandwidth_core.h"
 #include "board.h"
 #include "client.h"
+#include "debugfs.h"
 #include "device.h"
 #include "event.h"
 #include "model.h"
@@ -54,6 +55,7 @@ static int __init tm_init(void)
 	err = tm_device_init();
 	if (err)
 		goto err_cores;
+	tm_debugfs_init();
 	return 0;
 
 err_cores:
@@ -78,6 +80,7 @@ err_events:
 
 static void __exit tm_exit(void)
 {
+	tm_debugfs_exit();
 	tm_device_exit();
 	tm_cores_exit();
 	tm_pressure_exit();

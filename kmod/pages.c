@@ -6,7 +6,8 @@
  *
  * Lock order, outermost first:
  *
- *   mmap_lock                   the kernel's; a fault in a KV cache may need memory
+ *   mmap_lock                   the kernel's; a fault in a KV cache may need memory. Who walks
+ *                               page tables (walk.c) takes nothing of ours in it
  *   tm_compact_mutex            one compaction at a time (compact.c)
  *   tm_clients_mutex            the list of clients (client.c)
  *   mapping->invalidate_lock    a client's window and handles (client.c)
@@ -95,6 +96,7 @@ MODULE_PARM_DESC(reserve, "zeroed chunks kept ready (-1: 4, less on small boards
  * @charged_buddy: the same in charged chunks, for those who pay: a cgroup neither
  *                 lives on the pages of those who do not, nor pays for theirs
  * @page: first page of a chunk, by chunk id
+ * @purpose: enum tm_purpose, by chunk id; what it was when the slot last had a user of a whole chunk
  * @charged: owned chunks that are on a memory cgroup's bill
  * @pass: the compaction that is going on, or NULL
  * @nid: the kernel's number of the node
@@ -107,6 +109,7 @@ struct tm_node {
 	struct tm_buddy buddy;
 	struct tm_buddy charged_buddy;
 	struct page **page;
+	u8 *purpose;
 	u32 charged;
 	struct tm_pages_pass *pass;
 	int nid;
@@ -230,6 +233,47 @@ void tm_pages_stats(u64 nodes, struct tm_pages_stats *stats)
 	if (free)
 		stats->buddy.fragmentation =
 			div64_u64(stats->buddy.fragmentation, free);
+}
+
+/* How many chunks there can ever be, on all nodes. Context: any. */
+u32 tm_pages_slots(void)
+{
+	return tm_pools.slots;
+}
+
+/**
+ * tm_pages_view - look at one chunk
+ * @slot: which, below tm_pages_slots(); nodes come one after the other
+ * @view: what it is like
+ *
+ * Context: never sleeps. Return: false when there is no memory in the slot.
+ */
+bool tm_pages_view(u32 slot, struct tm_chunk_view *view)
+{
+	const struct tm_buddy_chunk *runs;
+	struct tm_node *n, *next;
+	struct page *page;
+	u32 id;
+
+	n = tm_node_from(0);
+	while ((next = tm_node_from(n->nid + 1)) && next->slots_below <= slot)
+		n = next;
+	id = slot - n->slots_below;
+
+	spin_lock(&n->lock);
+	page = n->page[id];
+	if (page) {
+		view->node = n->nid;
+		view->id = id;
+		view->frame = page_to_pfn(page);
+		view->chunk = n->chunk.chunks[id];
+		view->purpose = n->purpose[id];
+		runs = (view->chunk.form.charged ? &n->charged_buddy :
+						   &n->buddy)->chunks + id;
+		memcpy(view->run, runs->run, sizeof(view->run));
+	}
+	spin_unlock(&n->lock);
+	return page;
 }
 
 static struct page *tm_pages_from_system(struct tm_node *n, bool zeroed,
@@ -595,9 +639,13 @@ static int tm_node_alloc_chunk(struct tm_node *n, unsigned int flags,
 	int err;
 
 	err = tm_node_take(n, TM_OWNER_TENSOR, flags, &id, &run->zeroed);
-	if (!err)
-		run->page = tm_page_id(tm_pools.geometry, id, 0);
-	return err;
+	if (err)
+		return err;
+	run->page = tm_page_id(tm_pools.geometry, id, 0);
+	spin_lock(&n->lock);
+	n->purpose[id.v] = TM_PAGES_PURPOSE(flags);
+	spin_unlock(&n->lock);
+	return 0;
 }
 
 static struct tm_buddy *tm_node_buddy(struct tm_node *n, bool charged)
@@ -1016,6 +1064,7 @@ static void tm_node_destroy(struct tm_node *n)
 	cancel_work_sync(&n->reserve_work);
 	n->chunk.reserve = 0;
 	tm_node_trim(n, U32_MAX, false);
+	kvfree(n->purpose);
 	kvfree(n->page);
 	tm_buddy_destroy(&n->charged_buddy);
 	tm_buddy_destroy(&n->buddy);
@@ -1050,8 +1099,15 @@ static struct tm_node *__init tm_node_create(int nid, u32 slots)
 		err = -ENOMEM;
 		goto err_charged;
 	}
+	n->purpose = kvcalloc(slots, sizeof(*n->purpose), GFP_KERNEL);
+	if (!n->purpose) {
+		err = -ENOMEM;
+		goto err_page;
+	}
 	return n;
 
+err_page:
+	kvfree(n->page);
 err_charged:
 	tm_buddy_destroy(&n->charged_buddy);
 err_buddy:

@@ -6,7 +6,9 @@
 #include <linux/gfp.h>
 #include <linux/minmax.h>
 #include <linux/nodemask.h>
+#include <uapi/linux/tensormem.h>
 
+#include "core/chunk.h"
 #include "core/compact.h"
 
 struct page;
@@ -37,6 +39,22 @@ struct tm_run {
 #define TM_PAGES_CHARGED	BIT(1)	/* growth is on current's memory cgroup */
 #define TM_PAGES_GROW		BIT(2)	/* the buddy pool may take another chunk */
 #define TM_PAGES_UNMOVABLE	BIT(3)	/* compaction leaves a run where it is */
+/* What a whole chunk is for: enum tm_purpose; for those who look, nothing depends on it. */
+#define TM_PAGES_FOR(purpose)		((unsigned int)(purpose) << 8)
+#define TM_PAGES_PURPOSE(flags)		((flags) >> 8)
+
+/* Who has a whole chunk. The first ones are other modules, and tensors by kind. */
+enum tm_purpose {
+	TM_FOR_MODULE,
+	TM_FOR_WEIGHTS = TENSORMEM_KIND_WEIGHTS,
+	TM_FOR_KV = TENSORMEM_KIND_KV,
+	TM_FOR_ACTIVATIONS = TENSORMEM_KIND_ACTIVATIONS,
+	TM_FOR_PROTOCOL = TENSORMEM_KIND_PROTOCOL,
+	TM_FOR_CACHE,		/* a KV cache */
+	TM_FOR_MODEL,		/* a generation of a model slot */
+	TM_FOR_RT,		/* the RT pool */
+	TM_PURPOSES,
+};
 
 /**
  * struct tm_pages_stats - counters of one node's pools, or of all together
@@ -70,6 +88,24 @@ struct tm_pages_stats {
 		u64 given_up;
 		u64 fragmentation;	/* millionths, weighted by free memory */
 	} buddy;
+};
+
+/**
+ * struct tm_chunk_view - one chunk as it was at one moment
+ * @node: its node
+ * @id: its number there
+ * @frame: page frame number of its first page
+ * @chunk: state, owner and form
+ * @purpose: enum tm_purpose, of a chunk that TM_OWNER_TENSOR has
+ * @run: of one that the buddy pool has: as tm_buddy_chunk::run
+ */
+struct tm_chunk_view {
+	u32 node;
+	u32 id;
+	unsigned long frame;
+	struct tm_chunk chunk;
+	u8 purpose;
+	u8 run[1u << TM_MAX_CHUNK_ORDER];
 };
 
 /*
@@ -116,6 +152,8 @@ void tm_pages_exit(void);
 struct tm_geometry tm_pages_geometry(void);
 struct page *tm_pages_page(const struct tm_run *run);
 void tm_pages_stats(u64 nodes, struct tm_pages_stats *stats);
+u32 tm_pages_slots(void);
+bool __must_check tm_pages_view(u32 slot, struct tm_chunk_view *view);
 
 int __must_check tm_pages_alloc(unsigned int node, unsigned int order,
 				unsigned int flags, struct tm_run *run);

@@ -58,6 +58,7 @@ static struct tm_memory *tm_rt_pool_supply(void)
 	struct tm_memory_request request = {
 		.nr_pages = TM_CHUNK_SIZE >> PAGE_SHIFT,
 		.policy = TM_MEMORY_CHUNKS,
+		.flags = TM_PAGES_FOR(TM_FOR_RT),
 		.numa = tm_numa_local(),
 	};
 	struct tm_memory *memory = tm_supply(NULL, &request);

@@ -154,6 +154,7 @@ static int tm_tensor_supply(struct tm_client *client, struct tm_tensor *tensor)
 	};
 	struct tm_memory_request request = {
 		.nr_pages = tensor->region.range.length,
+		.flags = TM_PAGES_FOR(tensor->kind),
 		.numa = tensor->numa,
 	};
 

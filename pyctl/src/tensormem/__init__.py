@@ -63,7 +63,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from . import gguf, kvfile, netlink, safetensors, system
+    from . import gguf, kvfile, layout, netlink, safetensors, system
     from .abi import Kind, Pool
     from .arena import Arena
     from .client import Client, Spec, Stats, Tensor, TensorInfo, open
@@ -157,6 +157,7 @@ __all__ = [
     "events",
     "gguf",
     "kvfile",
+    "layout",
     "netlink",
     "open",
     "rt",
@@ -171,7 +172,7 @@ def __getattr__(name: str) -> Any:
     # of it: what does is imported on first use
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("gguf", "kvfile", "netlink", "safetensors", "system"):
+    if name in ("gguf", "kvfile", "layout", "netlink", "safetensors", "system"):
         return import_module(f".{name}", __name__)
     module = ".kv" if name.startswith("KV") else ".client"
     if name == "KVFileError":

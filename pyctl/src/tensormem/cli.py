@@ -26,12 +26,14 @@ from .commands.bench import bench
 from .commands.events import events as events_command
 from .commands.export import export
 from .commands.man import man
+from .commands.map import map_command
 from .commands.monitor import monitor
 from .commands.pressure import pressure
 from .commands.record import record
 from .commands.report import report
 from .commands.top import top
 from .commands.tune import tune
+from .commands.walk import walk
 from .console import (
     WIDTH,
     Group,
@@ -1701,7 +1703,8 @@ def _control_report(report: control_module.Report) -> None:
 
 
 for each in (
-    bandwidth, bench, events_command, export, man, monitor, pressure, record, report, top, tune,
+    bandwidth, bench, events_command, export, man, map_command, monitor, pressure, record, report, top,
+    tune, walk,
 ):  # fmt: skip
     cli.add_command(each)
 

@@ -33,7 +33,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, SupportsIndex, TypeVar, cast
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,9 @@ from .model import Slot, open_slot
 from .realtime import RTClient, Size, open_rt
 from .session import BatchError, Event, Export, Held, Session, address
 from .units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from .layout import Layout
 
 __all__ = ["Client", "Nodes", "Spec", "Stats", "Tensor", "TensorInfo", "open"]
 
@@ -529,6 +532,23 @@ class Tensor:
             Closed: the client was closed.
         """
         return _query(self._block.session, self._block)
+
+    def layout(self) -> Layout:
+        """Look at how it is mapped: frames, sizes and flags, from the page tables; needs root.
+
+        What was never touched is not mapped.
+
+        Raises:
+            NoSuchTensor: the tensor was freed.
+            NotAvailable: debugfs is not mounted.
+            NotPermitted: the caller is not root.
+        """
+        from . import layout
+
+        memory = self._bytes()
+        page, where = self._block.session.info.page_size, memory.ctypes.data
+        found = layout.walk(where, self.size)
+        return layout.lay_out(found, where, self.size, page)
 
     def free(self) -> None:
         """Free it: at once, or when the last buffer or array of it is gone.

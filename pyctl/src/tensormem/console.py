@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import click
 
@@ -13,8 +17,8 @@ from . import errors
 from .units import format_size, parse_size
 
 __all__ = [
-    "WIDTH", "Command", "Group", "emit", "json_option", "show_number", "show_size", "size_value",
-    "table",
+    "WIDTH", "Command", "Group", "emit", "json_option", "replacing", "show_number", "show_size",
+    "size_value", "table",
 ]  # fmt: skip
 
 #: Columns that a terminal has.
@@ -96,6 +100,32 @@ def table(
         ]
         line = ("  " + "  ".join(cells)).rstrip()
         yield click.style(line, bold=True) if number == 0 else line
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file beside it and then over it: who has the old one open keeps it.
+
+    Raises:
+        TensormemError: it cannot be written; said before anything else is done.
+    """
+    try:
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise errors.TensormemError(
+            f"{path} cannot be written: {error.strerror}",
+            "name a file in a directory that you may write to", error.errno,
+        ) from None  # fmt: skip
+    try:
+        with open(fd, "wb") as file:
+            yield file
+            mask = os.umask(0)
+            os.umask(mask)
+            os.fchmod(file.fileno(), 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def show_number(value: int | None) -> str:

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import importlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .. import errors, recording
-from ..console import Command, emit, json_option
+from ..console import Command, emit, json_option, replacing
 from ..units import format_size
 
 __all__ = ["report"]
@@ -32,21 +30,6 @@ def _drawing() -> Any:
         ) from None
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file beside it and then over it: who has the old page open keeps it."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(fd, "w", encoding="utf-8") as file:
-            file.write(text)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.fchmod(file.fileno(), 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 @click.command(cls=Command)
 @click.argument("recorded", type=click.Path(dir_okay=False), metavar="RUN.jsonl")
 @click.option(
@@ -62,9 +45,10 @@ def report(recorded: str, html: str, title: str | None, as_json: bool) -> None:
     time, and says what was not recorded. The module is not needed.
     """
     run = recording.load(recorded)
-    text = _drawing().page(run, title or Path(recorded).name)
-    _replace(Path(html), text)
-    size = len(text.encode())
+    data = _drawing().page(run, title or Path(recorded).name).encode()
+    with replacing(Path(html)) as file:
+        file.write(data)
+    size = len(data)
     if as_json:
         emit({"file": html, "bytes": size, "samples": len(run.samples), "cut_off": run.cut_off})
     else:
