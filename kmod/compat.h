@@ -103,6 +103,13 @@ static inline void tm_shrinker_unregister(struct tm_shrinker *s)
 	kfree(s);
 }
 
+/* A namespace of symbols is named by a word, later by a string. */
+#ifdef TM_HAVE_IMPORT_NS_NAME /* until 6.12 */
+#define TM_IMPORT_NS_DMA_BUF	MODULE_IMPORT_NS(DMA_BUF)
+#else
+#define TM_IMPORT_NS_DMA_BUF	MODULE_IMPORT_NS("DMA_BUF")
+#endif
+
 #ifdef TM_HAVE_MNT_IDMAP /* 6.3 */
 typedef struct mnt_idmap tm_idmap;
 #else
