@@ -168,10 +168,10 @@ static int tm_edu_transfer_one(dma_addr_t address, u32 at, u32 size, bool to_ram
 	writeq(TM_EDU_RUN | (to_ram ? TM_EDU_TO_RAM : 0),
 	       tm_edu_registers + TM_EDU_COMMAND);
 	/* It begins a tenth of a second later; an emulated board's seconds may be long. */
-	for (int tries = 0; tries < 3000; tries++) {
+	for (int tries = 0; tries < 1500; tries++) {
 		if (!(readq(tm_edu_registers + TM_EDU_COMMAND) & TM_EDU_RUN))
 			return 0;
-		msleep(10);
+		msleep(20);
 	}
 	return -ETIMEDOUT;
 }

@@ -11,6 +11,7 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import tensormem
 
@@ -20,7 +21,7 @@ edu = importlib.import_module("edu")
 SIZE = 64 << 20
 
 
-def both(importer: edu.Edu, pages: int) -> tuple[int, int]:
+def both(importer: Any, pages: int) -> tuple[int, int]:
     """Map calls, and instructions to map and unmap: not in the run in which calls are counted."""
     with edu.iommu_maps() as calls:
         importer.cost(pages)
