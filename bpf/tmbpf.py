@@ -100,6 +100,39 @@ struct tm_record {
 
 BPF_RINGBUF_OUTPUT(tm_ring, TM_RING_PAGES);
 
+/*
+ * The name of who was last seen on each CPU: asking for it is a third of what a record costs, and the same one comes
+ * again and again. It is asked for again after a millisecond, because it may change. Where programs can be preempted
+ * two tasks may write at once; what they have mixed does not add up.
+ */
+struct tm_seen {
+	u64 comm[2], until, sum;
+};
+
+BPF_ARRAY(tm_seen, struct tm_seen, TM_CPUS);
+
+static __always_inline void tm_name(struct tm_record *record)
+{
+	volatile struct tm_seen *seen;
+	u64 *comm = (u64 *)record->comm;
+	int cpu = record->cpu;
+
+	seen = tm_seen.lookup(&cpu);
+	if (seen) {
+		comm[0] = seen->comm[0];
+		comm[1] = seen->comm[1];
+		if (seen->sum == comm[0] + 3 * comm[1] + record->tid && record->ns < seen->until)
+			return;
+	}
+	bpf_get_current_comm(record->comm, sizeof(record->comm));
+	if (seen) {
+		seen->comm[0] = comm[0];
+		seen->comm[1] = comm[1];
+		seen->until = record->ns + 1000000;
+		seen->sum = comm[0] + 3 * comm[1] + record->tid;
+	}
+}
+
 static __always_inline struct tm_record *tm_begin(u32 event)
 {
 	struct tm_record *record = tm_ring.ringbuf_reserve(sizeof(*record));
@@ -114,7 +147,7 @@ static __always_inline struct tm_record *tm_begin(u32 event)
 	record->pid = id >> 32;
 	record->tid = id;
 	record->cpu = bpf_get_smp_processor_id();
-	bpf_get_current_comm(record->comm, sizeof(record->comm));
+	tm_name(record);
 	return record;
 }
 
@@ -182,6 +215,11 @@ def tracepoint(event: str) -> tuple[str, str]:
     return (system, name) if system else ("tensormem", f"tensormem_{event}")
 
 
+def is_ours(event: str) -> bool:
+    """Whether it is of the module, and not of the kernel."""
+    return ":" not in event
+
+
 def folder(event: str) -> Path:
     """Where tracefs has it."""
     system, name = tracepoint(event)
@@ -208,7 +246,18 @@ def fields(event: str) -> list[Field]:
         if not bare.startswith("common_"):
             is_text = bare != name and kind.endswith("char")
             found.append(Field(bare, int(size), signed == "1", is_text, symbols.get(bare, {})))
-    return found
+    printed = re.findall(r"(\w+)=%", text[text.find("print fmt:") :])
+    return sorted(found, key=lambda field: printed.index(field.name)) if is_ours(event) else found
+
+
+def declare(event: str) -> str:
+    """C text that gives the arguments of an event of the module names: what it prints, in that order."""
+    members, values = [], []
+    for place, field in enumerate(fields(event)):
+        members.append(f"u64 {field.name};")
+        # an argument that is shorter than its place comes without its sign
+        values.append(f"({'s32' if field.signed and field.size == 4 else 'u64'})ctx->args[{place}]")
+    return f"struct {{ {' '.join(members)} }} tm_args = {{ {', '.join(values)} }}, *args = &tm_args;"
 
 
 def copy_fields(event: str) -> str:
@@ -219,7 +268,7 @@ def copy_fields(event: str) -> str:
         lines.append(f"record->number[{place}] = args->{field.name};")
     for field in [field for field in fields(event) if field.is_text][:1]:
         size = min(field.size, TEXT)
-        lines.append(f"bpf_probe_read_kernel(record->text, {size}, (void *)args->{field.name});")
+        lines.append(f"bpf_probe_read_kernel_str(record->text, {size}, (void *)args->{field.name});")
     return "\n".join(lines)
 
 
@@ -295,7 +344,8 @@ class Attached:
         except (ImportError, AttributeError, OSError) as error:
             raise NoBPF(f"bcc is not installed (Debian: python3-bpfcc): {error}") from error
         page = os.sysconf("SC_PAGE_SIZE")
-        numbers = {"TM_PAGE_SIZE": page, "TM_RING_PAGES": RING_SIZE // page, "TM_NUMBERS": NUMBERS, "TM_TEXT": TEXT}
+        numbers = {"TM_PAGE_SIZE": page, "TM_RING_PAGES": RING_SIZE // page, "TM_NUMBERS": NUMBERS, "TM_TEXT": TEXT,
+                   "TM_CPUS": os.sysconf("SC_NPROCESSORS_CONF")}  # fmt: skip
         try:
             self.bpf = make(text=text, cflags=[*(f"-D{name}={value}" for name, value in numbers.items()), *flags])
         except Exception as error:  # bcc raises no type of its own
@@ -424,7 +474,11 @@ class Tool:
             system, name = tracepoint(event)
             # whoever runs instead of a process is another one
             skip = "" if system == "sched" else "if (tm_skip()) return 0;"
-            parts.append(f"TRACEPOINT_PROBE({system}, {name})\n{{\n{skip}\n{{\n{body}\n}}\nreturn 0;\n}}\n")
+            # those of the kernel have the layout that tracefs tells, and the module's arguments are what it prints
+            head, names = f"TRACEPOINT_PROBE({system}, {name})", ""
+            if is_ours(event):
+                head, names = f"RAW_TRACEPOINT_PROBE({name})", declare(event)
+            parts.append(f"{head}\n{{\n{skip}\n{names}\n{{\n{body}\n}}\nreturn 0;\n}}\n")
         return "\n".join(parts)
 
     def event(self, key: Key) -> str:

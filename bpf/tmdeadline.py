@@ -27,8 +27,8 @@ WAIT = """
 	u32 tid = bpf_get_current_pid_tgid();
 	struct tm_wait wait = { bpf_ktime_get_ns(), -1, -1 };
 
-	wait.kernel = TM_KERNEL ? tm_stacks.get_stackid(args, 0) : -1;
-	wait.user = tm_stacks.get_stackid(args, BPF_F_USER_STACK);
+	wait.kernel = TM_KERNEL ? tm_stacks.get_stackid(ctx, 0) : -1;
+	wait.user = tm_stacks.get_stackid(ctx, BPF_F_USER_STACK);
 	tm_waits.update(&tid, &wait);
 	tm_count(TM_EVENT, 0, 0, 0, 0, 0);
 """

@@ -28,8 +28,8 @@ def born(rt: int) -> str:
 	struct tm_handle handle = {{ args->client, args->handle, {rt}, 0 }};
 	struct tm_block block = {{ args->size, bpf_ktime_get_ns() }};
 
-	block.kernel = TM_KERNEL ? tm_stacks.get_stackid(args, 0) : -1;
-	block.user = tm_stacks.get_stackid(args, BPF_F_USER_STACK);
+	block.kernel = TM_KERNEL ? tm_stacks.get_stackid(ctx, 0) : -1;
+	block.user = tm_stacks.get_stackid(ctx, BPF_F_USER_STACK);
 	block.pid = bpf_get_current_pid_tgid() >> 32;
 	if (tm_blocks.update(&handle, &block))
 		tm_lose();

@@ -313,8 +313,8 @@ static long tm_device_ioctl(struct file *file, unsigned int cmd,
 	long ret = tm_device_command(file, cmd, arg);
 
 	if (start)
-		trace_tensormem_ioctl(client->id, cmd, ret,
-				      ktime_get_ns() - start);
+		trace_tensormem_ioctl(client->id, _IOC_NR(cmd),
+				      ret, ktime_get_ns() - start);
 	return ret;
 }
 

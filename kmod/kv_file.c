@@ -542,8 +542,8 @@ static long tm_kv_file_ioctl(struct file *file, unsigned int cmd,
 	long ret = tm_kv_file_command(file, cmd, arg);
 
 	if (start)
-		trace_tensormem_ioctl(kv->client->id, cmd, ret,
-				      ktime_get_ns() - start);
+		trace_tensormem_ioctl(kv->client->id, _IOC_NR(cmd),
+				      ret, ktime_get_ns() - start);
 	return ret;
 }
 

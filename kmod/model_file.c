@@ -479,8 +479,8 @@ static long tm_model_file_ioctl(struct file *file, unsigned int cmd,
 	long ret = tm_model_file_command(file, cmd, arg);
 
 	if (start)
-		trace_tensormem_ioctl(handle->client->id, cmd, ret,
-				      ktime_get_ns() - start);
+		trace_tensormem_ioctl(handle->client->id, _IOC_NR(cmd),
+				      ret, ktime_get_ns() - start);
 	return ret;
 }
 

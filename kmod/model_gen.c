@@ -99,8 +99,8 @@ static long tm_model_gen_ioctl(struct file *file, unsigned int cmd,
 	long ret = tm_model_gen_command(file, cmd, arg);
 
 	if (start)
-		trace_tensormem_ioctl(gen->client->id, cmd, ret,
-				      ktime_get_ns() - start);
+		trace_tensormem_ioctl(gen->client->id, _IOC_NR(cmd),
+				      ret, ktime_get_ns() - start);
 	return ret;
 }
 

@@ -334,8 +334,8 @@ static long tm_rt_file_ioctl(struct file *file, unsigned int cmd,
 	long ret = tm_rt_file_command(file, cmd, arg);
 
 	if (start)
-		trace_tensormem_ioctl(user->arena->client->id, cmd, ret,
-				      ktime_get_ns() - start);
+		trace_tensormem_ioctl(user->arena->client->id, _IOC_NR(cmd),
+				      ret, ktime_get_ns() - start);
 	return ret;
 }
 

@@ -31,6 +31,28 @@ static u64 tm_tensor_age(const struct tm_tensor *tensor)
 	return tensor->born_ns ? ktime_get_ns() - tensor->born_ns : 0;
 }
 
+static void tm_tensor_trace_alloc(const struct tm_client *client,
+				  const struct tm_tensor *tensor)
+{
+	if (trace_tensormem_alloc_enabled())
+		trace_tensormem_alloc(client->id, tensor->handle, tensor->kind,
+				      tensor->pool, tensor->size,
+				      tm_tensor_held(tensor),
+				      tm_tensor_offset(tensor),
+				      tm_tensor_age(tensor));
+}
+
+static void tm_tensor_trace_free(const struct tm_client *client,
+				 const struct tm_tensor *tensor)
+{
+	if (trace_tensormem_free_enabled())
+		trace_tensormem_free(client->id, tensor->handle, tensor->kind,
+				     tensor->pool, tensor->size,
+				     tm_tensor_held(tensor),
+				     tm_tensor_offset(tensor),
+				     tm_tensor_age(tensor));
+}
+
 /* Pages that several tensors share are neither pinned nor placed for one of them. */
 static bool tm_tensor_may_share(const struct tensormem_alloc *request)
 {
@@ -344,8 +366,7 @@ int tm_tensor_publish(struct tm_client *client, struct tm_tensor **tensors,
 		if (err)
 			tm_tensor_unpublish(client, tensors[done]);
 		else
-			trace_tensormem_alloc(client->id, tensors[done],
-					      tm_tensor_age(tensors[done]));
+			tm_tensor_trace_alloc(client, tensors[done]);
 	}
 	filemap_invalidate_unlock(mapping);
 	return err;
@@ -370,7 +391,7 @@ void tm_tensor_release(struct tm_client *client, struct tm_tensor *tensor)
 /* The handle is gone: what happens to the rest is up to NOZERO. */
 static void tm_tensor_retire(struct tm_client *client, struct tm_tensor *tensor)
 {
-	trace_tensormem_free(client->id, tensor, tm_tensor_age(tensor));
+	tm_tensor_trace_free(client, tensor);
 	tm_client_count(client, -1);
 	if (tm_tensor_parks(tensor))
 		tm_park(client, tensor);
@@ -438,8 +459,7 @@ void tm_tensor_free_all(struct tm_client *client)
 
 	xa_for_each(&client->tensors, handle, tensor) {
 		xa_erase(&client->tensors, handle);
-		trace_tensormem_free(client->id, tensor,
-				     tm_tensor_age(tensor));
+		tm_tensor_trace_free(client, tensor);
 		tm_client_count(client, -1);
 		tm_tensor_release(client, tensor);
 	}

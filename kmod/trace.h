@@ -7,7 +7,12 @@
 
 #include <linux/tracepoint.h>
 
-#include "tensor.h"
+#include <uapi/linux/tensormem.h>
+
+/*
+ * Monitors take the arguments themselves (raw tracepoints): each event has them in the order in
+ * which it prints its fields, one for each, of the same type.
+ */
 
 /* Symbols instead of numbers; the numbers are those of the UAPI header. */
 #define tm_show_kind(kind)						\
@@ -24,8 +29,9 @@
 			 { 3, "slab" })
 
 DECLARE_EVENT_CLASS(tensormem_tensor,
-	TP_PROTO(u32 client, const struct tm_tensor *tensor, u64 latency_ns),
-	TP_ARGS(client, tensor, latency_ns),
+	TP_PROTO(u32 client, u32 handle, u8 kind, u8 pool, u64 size, u64 held,
+		 u64 offset, u64 latency_ns),
+	TP_ARGS(client, handle, kind, pool, size, held, offset, latency_ns),
 	TP_STRUCT__entry(
 		__field(u64, size)
 		__field(u64, held)
@@ -37,14 +43,14 @@ DECLARE_EVENT_CLASS(tensormem_tensor,
 		__field(u8, pool)
 	),
 	TP_fast_assign(
-		__entry->size = tensor->size;
-		__entry->held = tm_tensor_held(tensor);
-		__entry->offset = tm_tensor_offset(tensor);
+		__entry->size = size;
+		__entry->held = held;
+		__entry->offset = offset;
 		__entry->latency_ns = latency_ns;
 		__entry->client = client;
-		__entry->handle = tensor->handle;
-		__entry->kind = tensor->kind;
-		__entry->pool = tensor->pool;
+		__entry->handle = handle;
+		__entry->kind = kind;
+		__entry->pool = pool;
 	),
 	TP_printk("client=%u handle=%u kind=%s pool=%s size=%llu held=%llu offset=%#llx latency_ns=%llu",
 		  __entry->client, __entry->handle,
@@ -55,14 +61,16 @@ DECLARE_EVENT_CLASS(tensormem_tensor,
 
 /* latency_ns: from the request for its memory until the tensor has a handle. */
 DEFINE_EVENT(tensormem_tensor, tensormem_alloc,
-	TP_PROTO(u32 client, const struct tm_tensor *tensor, u64 latency_ns),
-	TP_ARGS(client, tensor, latency_ns)
+	TP_PROTO(u32 client, u32 handle, u8 kind, u8 pool, u64 size, u64 held,
+		 u64 offset, u64 latency_ns),
+	TP_ARGS(client, handle, kind, pool, size, held, offset, latency_ns)
 );
 
 /* latency_ns: how long the tensor lived. */
 DEFINE_EVENT(tensormem_tensor, tensormem_free,
-	TP_PROTO(u32 client, const struct tm_tensor *tensor, u64 latency_ns),
-	TP_ARGS(client, tensor, latency_ns)
+	TP_PROTO(u32 client, u32 handle, u8 kind, u8 pool, u64 size, u64 held,
+		 u64 offset, u64 latency_ns),
+	TP_ARGS(client, handle, kind, pool, size, held, offset, latency_ns)
 );
 
 TRACE_EVENT(tensormem_chunk_grow,
@@ -576,7 +584,7 @@ TRACE_EVENT(tensormem_model_reload,
  * the command. ret: 0 or more, or a negative errno.
  */
 TRACE_EVENT(tensormem_ioctl,
-	TP_PROTO(u32 client, u32 cmd, long ret, u64 latency_ns),
+	TP_PROTO(u32 client, u32 cmd, s64 ret, u64 latency_ns),
 	TP_ARGS(client, cmd, ret, latency_ns),
 	TP_STRUCT__entry(
 		__field(u64, latency_ns)
@@ -588,7 +596,7 @@ TRACE_EVENT(tensormem_ioctl,
 		__entry->latency_ns = latency_ns;
 		__entry->ret = ret;
 		__entry->client = client;
-		__entry->cmd = _IOC_NR(cmd);
+		__entry->cmd = cmd;
 	),
 	TP_printk("client=%u cmd=%#x ret=%lld latency_ns=%llu",
 		  __entry->client, __entry->cmd, __entry->ret,

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,22 +35,27 @@ def of_idle_netlink() -> None:
 
 
 @contextmanager
-def watching(name: str) -> Iterator[None]:
-    """A tool at work: its start is over, its end is not yet."""
-    process = subprocess.Popen(
-        [sys.executable, TREE / f"bpf/{name}.py"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stderr
-        for line in process.stderr:
-            if "events watched" in line:
-                break
-        else:
-            sys.exit(f"{name} has not come to watch")
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate()
+def watching(name: str) -> Iterator[subprocess.Popen[str]]:
+    """A tool at work: its start is over, its end is not yet. It must not lose an event."""
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(
+            [sys.executable, TREE / f"bpf/{name}.py", "-j"], stdout=told, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stderr
+            for line in process.stderr:
+                if "events watched" in line:
+                    break
+            else:
+                sys.exit(f"{name} has not come to watch")
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate()
+        told.seek(0)
+        lost = json.loads(told.readlines()[-1])["lost"]
+        if lost:
+            sys.exit(f"{name} lost {lost} events")
 
 
 def rate(program: Path, rounds: int = ROUNDS) -> int:
@@ -57,12 +64,17 @@ def rate(program: Path, rounds: int = ROUNDS) -> int:
 
 
 def of_events(program: Path) -> None:
-    """Instructions more for an event: the dearest tool that counts or tells all, and tracefs' own ring."""
+    """Instructions more for whoever makes an event: the dearest tool that counts or tells all, and tracefs' own ring.
+
+    The tool stands still meanwhile: what its reading takes is in the row of the demo.
+    """
     alone = rate(program)
     dearest = 0.0
-    for name, events in (("tmlat", 3), ("tmtop", 4), ("tmsnoop", 4)):
-        with watching(name):
+    for name, events in (("tmlat", 3), ("tmtop", 3), ("tmsnoop", 4)):
+        with watching(name) as process:
+            process.send_signal(signal.SIGSTOP)
             each = (rate(program) - alone) / ROUNDS / events
+            process.send_signal(signal.SIGCONT)
         print(f"# {name}: {each:.0f} instructions an event", flush=True)
         dearest = max(dearest, each)
     TRACING.write_text("1")

@@ -35,10 +35,8 @@ LAYOUTS = {
     "rt_wait": [("u64 size", 8, 0), ("u64 had_ns", 8, 0), ("u32 client", 4, 0)],
     "rt_miss": [("u64 size", 8, 0), ("u64 had_ns", 8, 0), ("u32 client", 4, 0)],
 }  # fmt: skip
-PRINT = {
-    "alloc": '"kind=%s pool=%s", __print_symbolic(REC->kind, { 1, "weights" }, { 2, "kv" }), '
-    '__print_symbolic(REC->pool, { 1, "chunk" }, { 2, "buddy" })'
-}
+#: Fields that are words to those who read.
+WORDS = {"kind": '{ 1, "weights" }, { 2, "kv" }', "pool": '{ 1, "chunk" }, { 2, "buddy" }'}
 COMMON = FIELD.format("unsigned short common_type", 2, 0) + FIELD.format("int common_pid", 4, 1) + "\n"
 
 
@@ -49,7 +47,10 @@ def tracing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / f"events/tensormem/tensormem_{event}"
         folder.mkdir(parents=True)
         text = COMMON + "".join(FIELD.format(*field) for field in layout)
-        (folder / "format").write_text(f"{text}\nprint fmt: {PRINT.get(event, '')}\n")
+        names = [declaration.partition("[")[0].split()[-1] for declaration, _, _ in layout]
+        values = [f"__print_symbolic(REC->{name}, {words})" for name, words in WORDS.items() if name in names]
+        printed = " ".join(f"{name}=%u" for name in names)
+        (folder / "format").write_text(f'{text}\nprint fmt: "{printed}", {", ".join(values)}\n')
     monkeypatch.setattr(tmbpf, "TRACING", tmp_path)
     return tmp_path
 

@@ -109,9 +109,44 @@ def test_runs_with_nothing_to_tell(
     assert "-DTM_PID=0" in bpf.cflags
     # no macro of ours is left, and each probe is of an event that is there
     assert "TM_EVENT" not in bpf.text and "TM_FIELDS" not in bpf.text
-    for event in re.findall(r"TRACEPOINT_PROBE\(tensormem, (\w+)\)", bpf.text):
+    probed = re.findall(r"RAW_TRACEPOINT_PROBE\((\w+)\)", bpf.text)
+    assert probed
+    for event in probed:
         assert (tracing / "events/tensormem" / event).is_dir()
     assert bpf.text.count("{") == bpf.text.count("}")
+
+
+def test_arguments_are_what_is_printed(tracing: Path, bcc: Made) -> None:
+    """In the order of the printed line, wherever the record has them; short ones that are signed with their sign."""
+    folder = tracing / "events/tensormem/tensormem_model_load"
+    text = (folder / "format").read_text()
+    fields = text[: text.index("print fmt:")]
+    (folder / "format").write_text(f'{fields}print fmt: "error=%d slot=%s size=%llu generation=%llu"\n')
+    assert tmbpf.declare("model_load") == (
+        "struct { u64 error; u64 slot; u64 size; u64 generation; } "
+        "tm_args = { (s32)ctx->args[0], (u64)ctx->args[1], (u64)ctx->args[2], (u64)ctx->args[3] }, *args = &tm_args;"
+    )
+    assert [field.name for field in tmbpf.fields("model_load")] == ["error", "slot", "size", "generation"]
+
+
+def module_events() -> list[tuple[str, str]]:
+    """Classes and single events of the module's header, by name."""
+    text = (ROOT / "kmod/trace.h").read_text()
+    return re.findall(r"^(?:TRACE_EVENT|DECLARE_EVENT_CLASS)\((\w+),(.*?)^\);", text, re.M | re.S)
+
+
+@pytest.mark.parametrize(("name", "body"), module_events(), ids=[name for name, _ in module_events()])
+def test_the_module_keeps_to_that_order(name: str, body: str) -> None:
+    """Each argument is a field of its type, and printed in its turn: else a tool takes one for the other."""
+    proto = re.search(r"TP_PROTO\((.*?)\),\s*TP_ARGS", body, re.S)
+    printk = re.search(r'TP_printk\("([^"]*)"', body)
+    assert proto and printk
+    arguments = {part.split()[-1].lstrip("*"): " ".join(part.split()[:-1]) for part in proto[1].split(",")}
+    fields = {field: kind for kind, field in re.findall(r"__field\((\w+), (\w+)\)", body)}
+    fields |= dict.fromkeys(re.findall(r"__array\(char, (\w+),", body), "const char")
+    assert arguments == fields
+    assert list(arguments) == re.findall(r"(\w+)=%", printk[1])
+    assert len(arguments) <= 12, "a raw tracepoint has no more"
 
 
 @pytest.mark.parametrize("name", NAMES)
