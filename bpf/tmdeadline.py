@@ -14,13 +14,15 @@ import tmbpf
 
 CODE = r"""
 struct tm_wait { u64 ns; int kernel, user; };
-struct tm_ran { u32 waiter, pid; char comm[16]; };
-struct tm_seat { u64 ns; u32 waiter, pad; };
+/* What ran for how long during one wait, which its thread and its beginning name. */
+struct tm_ran { u64 since; u32 waiter, pid; char comm[16]; };
+struct tm_seat { u64 ns, since; u32 waiter, pad; };
 
 BPF_HASH(tm_waits, u32, struct tm_wait, 1024);
 /* Whose CPU it was: who waits there, and since when what runs there runs. */
 BPF_PERCPU_ARRAY(tm_seats, struct tm_seat, 1);
-BPF_HASH(tm_ran, struct tm_ran, u64, 8192);
+/* Of waits that were served nobody asks: the oldest make room. */
+BPF_TABLE("lru_hash", struct tm_ran, u64, tm_ran, 8192);
 BPF_STACK_TRACE(tm_stacks, 2048);
 """
 WAIT = """
@@ -42,11 +44,12 @@ MISS = """
 		record->number[TM_EXTRA] = wait ? bpf_ktime_get_ns() - wait->ns : 0;
 		record->number[TM_EXTRA + 1] = wait ? (u32)wait->kernel : -1;
 		record->number[TM_EXTRA + 2] = wait ? (u32)wait->user : -1;
+		record->number[TM_EXTRA + 3] = wait ? wait->ns : 0;
 		tm_end(record);
 	}
 	tm_waits.delete(&tid);
 """
-SERVED = """
+OVER = """
 	u32 tid = bpf_get_current_pid_tgid();
 
 	tm_waits.delete(&tid);
@@ -56,14 +59,24 @@ SWITCH = """
 	u64 now = bpf_ktime_get_ns(), zero = 0, *time;
 	struct tm_ran ran = {};
 	struct tm_seat *seat;
+	struct tm_wait *wait;
 	int first = 0;
 
 	seat = tm_seats.lookup(&first);
 	if (!seat)
 		return 0;
-	if (tm_waits.lookup(&prev)) {
+	wait = tm_waits.lookup(&prev);
+	if (wait) {
 		seat->waiter = prev;
+		seat->since = wait->ns;
 	} else if (seat->waiter) {
+		/* who was served elsewhere, or gave up, waits no more */
+		wait = tm_waits.lookup(&seat->waiter);
+		if (!wait || wait->ns != seat->since) {
+			seat->waiter = 0;
+			return 0;
+		}
+		ran.since = seat->since;
 		ran.waiter = seat->waiter;
 		ran.pid = prev;
 		bpf_probe_read_kernel(ran.comm, sizeof(ran.comm), (void *)args->prev_comm);
@@ -72,7 +85,7 @@ SWITCH = """
 			__sync_fetch_and_add(time, now - seat->ns);
 	}
 	seat->ns = now;
-	if (seat->waiter && (next == seat->waiter || !tm_waits.lookup(&seat->waiter)))
+	if (next == seat->waiter)
 		seat->waiter = 0;
 """
 
@@ -92,7 +105,8 @@ class Deadline(tmbpf.Tool):
     probes: ClassVar[Mapping[str, str]] = {
         "rt_wait": WAIT,
         "rt_miss": MISS,
-        "rt_alloc": SERVED,
+        "rt_alloc": OVER,
+        "rt_interrupted": OVER,
         "sched:sched_switch": SWITCH,
     }
 
@@ -113,7 +127,7 @@ class Deadline(tmbpf.Tool):
         waited = int(values["extra0"])
         kernel, user = (ctypes.c_int32(int(values[name])).value for name in ("extra1", "extra2"))
         inside, outside = list(self.stack(kernel, -1)), list(self.stack(user, record.pid))
-        instead = self.instead(record.tid)
+        instead = self.instead(record.tid, int(values["extra3"]))
         if self.options.json:
             ran = [{"pid": pid, "comm": comm, "ns": ns} for ns, pid, comm in instead]
             self.emit(seconds=record.seconds, pid=record.pid, tid=record.tid, comm=record.comm,
@@ -136,14 +150,15 @@ class Deadline(tmbpf.Tool):
         else:
             self.print(f"{self.stamp()}{waits} waited, {missed} missed since the beginning")
 
-    def instead(self, tid: int) -> list[tuple[int, int, str]]:
-        """What ran while a thread waited, the longest first; then it is forgotten."""
+    def instead(self, tid: int, since: int) -> list[tuple[int, int, str]]:
+        """What ran while a thread waited, the longest first; that and what ran in its earlier waits is forgotten."""
         assert self.bpf
         table = self.bpf.bpf["tm_ran"]
-        found = [(key, time.value) for key, time in table.items() if key.waiter == tid]
+        found = [(key, time.value) for key, time in table.items() if key.waiter == tid and key.since <= since]
         for key, _ in found:
             del table[key]
-        return sorted(((time, key.pid, key.comm.decode(errors="replace")) for key, time in found), reverse=True)
+        meanwhile = [(time, key.pid, key.comm.decode(errors="replace")) for key, time in found if key.since == since]
+        return sorted(meanwhile, reverse=True)
 
     def stack(self, stack: int, pid: int) -> Iterator[str]:
         """Names of functions; the kernel's where ``pid`` is -1."""

@@ -215,6 +215,8 @@ int tm_rt_user_wait(struct tm_rt_user *user, u32 size, u32 flags, ktime_t start,
 		tm_rt_count_time(user->times.missed, had);
 		trace_tensormem_rt_miss(user->id, bytes, had);
 		tm_event_rt_miss(user->id, task_pid_nr(current), bytes, had);
+	} else {
+		trace_tensormem_rt_interrupted(user->id, bytes, had);
 	}
 	return err;
 }

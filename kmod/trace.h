@@ -434,6 +434,12 @@ DEFINE_EVENT(tensormem_rt_deadline, tensormem_rt_miss,
 	TP_ARGS(client, size, had_ns)
 );
 
+/* A signal came before memory and deadline. */
+DEFINE_EVENT(tensormem_rt_deadline, tensormem_rt_interrupted,
+	TP_PROTO(u32 client, u64 size, u64 had_ns),
+	TP_ARGS(client, size, had_ns)
+);
+
 /* Compaction has moved a block. from, to: offsets; length: bytes. */
 TRACE_EVENT(tensormem_rt_move,
 	TP_PROTO(u32 arena, u64 from, u64 to, u32 length),

@@ -70,7 +70,7 @@ def pytest(name: str, *where: str) -> Stage:
 #: What has descriptors of its own beside a client's, and takes as long as all else.
 OBJECTS = ("kv_*", "model_*")
 #: What is Python above calls that others make as well: the debug kernel has nothing to find there, and is slow.
-ABOVE = ("*library", "views")
+ABOVE = ("*library", "allocators", "views")
 #: What is of no other page size: who may, which state follows which, what reads the same pages.
 ANY_PAGE = ("kv_library", "kv_lifecycle", "model_access", "model_library", "model_states", "model_stress")
 #: What has stages of its own: a compiler in the guest takes as long as many other tests; another machine.

@@ -96,7 +96,8 @@ class FakeSocket:
                 attribute(i + 1, attribute(2, struct.pack("=I", 100 + i)) + attribute(1, name))
                 for i, name in enumerate(self.kernel.groups)
             )
-            answer = attribute(1, struct.pack("=H", FAMILY)), attribute(7, groups)
+            self.kernel.found += 1
+            answer = attribute(1, struct.pack("=H", self.kernel.family)), attribute(7, groups)
             return [message(1, *answer, kind=16)]
         assert (family, command, version, dump) == (FAMILY, NLCommand.CMD_GET, 1, True)
         while self.kernel.asked:
@@ -119,8 +120,9 @@ class FakeSocket:
             raise OSError(errno.ENOBUFS, "full")
         return item
 
-    def wait(self, seconds: float | None) -> bool:
-        assert seconds is not None, "would wait for ever"
+    def wait(self, seconds: float) -> bool:
+        assert seconds < 3600, "would wait for ever"
+        self.kernel.now += max(seconds, 0)
         return False
 
     def fileno(self) -> int:
@@ -139,6 +141,10 @@ class Kernel:
         self.denied: set[int] = set()
         self.held = 0
         self.refusal = 0
+        self.family = FAMILY
+        #: How often somebody asked for the family.
+        self.found = 0
+        self.now = 1000.0
         self.seq = dict.fromkeys(NLGroup, 0)
         self.queue: deque[bytes | None] = deque()
         #: What else happens when it is asked the next time.
@@ -170,6 +176,7 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel()
     monkeypatch.setattr(netlink, "_Socket", lambda: FakeSocket(kernel))
+    monkeypatch.setattr("time.monotonic", lambda: kernel.now)
     return kernel
 
 
@@ -447,6 +454,38 @@ def test_the_module_goes(kernel: Kernel, reader: Events) -> None:
         reader.state()
 
 
+def test_a_reader_finds_out_that_the_module_went(kernel: Kernel, reader: Events) -> None:
+    kernel.refusal = errno.ENOENT
+    for _ in range(4):
+        assert reader.read(1) is None
+    with pytest.raises(errors.DeviceMissing, match="modprobe tensormem"):
+        reader.read(1.5)
+    assert 1005 <= kernel.now < 1006
+    with pytest.raises(errors.DeviceMissing):
+        reader.read()  # also who would wait for ever
+    with pytest.raises(errors.DeviceMissing):
+        reader.read(0)
+
+
+def test_a_reader_finds_out_that_the_module_came_again(kernel: Kernel, reader: Events) -> None:
+    kernel.family += 1
+    with pytest.raises(errors.DeviceMissing, match=r"loaded anew.*open another reader"):
+        reader.read()
+    assert 1005 <= kernel.now < 1006
+
+
+def test_a_reader_asks_after_silence_only(kernel: Kernel, reader: Events) -> None:
+    assert kernel.found == 1
+    for seq in range(11, 31):
+        assert reader.read(4.5) is None
+        kernel.send(seq)
+        assert reader.read(4.5) == given(seq)
+    assert kernel.found == 1
+    assert reader.read(18) is None
+    assert kernel.found == 4  # after 5, 10 and 15 seconds
+    assert kernel.now == pytest.approx(1000 + 20 * 4.5 + 18)
+
+
 def test_another_error(kernel: Kernel, reader: Events) -> None:
     kernel.refusal = errno.EIO
     with pytest.raises(OSError, match="Input/output"):
@@ -479,13 +518,18 @@ def test_without_pyroute2(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> No
 # The real socket, on the controller that every kernel has
 
 
+def decoded(data: bytes) -> Any:
+    message = netlink._classes()[1](data)
+    message.decode()
+    return message
+
+
 def test_requests() -> None:
     asking = netlink._Socket()
     control = netlink._classes()[1]
     try:
         answer = asking.request(control, 16, 3, 1, [("CTRL_ATTR_FAMILY_NAME", "nlctrl")])
-        (found,) = map(control, answer)
-        found.decode()
+        (found,) = map(decoded, answer)
         assert found.get_attr("CTRL_ATTR_FAMILY_ID") == 16
         assert len(asking.request(control, 16, 3, 1, dump=True)) > 1
         with pytest.raises(OSError, match="No such file") as info:
@@ -493,6 +537,23 @@ def test_requests() -> None:
         assert info.value.errno == errno.ENOENT
         assert asking.receive() is None
         assert not asking.wait(0)
+        # twice a signal came between a request and its answer; a dump is not over by that
+        seq = asking._seq
+        for flags in (1, 0x301):
+            form = control()
+            form["cmd"], form["version"], form["attrs"] = 3, 1, []
+            form["header"]["type"], form["header"]["flags"] = 16, flags
+            form["header"]["sequence_number"] = seq
+            form.encode()
+            asking._socket.send(bytes(form.data))
+        for _ in range(2):
+            assert len(asking.request(control, 16, 3, 1, dump=True)) > 1
+            answer = asking.request(control, 16, 3, 1, [("CTRL_ATTR_FAMILY_NAME", "nlctrl")])
+            assert [found.get_attr("CTRL_ATTR_FAMILY_ID") for found in map(decoded, answer)] == [16]
+        assert asking._seq == seq + 4
+        asking._seq = (1 << 32) - 1  # and then it begins anew
+        assert len(asking.request(control, 16, 3, 1, dump=True)) > 1
+        assert asking._seq == 1
         asking.hold(100_000)
     finally:
         asking.close()

@@ -121,7 +121,7 @@ def _dispatch(parsed: argparse.Namespace) -> int:
     if parsed.command == "list":
         return _list(parsed.json)
     if parsed.command == "cc":
-        module.compile_static([parsed.source.resolve()], [parsed.output.resolve()])
+        module.compile_programs([parsed.source.resolve()], [parsed.output.resolve()])
         return 0
     names = list(kernels.KERNELS) if parsed.kernel == "all" else [parsed.kernel]
     for name in names:

@@ -20,6 +20,8 @@ PACKAGES = (
     "python3", "python3-bpfcc", "python3-click", "python3-numpy", "python3-prometheus-client", "python3-pyroute2",
     "python3-pytest", "python3-rich",
     "busybox-static",
+    # peers of `tensormem bench allocators`
+    "libjemalloc2", "libmimalloc3",
 )  # fmt: skip
 # A power of two, because QEMU's SD cards must have such a size.
 IMAGE_SIZE = "1G"

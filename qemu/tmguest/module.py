@@ -119,8 +119,8 @@ def mirror_sources(source: Path, copy: Path) -> bool:
     return changed
 
 
-def compile_static(sources: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """Compile each of ``sources`` to a static arm64 program with threads, where it is not up to date.
+def compile_programs(sources: Sequence[Path], outputs: Sequence[Path], static: bool = True) -> None:
+    """Compile each of ``sources`` to an arm64 program with threads, where it is not up to date.
 
     ``kmod/include/uapi`` is on the include path. Raises GuestError with the compiler's output.
     """
@@ -130,7 +130,7 @@ def compile_static(sources: Sequence[Path], outputs: Sequence[Path]) -> None:
             continue
         output.parent.mkdir(parents=True, exist_ok=True)
         flags = [
-            "-static",
+            *(["-static"] if static else []),
             "-O2",
             "-g",
             "-Wall",
@@ -157,10 +157,17 @@ def compile_static(sources: Sequence[Path], outputs: Sequence[Path]) -> None:
 
 
 def guest_programs() -> list[tuple[str, Path]]:
-    """Compile ``tests/guest/**/*.c``; returns each program's place in the guest's tree and its file here."""
-    sources = sorted((paths.TREE / "tests/guest").rglob("*.c"))
-    names = [str(source.relative_to(paths.TREE).with_suffix("")) for source in sources]
-    outputs = [paths.BUILD / "guest-programs" / name for name in names]
-    with store.locked(paths.BUILD / "guest-programs.lock", "the guest's programs"):
-        compile_static(sources, outputs)
-    return list(zip(names, outputs, strict=True))
+    """Compile ``tests/guest/**/*.c``, and those of the package, which find a compiler on a board and none in a guest.
+
+    Returns each program's place in the guest's tree and its file here.
+    """
+    made: list[tuple[str, Path]] = []
+    # another malloc() can be preloaded into the package's
+    for folder, static in (("tests/guest", True), ("pyctl/src/tensormem", False)):
+        sources = sorted((paths.TREE / folder).rglob("*.c"))
+        names = [str(source.relative_to(paths.TREE).with_suffix("")) for source in sources]
+        outputs = [paths.BUILD / "guest-programs" / name for name in names]
+        with store.locked(paths.BUILD / "guest-programs.lock", "the guest's programs"):
+            compile_programs(sources, outputs, static)
+        made += zip(names, outputs, strict=True)
+    return made

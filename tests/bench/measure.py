@@ -30,7 +30,8 @@ class Spec:
     """What a row is measured against, and how far it may go."""
 
     peer: str
-    bound: float
+    #: None: none is to be had.
+    bound: float | None
     unit: str = "instructions"
     #: What the bound is for, as in ``Row``.
     bounded: str = "ratio"
@@ -51,6 +52,27 @@ MEMFD = "blocks of a memfd, mapped"
 MAPPED = "mmap of the cached file"
 ATOMIC = "kmalloc(GFP_ATOMIC)"
 SINGLE = "single pages, mapped"
+
+#: Where allocators of ours are ahead of every malloc(): in the other rows a peer is better, and there is no bound.
+AHEAD = {
+    **dict.fromkeys(("fixed-bump", "mixed-bump"), 0.5),
+    "tensors-buddy-half": 0.5,
+    "tensors-chunk-half": 1.0,
+}
+
+
+def allocators() -> dict[str, Spec]:
+    """Each of ours beside each malloc: an object's instructions, and memory over what is live when half is freed."""
+    ours = {"fixed": ("bump", "slab", "single"), "mixed": ("bump", "slab", "single"),
+            "tensors": ("buddy", "chunk", "reuse")}  # fmt: skip
+    return {
+        f"{shape}-{name}{of}-{peer}": Spec(peer, AHEAD.get(f"{shape}-{name}{of}"), unit)
+        for shape, names in ours.items()
+        for name in names
+        for of, unit in (("", "instructions"), ("-half", "fraction"))
+        for peer in ("glibc", "jemalloc", "mimalloc")
+    }
+
 
 BENCHES = {
     "alloc": Bench(
@@ -125,8 +147,13 @@ BENCHES = {
             "monitor-demo": Spec("the demo alone", 1.05),
         },
     ),
+    "allocators": Bench(
+        programs=(),
+        # a million objects have as many tensors in the kernel
+        guest=("--memory", "2G", "--append", "init_on_alloc=0", "--timeout", "1800"),
+        rows={"arena": Spec("numpy.empty", 0.5), **allocators()},
+    ),
 }
-
 
 
 def tracepoint_off() -> list[Row]:

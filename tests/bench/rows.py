@@ -21,8 +21,8 @@ class Row:
     ours: float
     peer: float
     peer_name: str
-    #: Most that ``ratio`` may be, or ``ours`` where ``bounded`` says so.
-    bound: float
+    #: Most that ``ratio`` may be, or ``ours`` where ``bounded`` says so; None where the peer is known to be better.
+    bound: float | None
     bounded: str = "ratio"
     unit: str = "instructions"
     clock: str = "icount"
@@ -32,13 +32,18 @@ class Row:
         return round(self.ours / self.peer, 6)
 
     @property
+    def better(self) -> str | None:
+        """Who is, where that is not ours."""
+        return self.peer_name if self.ratio > 1 else None
+
+    @property
     def good(self) -> bool:
-        return (self.ours if self.bounded == "ours" else self.ratio) <= self.bound
+        return self.bound is None or (self.ours if self.bounded == "ours" else self.ratio) <= self.bound
 
 
 def write(name: str, rows: Iterable[Row]) -> None:
     """Write ``build/bench/NAME.json``."""
-    lines = [{**asdict(row), "ratio": row.ratio} for row in rows]
+    lines = [{**asdict(row), "ratio": row.ratio, "better": row.better} for row in rows]
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / f"{name}.json").write_text(json.dumps(lines, indent=1) + "\n")
 
@@ -47,9 +52,10 @@ def table(rows: Iterable[Row]) -> None:
     print(f"{'row':<28}{'ours':>12}{'peer':>12}{'ratio':>8}{'bound':>9}      peer")
     for row in rows:
         digits = 4 if row.unit == "fraction" else 0
-        verdict = "ok  " if row.good else "OVER"
+        bound = "-" if row.bound is None else f"{row.bound:.4f}"
+        verdict = "OVER" if not row.good else "peer" if row.bound is None and row.better else "ok  "
         print(f"{row.name:<28}{row.ours:>12.{digits}f}{row.peer:>12.{digits}f}{row.ratio:>8.4f}"
-              f"{row.bound:>9.4f} {verdict} {row.peer_name}")  # fmt: skip
+              f"{bound:>9} {verdict} {row.peer_name}")  # fmt: skip
 
 
 def host_program(name: str, library: str = "libtensormem_core.a") -> Path:

@@ -34,6 +34,7 @@ LAYOUTS = {
     "rt_free": [("u32 client", 4, 0), ("u32 handle", 4, 0)],
     "rt_wait": [("u64 size", 8, 0), ("u64 had_ns", 8, 0), ("u32 client", 4, 0)],
     "rt_miss": [("u64 size", 8, 0), ("u64 had_ns", 8, 0), ("u32 client", 4, 0)],
+    "rt_interrupted": [("u64 size", 8, 0), ("u64 had_ns", 8, 0), ("u32 client", 4, 0)],
 }  # fmt: skip
 #: Fields that are words to those who read.
 WORDS = {"kind": '{ 1, "weights" }, { 2, "kv" }', "pool": '{ 1, "chunk" }, { 2, "buddy" }'}

@@ -330,11 +330,13 @@ def test_leak(tracing: Path, bcc: Made, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_deadline(tracing: Path, bcc: Made, capsys: pytest.CaptureFixture[str]) -> None:
     def fill(bpf: FakeBPF) -> None:
-        # the event's three numbers, then the wait and two stacks, of which the kernel's is none
-        bpf.rounds.append([record(1, 65536, 5_000_000, 9, 6_000_000, 2**32 - 1, 4)])
+        # the event's three numbers, then the wait, two stacks, of which the kernel's is none, and its beginning
+        bpf.rounds.append([record(1, 65536, 5_000_000, 9, 6_000_000, 2**32 - 1, 4, 500)])
         ran = {}
-        for pid, ns, waiter in ((7, 100, 181), (8, 4_000_000, 181), (9, 10**9, 5)):
-            ran[Ran(waiter, pid)] = Cell(ns)
+        waits = ((7, 100, 181, 500), (8, 4_000_000, 181, 500), (9, 10**9, 5, 500), (6, 10**9, 181, 400),
+                 (6, 10**9, 181, 600))  # fmt: skip
+        for pid, ns, waiter, since in waits:
+            ran[Ran(waiter, pid, since)] = Cell(ns)
         bpf.tables["tm_ran"] = Table(ran)
         bpf.sum(0, 0, 0, 0, 2, 0, 0)
 
@@ -344,7 +346,8 @@ def test_deadline(tracing: Path, bcc: Made, capsys: pytest.CaptureFixture[str]) 
     assert (miss["size"], miss["had_ns"], miss["waited_ns"], miss["client"]) == (65536, 5_000_000, 6_000_000, 9)
     assert (miss["kernel"], len(miss["user"])) == ([], 2)
     assert [(one["pid"], one["ns"]) for one in miss["ran"]] == [(8, 4_000_000), (7, 100)]
-    assert len(bcc[0].tables["tm_ran"]) == 1
+    # another thread's, and a wait that has only begun
+    assert set(bcc[0].tables["tm_ran"]) == {(5, 9, 500), (181, 6, 600)}
     assert (waits["waits"], waits["missed"], end["totals"]) == (2, 1, {"rt_miss": 1})
     tool("tmdeadline").main(["-d", "5ms", "-n", "1"])
     out = capsys.readouterr().out
@@ -352,11 +355,12 @@ def test_deadline(tracing: Path, bcc: Made, capsys: pytest.CaptureFixture[str]) 
     assert "64K in 5ms" in out and out.count(" ran ") == 1
 
 
-class Ran(tuple[int, int]):
-    """Who ran while somebody waited."""
+class Ran(tuple[int, int, int]):
+    """Who ran while somebody waited, and since when he waited."""
 
     waiter = property(lambda self: self[0])
     pid = property(lambda self: self[1])
+    since = property(lambda self: self[2])
     comm = b"hog"
 
     def __new__(cls, *parts: int) -> Ran:

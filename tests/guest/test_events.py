@@ -23,7 +23,7 @@ import tensormem
 from device import CHUNK, PAGE, RT, Raw, Slot, chain, full, wait_for, weights
 from device import events as traced
 from process import killed_at_random, libc, status_of
-from tensormem import abi, errors
+from tensormem import abi, errors, netlink
 from tensormem.netlink import GROUPS, Event, Events, Missed
 
 MODULES = Path(__file__).parents[2] / "kmod"
@@ -362,15 +362,17 @@ def test_groups_apart() -> None:
         assert len(happened(other, 2)) == 2
 
 
-def test_the_module_goes_while_somebody_listens() -> None:
-    """He hears nothing any more, and nothing of the next one's: he has to begin again."""
+def test_the_module_goes_while_somebody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """He is told so when he has heard nothing for a while, also if it came again: he has to begin anew."""
+    monkeypatch.setattr(netlink, "SILENCE", 0.2)
     with tensormem.events() as reader:
+        assert reader.read(1) is None  # it is there
         subprocess.run(["rmmod", "tm_bench_event"], check=True)
         subprocess.run(["rmmod", "tensormem"], check=True)
         try:
-            assert reader.read(0.1) is None
-            with pytest.raises(errors.DeviceMissing, match="modprobe tensormem"):
-                reader.state()
+            for deaf in (reader.read, reader.state):
+                with pytest.raises(errors.DeviceMissing, match="modprobe tensormem"):
+                    deaf()
             with pytest.raises(errors.DeviceMissing, match="network namespace"):
                 tensormem.events()
         finally:
@@ -382,7 +384,9 @@ def test_the_module_goes_while_somebody_listens() -> None:
             assert {state[:2] for state in other.state().values()} == {(0, 0)}
             burst(3)
             assert happened(other, 3) == [("bandwidth", numbered(i)) for i in range(3)]
-        assert reader.read(0.1) is None
+        for _ in range(2):
+            with pytest.raises(errors.DeviceMissing, match=r"loaded anew.*open another reader"):
+                reader.read()
 
 
 def test_a_plain_user() -> None:

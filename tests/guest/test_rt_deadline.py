@@ -470,7 +470,7 @@ def test_an_unpin_lets_who_waits_compact(raw: Raw, rt: RT) -> None:
 # Signals and ends
 
 
-def test_a_signal_ends_the_wait(rt: RT) -> None:
+def test_a_signal_ends_the_wait(rt: RT, trace: None) -> None:
     """EINTR, and nothing was allocated; no miss."""
     rt.alloc(CHUNK)
     seen = []
@@ -484,6 +484,7 @@ def test_a_signal_ends_the_wait(rt: RT) -> None:
         signal.signal(signal.SIGUSR1, old)
     info = rt.info()
     assert (info.blocks, info.misses, info.waiting) == (1, 0, 0)
+    assert [len(events(f"rt_{what}")) for what in ("wait", "interrupted", "miss")] == [1, 1, 0]
     assert seen
 
 

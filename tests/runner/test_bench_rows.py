@@ -47,22 +47,33 @@ def test_where_ours_is_bounded_the_peer_does_not_matter() -> None:
     assert not replace(FRACTION, ours=0.0501, peer=1).good
 
 
+def test_where_the_peer_is_better_the_row_says_so_and_has_no_bound() -> None:
+    behind = replace(ROW, ours=900, bound=None)
+    assert (behind.ratio, behind.better, behind.good) == (9, "peer", True)
+    assert replace(behind, ours=100).better is None
+
+
 def test_the_file_has_every_field_and_the_ratio(out: Path) -> None:
     rows.write("some", [ROW, FRACTION])
     first, second = json.loads((out / "some.json").read_text())
     assert first == {
         "name": "some", "ours": 70, "peer": 100, "peer_name": "peer", "bound": 0.7,
         "bounded": "ratio", "unit": "instructions", "clock": "icount", "ratio": 0.7,
+        "better": None,
     }  # fmt: skip
     assert (second["bounded"], second["unit"], second["clock"]) == ("ours", "fraction", "none")
 
 
 def test_the_table_names_what_is_over(capsys: pytest.CaptureFixture[str]) -> None:
-    rows.table([ROW, replace(ROW, name="other", ours=71), replace(FRACTION, ours=0.0123)])
-    _, good, over, fraction = capsys.readouterr().out.splitlines()
+    behind = replace(ROW, name="slow", ours=200, bound=None)
+    ahead = replace(behind, name="fast", ours=50)
+    rows.table([ROW, replace(ROW, name="other", ours=71), replace(FRACTION, ours=0.0123), behind, ahead])
+    _, good, over, fraction, slow, fast = capsys.readouterr().out.splitlines()
     assert good.split() == ["some", "70", "100", "0.7000", "0.7000", "ok", "peer"]
     assert over.split() == ["other", "71", "100", "0.7100", "0.7000", "OVER", "peer"]
     assert fraction.split() == ["part", "0.0123", "0.0100", "1.2300", "0.0500", "ok", "peer"]
+    assert slow.split() == ["slow", "200", "100", "2.0000", "-", "peer", "peer"]
+    assert fast.split() == ["fast", "50", "100", "0.5000", "-", "ok", "peer"]
 
 
 def test_one_row_over_its_bound_fails_the_benchmark(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:

@@ -19,12 +19,13 @@ from __future__ import annotations
 import math
 import os
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import errors
+from .closing import Closing
 from .form import Shape, array_form
 from .units import format_size
 
@@ -34,14 +35,12 @@ if TYPE_CHECKING:
 __all__ = ["Arena", "Scope"]
 
 
-class _Made(NamedTuple):
-    """An array that was given out, and where the next one may begin."""
+#: An array that was given out: for which shape and dtype, and where the next one may begin.
+#: A plain tuple, since to find one again is all that an allocation costs.
+_Made = tuple[object, npt.DTypeLike, npt.NDArray[Any], int]
 
-    kind: type  # of the shape: 3.0 equals 3 and is no shape
-    shape: object
-    dtype: npt.DTypeLike
-    array: npt.NDArray[Any]
-    end: int
+#: In place of a shape that is never found again.
+_NO_SHAPE = object()
 
 
 class Scope:
@@ -79,7 +78,7 @@ class Scope:
             arena._back_to(self._next)
 
 
-class Arena:
+class Arena(Closing):
     """Arrays out of one tensor, taken back together; from :meth:`Client.arena`.
 
     It provides memory as a client does (``empty``), so code that takes arrays from a client can
@@ -107,12 +106,12 @@ class Arena:
     @property
     def used(self) -> int:
         """Bytes given out now, and what alignment has skipped between them."""
-        return self._made[self._next - 1].end if self._next else 0
+        return self._made[self._next - 1][3] if self._next else 0
 
     @property
     def peak(self) -> int:
         """The most bytes that were ever given out at a time: the size that would have done."""
-        return max(self._peak, self.used)
+        return self._peak
 
     @property
     def closed(self) -> bool:
@@ -142,12 +141,19 @@ class Arena:
             NotPermitted: it belongs to the parent process.
         """
         i = self._next
-        if i < len(self._made) and kind == "activations":
-            made = self._made[i]
-            # an equal dtype of another type (a string, a class) only takes the slow way
-            if made.dtype is dtype and made.kind is type(shape) and made.shape == shape:
-                self._next = i + 1
-                return made.array
+        try:
+            asked, form, array, _ = self._made[i]
+        except IndexError:
+            return self._make(shape, dtype, kind)
+        # an equal dtype of another type (a string, a class) only takes the slow way;
+        # 3.0 equals 3 and is no shape
+        if (
+            (asked is shape or (type(asked) is type(shape) and asked == shape))
+            and form is dtype
+            and kind == "activations"
+        ):
+            self._next = i + 1
+            return array
         return self._make(shape, dtype, kind)
 
     def _make(self, shape: Shape, dtype: npt.DTypeLike, kind: str) -> npt.NDArray[Any]:
@@ -166,11 +172,11 @@ class Arena:
                 "make a larger arena, or reset it earlier",
             )
         array = np.ndarray(dims, form, self._bytes.data, begin)
-        # who asks with a list may change it: it is never found again
-        key = None if isinstance(shape, list) else shape
+        # who asks with anything else may change it
+        key = shape if isinstance(shape, (int, np.integer, tuple)) else _NO_SHAPE
         self._peak = max(self._peak, end)
         del self._made[self._next :]
-        self._made.append(_Made(type(shape), key, dtype, array, end))
+        self._made.append((key, dtype, array, end))
         self._next += 1
         return array
 
@@ -211,10 +217,10 @@ class Arena:
         self._tensor.free()
 
     def _back_to(self, first: int) -> None:
-        end, self._peak = self.used, self.peak
-        self._next = first
         if self._poison:
-            self._bytes[self.used : end] = 0xFF
+            begin = self._made[first - 1][3] if first else 0
+            self._bytes[begin : self.used] = 0xFF
+        self._next = first
 
     def _check(self) -> None:
         if self.closed:
@@ -223,19 +229,6 @@ class Arena:
             raise errors.NotPermitted(
                 "the arena belongs to the parent process", "make one in the child"
             )
-
-    def __enter__(self) -> Arena:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def __repr__(self) -> str:
         """Say how full it is."""

@@ -66,7 +66,7 @@ class Bandwidth:
 
 
 @dataclass(frozen=True)
-class CoreStatus:
+class CoreStatus(system.Numbers):
     """One core.
 
     Attributes:
@@ -78,13 +78,9 @@ class CoreStatus:
     number: int
     values: Mapping[str, int]
 
-    def get(self, name: str) -> int | None:
-        """Return a number, or None where the module has no such file."""
-        return self.values.get(name)
-
 
 @dataclass(frozen=True)
-class BandwidthStatus:
+class BandwidthStatus(system.Numbers):
     """What is moved, and the rules.
 
     Attributes:
@@ -99,10 +95,6 @@ class BandwidthStatus:
     values: Mapping[str, int]
     moved: Mapping[str, int]
     cores: tuple[CoreStatus, ...]
-
-    def get(self, name: str) -> int | None:
-        """Return a number, or None where the module has no such file."""
-        return self.values.get(name)
 
 
 def read(root: str | os.PathLike[str] | None = None) -> BandwidthStatus:
@@ -236,7 +228,7 @@ def set_core(
 
 
 @dataclass(frozen=True)
-class ClientStatus:
+class ClientStatus(system.Numbers):
     """One client, seen from outside.
 
     Attributes:
@@ -248,10 +240,6 @@ class ClientStatus:
     id: int
     users: tuple[system.KVUser, ...]
     values: Mapping[str, int]
-
-    def get(self, name: str) -> int | None:
-        """Return a number, or None where the module has no such line."""
-        return self.values.get(name)
 
 
 def clients(proc: str | os.PathLike[str] | None = None) -> tuple[ClientStatus, ...]:

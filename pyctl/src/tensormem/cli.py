@@ -22,6 +22,7 @@ from click.shell_completion import ShellComplete, get_completion_class
 
 from . import __version__, errors, histogram, system
 from .commands.bandwidth import bandwidth
+from .commands.bench import bench
 from .commands.events import events as events_command
 from .commands.export import export
 from .commands.man import man
@@ -1700,7 +1701,7 @@ def _control_report(report: control_module.Report) -> None:
 
 
 for each in (
-    bandwidth, events_command, export, man, monitor, pressure, record, report, top, tune,
+    bandwidth, bench, events_command, export, man, monitor, pressure, record, report, top, tune,
 ):  # fmt: skip
     cli.add_command(each)
 

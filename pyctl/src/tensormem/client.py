@@ -42,6 +42,7 @@ from . import abi, errors, kv
 from .abi import AllocFlag, Kind, Mapping, Numa, Pool
 from .arena import Arena
 from .bandwidth import ANY, Bandwidth
+from .closing import Closing
 from .device import DEFAULT_PATH, Device, KernelDevice
 from .dmabuf import DmaBuf
 from .form import Shape, array_form
@@ -630,7 +631,7 @@ def _query(session: _Session, block: _Block) -> TensorInfo:
         return _info(session.call(abi.IOC_QUERY, abi.Query(handle=block.handle)))
 
 
-class Client:
+class Client(Closing):
     """One open of the device: a tenant with tensors, a window and a quota.
 
     Use it as a context manager. All methods may be called from any thread.
@@ -1127,19 +1128,6 @@ class Client:
         session = getattr(self, "_session", None)
         if session is not None and not session.closed:
             session.post(Event.CLIENT_GONE)
-
-    def __enter__(self) -> Client:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
     def __repr__(self) -> str:
         """Name the descriptor and the number of tensors."""

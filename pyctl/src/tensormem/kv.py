@@ -42,6 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import abi, errors
+from .closing import Closing
 from .device import Device, KernelDevice
 from .session import BatchError, Event, Export, Held, Session, address
 from .units import format_size
@@ -1144,7 +1145,7 @@ def _names(hashes: Sequence[bytes]) -> ctypes.Array[abi.KVHash]:
 # -- the cache -------------------------------------------------------------------------
 
 
-class KVCache:
+class KVCache(Closing):
     """Sequences for one model's geometry, on a descriptor of their own.
 
     Get one from :meth:`Client.kv_cache`, or with :meth:`from_fd` from another process.
@@ -1466,19 +1467,6 @@ class KVCache:
         session = getattr(self, "_session", None)
         if session is not None and not session.closed:
             session.post(Event.CLIENT_GONE)
-
-    def __enter__(self) -> KVCache:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
     def __repr__(self) -> str:
         """Name the descriptor and the number of sequences."""

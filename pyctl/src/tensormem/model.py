@@ -40,6 +40,7 @@ import numpy.typing as npt
 
 from . import abi, errors, gguf, safetensors
 from .abi import OpenFlag, StageFlag
+from .closing import Closing
 from .device import DEFAULT_PATH, Device, KernelDevice
 from .session import Event, Held, Session
 from .units import format_size
@@ -429,7 +430,7 @@ def _word(enum: type[abi.ModelState] | type[abi.Mapping], value: int) -> str:
         return str(value)
 
 
-class Generation:
+class Generation(Closing):
     """One version of the model, for a reader. Get one from :meth:`Slot.acquire`.
 
     Its bytes never change. Used as a context manager it is closed at the end of the block; one
@@ -645,19 +646,6 @@ class Generation:
         if session is not None:
             session.gone()
 
-    def __enter__(self) -> Generation:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
-
     def __repr__(self) -> str:
         """Name slot, number and size."""
         what = f"{self._session.what}: {format_size(self._size)}"
@@ -819,7 +807,7 @@ class Staging:
         return f"<tensormem.Staging {self._number} of {self._slot.name!r}: {self._what}>"
 
 
-class Slot:
+class Slot(Closing):
     """A model slot. Get one from :func:`slot` or :meth:`Client.slot`.
 
     All methods may be called from any thread. What was acquired, described or seen by
@@ -1181,19 +1169,6 @@ class Slot:
         session = getattr(self, "_session", None)
         if session is not None:
             session.gone()
-
-    def __enter__(self) -> Slot:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
     def __repr__(self) -> str:
         """Name it."""

@@ -34,11 +34,11 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from . import errors
 from .abi import NL_FAMILY, NL_VERSION, NLAttribute, NLCommand, NLGroup, PressureLevel
+from .closing import Closing
 
 __all__ = [
     "ATTRIBUTES", "BUFFER", "GROUPS", "KINDS", "Event", "Events", "Malformed", "Missed", "State",
@@ -104,6 +104,12 @@ BUFFER = 1 << 20
 
 #: More than any message of the family.
 _MOST = 1 << 16
+
+#: Numbers of requests begin anew after this one.
+_MOST_SEQ = (1 << 32) - 1
+
+#: Seconds without a message after which a reader looks whether the module is still there.
+SILENCE = 5.0
 
 
 def kind_name(command: NLCommand) -> str:
@@ -283,6 +289,7 @@ class _Socket:
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _CONTROL
         )
         self._socket.bind((0, 0))
+        self._seq = 0
 
     def request(
         self, of: type[Any], family: int, command: int, version: int,
@@ -299,11 +306,21 @@ class _Socket:
         message["attrs"] = list(attributes)
         message["header"]["type"] = family
         message["header"]["flags"] = _REQUEST | (_DUMP if dump else 0)
+        self._seq = self._seq % _MOST_SEQ + 1
+        message["header"]["sequence_number"] = self._seq
         message.encode()
+        # what a signal kept an earlier request from reading: a dump goes on until it is read
+        while self.receive() is not None:
+            pass
         self._socket.send(bytes(message.data))
         answer: list[bytes] = []
         while True:
-            for kind, data in _split(self._socket.recv(_MOST)):
+            datagram, (sender, _) = self._socket.recvfrom(_MOST)
+            if sender:  # another process
+                continue
+            for kind, seq, data in _split(datagram):
+                if seq != self._seq:
+                    continue
                 if kind not in (_ERROR, _DONE):
                     answer.append(data)
                     continue
@@ -311,7 +328,7 @@ class _Socket:
                 if number:
                     raise OSError(number, os.strerror(number))
                 return answer
-            if not dump:
+            if answer and not dump:
                 return answer
 
     def receive(self) -> bytes | None:
@@ -339,10 +356,10 @@ class _Socket:
         except PermissionError:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size // 2)
 
-    def wait(self, seconds: float | None) -> bool:
+    def wait(self, seconds: float) -> bool:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(None if seconds is None else max(0, math.ceil(seconds * 1000))))
+        return bool(poll.poll(max(0, math.ceil(seconds * 1000))))
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -351,18 +368,18 @@ class _Socket:
         self._socket.close()
 
 
-def _split(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield type and bytes of each message of a datagram."""
+def _split(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Yield type, sequence number and bytes of each message of a datagram."""
     at = 0
     while at + _NLMSG.size <= len(data):
-        length, kind = _NLMSG.unpack_from(data, at)[:2]
+        length, kind, _, seq, _ = _NLMSG.unpack_from(data, at)
         if not _NLMSG.size <= length <= len(data) - at:
             raise Malformed("a netlink message reaches past its end")
-        yield kind, data[at : at + length]
+        yield kind, seq, data[at : at + length]
         at += length + -length % 4
 
 
-class Events:
+class Events(Closing):
     """A reader of events. Iterate over it, or call :meth:`read`; poll it by its ``fileno()``."""
 
     def __init__(
@@ -400,10 +417,13 @@ class Events:
         self._behind = False
         #: What had been numbered when it was empty again.
         self._given: dict[NLGroup, State] | None = None
+        #: When something came, or the module was found there.
+        self._heard = time.monotonic()
         with contextlib.ExitStack() as stack:
             self._socket = stack.enter_context(contextlib.closing(_Socket()))
             self._asking = stack.enter_context(contextlib.closing(_Socket()))
-            self._family, numbers = _find(self._asking)
+            self._found = _find(self._asking)
+            self._family, numbers = self._found
             self._socket.hold(buffer)
             for name in names:
                 self._join(name, numbers)
@@ -507,17 +527,33 @@ class Events:
 
         Raises:
             Closed: this reader was closed.
+            DeviceMissing: the module was unloaded, also if it was loaded again since. The kernel
+                tells nobody: it is found out within some five seconds without an event.
             Malformed: what came is no event.
         """
-        end = None if timeout is None else time.monotonic() + timeout
+        end = math.inf if timeout is None else time.monotonic() + timeout
         while not self._ready:
             if self._socket.fileno() < 0:
                 raise errors.Closed("this reader of events is closed", "open another one")
-            if self._pull():
-                left = None if end is None else end - time.monotonic()
-                if not self._socket.wait(left):
-                    return None
+            if not self._pull():
+                self._heard = time.monotonic()
+                continue
+            look = self._heard + SILENCE
+            if time.monotonic() >= look:
+                self._still_there()
+                continue
+            if not self._socket.wait(min(end, look) - time.monotonic()) and end <= look:
+                return None
         return self._ready.popleft()
+
+    def _still_there(self) -> None:
+        """See whether it is the module that this reader listens to."""
+        if _find(self._asking) != self._found:
+            raise errors.DeviceMissing(
+                "the module was loaded anew, and this reader listens to the one before",
+                "open another reader",
+            )
+        self._heard = time.monotonic()
 
     def __iter__(self) -> Iterator[Event | Missed]:
         """Return itself."""
@@ -542,19 +578,6 @@ class Events:
         """Stop listening; a second time does nothing."""
         self._socket.close()
         self._asking.close()
-
-    def __enter__(self) -> Events:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop listening."""
-        self.close()
 
 
 def _gone() -> errors.DeviceMissing:

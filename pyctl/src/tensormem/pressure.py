@@ -25,10 +25,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, SupportsIndex
+from typing import Protocol, SupportsIndex
 
 from . import abi, errors, system
 from .abi import PressureLevel, Relief
+from .closing import Closing
 from .device import DEFAULT_PATH, Device, KernelDevice
 from .units import parse_size
 
@@ -245,7 +246,7 @@ class Source(Protocol):
         ...
 
 
-class _File:
+class _File(Closing):
     """A file of the kernel's that can be polled."""
 
     def __init__(self, path: Path, flags: int) -> None:
@@ -260,12 +261,6 @@ class _File:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class PsiSource(_File):

@@ -46,6 +46,7 @@ import numpy.typing as npt
 
 from . import abi, errors, histogram
 from .abi import RTFlag
+from .closing import Closing
 from .device import DEFAULT_PATH, Device, KernelDevice
 from .session import Event, Export, Held, Session, address
 from .units import format_size, parse_size
@@ -540,7 +541,7 @@ class RTBlock:
         return f"<RTBlock {self.handle}: {format_size(self.size)}{state}>"
 
 
-class RTBuffer:
+class RTBuffer(Closing):
     """A block that a loop takes and gives back, again and again; :meth:`RTClient.buffer` makes one.
 
     Taking and giving are a system call each, with arguments that were made beforehand. For one
@@ -614,25 +615,12 @@ class RTBuffer:
         finally:
             self._session.post(Event.CALL_DONE)
 
-    def __enter__(self) -> RTBuffer:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
-
     def __del__(self) -> None:
         if getattr(self, "_open", False):
             self.close()
 
 
-class RTClient:
+class RTClient(Closing):
     """One who allocates in an arena of the RT pool. Get one from :func:`rt` or :meth:`Client.rt`.
 
     Use it as a context manager. All methods may be called from any thread.
@@ -896,19 +884,6 @@ class RTClient:
         session = getattr(self, "_session", None)
         if session is not None and not session.closed:
             session.post(Event.CLIENT_GONE)
-
-    def __enter__(self) -> RTClient:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
     def __repr__(self) -> str:
         """Name the descriptor and the arena's size."""

@@ -25,6 +25,7 @@ __all__ = [
     "KVCaches",
     "KVStatus",
     "KVUser",
+    "Numbers",
     "PoolLimits",
     "RTPoolStatus",
     "RTStatus",
@@ -66,6 +67,20 @@ _NODE = re.compile(r"node(\d+)\Z")
 _PLACE = re.compile(r"(node|core)\d+\Z")
 
 _PRESENT = "load the module with 'sudo modprobe tensormem'; 'tensormem doctor' says more"
+
+
+class Numbers:
+    """Numbers by name, of which another module may have fewer.
+
+    Attributes:
+        values: name -> number.
+    """
+
+    values: Mapping[str, int]
+
+    def get(self, name: str) -> int | None:
+        """Return a number, or None where the module has no such file or line."""
+        return self.values.get(name)
 
 
 @dataclass(frozen=True)
@@ -315,7 +330,7 @@ def _write(path: Path, value: int, remedies: Mapping[int, str] = _CHUNK_REMEDIES
 
 
 @dataclass(frozen=True)
-class GenerationStatus:
+class GenerationStatus(Numbers):
     """A generation of a model slot.
 
     Attributes:
@@ -328,10 +343,6 @@ class GenerationStatus:
     number: int
     state: str
     values: Mapping[str, int]
-
-    def get(self, name: str) -> int | None:
-        """Return a number, or None where the module has no such file."""
-        return self.values.get(name)
 
 
 @dataclass(frozen=True)
@@ -404,7 +415,7 @@ def _numbers(folder: Path) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class RTStatus:
+class RTStatus(Numbers):
     """One RT client.
 
     Attributes:
@@ -421,13 +432,9 @@ class RTStatus:
     latency: tuple[int, ...]
     missed: tuple[int, ...]
 
-    def get(self, name: str) -> int | None:
-        """Return a number, or None where the module has no such file."""
-        return self.values.get(name)
-
 
 @dataclass(frozen=True)
-class RTPoolStatus:
+class RTPoolStatus(Numbers):
     """The RT pool.
 
     Attributes:
@@ -442,10 +449,6 @@ class RTPoolStatus:
     clients: tuple[RTStatus, ...]
     latency: tuple[int, ...]
     missed: tuple[int, ...]
-
-    def get(self, name: str) -> int | None:
-        """Return a number, or None where the module has no such file."""
-        return self.values.get(name)
 
 
 def rt_pool(root: str | os.PathLike[str] | None = None) -> RTPoolStatus:
@@ -561,7 +564,7 @@ class KVUser:
 
 
 @dataclass(frozen=True)
-class KVStatus:
+class KVStatus(Numbers):
     """One KV cache.
 
     Attributes:
@@ -574,10 +577,6 @@ class KVStatus:
     id: int
     users: tuple[KVUser, ...]
     values: Mapping[str, int]
-
-    def get(self, name: str) -> int | None:
-        """Return a number, or None where the module has no such line."""
-        return self.values.get(name)
 
 
 @dataclass(frozen=True)

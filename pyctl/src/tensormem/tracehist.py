@@ -14,10 +14,9 @@ import select
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from . import errors
+from .closing import Closing
 
 __all__ = ["MONITORS", "Count", "Event", "Histogram", "Instance", "parse_event", "parse_hist"]
 
@@ -179,7 +178,7 @@ def _filter(pid: int) -> str:
     return "||".join(f"common_pid=={thread}" for thread in threads)
 
 
-class Instance:
+class Instance(Closing):
     """A trace instance with a monitor's histograms, or with all events of the module."""
 
     def __init__(self, name: str, pid: int = 0) -> None:
@@ -301,19 +300,6 @@ class Instance:
             path.write_text(f"!{trigger}")
         if self.folder.exists():
             self.folder.rmdir()
-
-    def __enter__(self) -> Self:
-        """Return self."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
 
 def _bury(instances: Path) -> None:

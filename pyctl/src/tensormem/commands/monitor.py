@@ -21,6 +21,7 @@ import click
 
 from .. import tracehist
 from ..console import Command, show_number
+from ..shared import shared
 from ..units import format_ns
 
 __all__ = ["monitor"]
@@ -41,12 +42,8 @@ _TICK = 0.1
 def _tool(name: str) -> Path | None:
     """Return where a tool is; None where the eBPF tools are not installed."""
     root = os.environ.get(ROOT_VARIABLE)
-    places = (
-        [Path(root)]
-        if root
-        else [Path(__file__).parents[4] / "bpf", Path("/usr/share/tensormem/bpf")]
-    )
-    return next((path for place in places if (path := place / f"{name}.py").exists()), None)
+    path = (Path(root) if root else shared("bpf")) / f"{name}.py"
+    return path if path.exists() else None
 
 
 def _python() -> str:

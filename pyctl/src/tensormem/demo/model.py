@@ -305,6 +305,7 @@ class Model:
         for name in ("cos", "sin"):
             self.arrays[name] = memory.empty((c.context, half), np.float32, kind="activations")
         self._cos, self._sin = self.arrays["cos"], self.arrays["sin"]
+        self._passes: dict[int, dict[str, tuple[int, ...]]] = {}
         sizes = [4 * math.prod(shape) for shape in self._shapes(self.ROWS).values()]
         self._scratch = memory.arena(sum(sizes) + len(sizes) * self.LINE)
 
@@ -341,7 +342,10 @@ class Model:
     def _begin(self, n: int) -> None:
         """Take the arrays of a pass of n tokens; those of the last pass end."""
         self._scratch.reset()
-        for name, shape in self._shapes(n).items():
+        shapes = self._passes.get(n)
+        if shapes is None:
+            shapes = self._passes[n] = self._shapes(n)
+        for name, shape in shapes.items():
             self.arrays[name] = self._scratch.empty(shape)
 
     def check(self, tokens: Tokens) -> npt.NDArray[np.int64]:
