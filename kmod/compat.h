@@ -9,12 +9,14 @@
 #ifndef TM_COMPAT_H
 #define TM_COMPAT_H
 
+#include <linux/dma-buf.h>
 #ifdef TM_HAVE_FILE_LEASE
 #include <linux/filelock.h>
 #endif
 #include <linux/fs.h>
 #include <linux/hrtimer.h>
 #include <linux/mm.h>
+#include <linux/module.h>
 #ifdef TM_HAVE_PFN_T
 #include <linux/pfn_t.h>
 #endif
@@ -101,6 +103,33 @@ static inline void tm_shrinker_unregister(struct tm_shrinker *s)
 {
 	tm_shrinker_stop(s);
 	kfree(s);
+}
+
+/* A namespace of symbols is named by a word, later by a string. */
+#ifdef TM_HAVE_IMPORT_NS_NAME /* until 6.12 */
+#define TM_IMPORT_NS_DMA_BUF	MODULE_IMPORT_NS(DMA_BUF)
+#else
+#define TM_IMPORT_NS_DMA_BUF	MODULE_IMPORT_NS("DMA_BUF")
+#endif
+
+/* For who has not locked the dma-buf: it was not locked at all before. */
+static inline int tm_dma_buf_vmap(struct dma_buf *dmabuf, struct iosys_map *map)
+{
+#ifdef TM_HAVE_DMA_BUF_VMAP_UNLOCKED /* 6.2 */
+	return dma_buf_vmap_unlocked(dmabuf, map);
+#else
+	return dma_buf_vmap(dmabuf, map);
+#endif
+}
+
+static inline void tm_dma_buf_vunmap(struct dma_buf *dmabuf,
+				     struct iosys_map *map)
+{
+#ifdef TM_HAVE_DMA_BUF_VMAP_UNLOCKED
+	dma_buf_vunmap_unlocked(dmabuf, map);
+#else
+	dma_buf_vunmap(dmabuf, map);
+#endif
 }
 
 #ifdef TM_HAVE_MNT_IDMAP /* 6.3 */

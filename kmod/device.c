@@ -20,6 +20,7 @@
 #include "client.h"
 #include "core/geometry.h"
 #include "device.h"
+#include "dmabuf.h"
 #include "kv_file.h"
 #include "model.h"
 #include "model_file.h"
@@ -284,6 +285,8 @@ static long tm_device_command(struct file *file, unsigned int cmd,
 		return tm_args_single(client, user, size, tm_device_free);
 	case _IOC_NR(TENSORMEM_IOC_QUERY):
 		return tm_args_single(client, user, size, tm_device_query);
+	case _IOC_NR(TENSORMEM_IOC_EXPORT):
+		return tm_dmabuf_file_export(client, user, size);
 	case _IOC_NR(TENSORMEM_IOC_ALLOC_BATCH):
 		return tm_args_batch(client, user, size, tm_device_alloc);
 	case _IOC_NR(TENSORMEM_IOC_FREE_BATCH):

@@ -156,6 +156,13 @@ static void tm_memory_destroy(struct tm_memory *memory)
 	kfree(memory);
 }
 
+/* References that stand for a run: a whole chunk has one count, that of its first page. */
+static u32 tm_memory_counts(const struct tm_run *run)
+{
+	return run->order == tm_pages_geometry().chunk_order ?
+	       1 : 1u << run->order;
+}
+
 /**
  * tm_memory_held - whether anyone beside the pool has a reference on a page
  * @run: the run; nobody has it mapped
@@ -165,15 +172,72 @@ static void tm_memory_destroy(struct tm_memory *memory)
 bool tm_memory_held(const struct tm_run *run)
 {
 	const struct page *page = tm_pages_page(run);
-	u32 counts = 1u << run->order;
+	u32 counts = tm_memory_counts(run);
 
-	/* A whole chunk has one count, that of its first page. */
-	if (run->order == tm_pages_geometry().chunk_order)
-		counts = 1;
 	for (u32 i = 0; i < counts; i++)
 		if (page_count(page + i) != 1)
 			return true;
 	return false;
+}
+
+/**
+ * tm_memory_hold - hold the pages of a memory beside its owner
+ * @memory: the memory; nobody gives it back or moves it meanwhile
+ *
+ * From now on its pages stay where they are: compaction and quarantine find them held.
+ *
+ * Context: may sleep.
+ * Return: the same pages, to look at and to be let go by tm_memory_let_go(); or an
+ * ERR_PTR: -ENOMEM.
+ */
+struct tm_memory *tm_memory_hold(const struct tm_memory *memory)
+{
+	struct tm_memory *held = kmalloc(sizeof(*held), TM_GFP);
+
+	if (!held)
+		return ERR_PTR(-ENOMEM);
+	*held = (struct tm_memory){
+		.extent = held->small,
+		.nr_extents = memory->nr_extents,
+		.max_extents = max_t(u32, memory->nr_extents, TM_EXTENTS_INLINE),
+		.nr_chunks = memory->nr_chunks,
+		.nr_pages = memory->nr_pages,
+	};
+	if (held->max_extents > TM_EXTENTS_INLINE)
+		held->extent = kvmalloc_array(held->max_extents,
+					      sizeof(*held->extent), TM_GFP);
+	if (!held->extent) {
+		kfree(held);
+		return ERR_PTR(-ENOMEM);
+	}
+	memcpy(held->extent, memory->extent,
+	       held->nr_extents * sizeof(*held->extent));
+	for (u32 i = 0; i < held->nr_extents; i++) {
+		const struct tm_run *run = &held->extent[i].run;
+
+		for (u32 p = 0; p < tm_memory_counts(run); p++)
+			get_page(tm_pages_page(run) + p);
+		cond_resched();
+	}
+	return held;
+}
+
+/**
+ * tm_memory_let_go - end a hold
+ * @memory: what tm_memory_hold() returned; consumed
+ *
+ * Context: may sleep; consumes @memory.
+ */
+void tm_memory_let_go(struct tm_memory *memory)
+{
+	for (u32 i = 0; i < memory->nr_extents; i++) {
+		const struct tm_run *run = &memory->extent[i].run;
+
+		for (u32 p = 0; p < tm_memory_counts(run); p++)
+			put_page(tm_pages_page(run) + p);
+		cond_resched();
+	}
+	tm_memory_destroy(memory);
 }
 
 /**

@@ -93,6 +93,8 @@ void tm_memory_discard(struct tm_memory *memory);
 void tm_memory_abandon(struct tm_memory *memory);
 
 bool tm_memory_held(const struct tm_run *run);
+struct tm_memory *tm_memory_hold(const struct tm_memory *memory);
+void tm_memory_let_go(struct tm_memory *memory);
 
 const struct tm_extent *tm_memory_find(const struct tm_memory *memory,
 				       u32 index);

@@ -16,6 +16,7 @@
 #include "codec.h"
 #include "compact.h"
 #include "dispatch.h"
+#include "dmabuf.h"
 #include "kv.h"
 #include "memory.h"
 #include "numa.h"
@@ -350,6 +351,7 @@ static const struct attribute_group *const tm_fixed_groups[] = {
 	&tm_board_group,
 	&tm_pressure_group,
 	&tm_bandwidth_group,
+	&tm_dma_group,
 };
 
 static struct tm_node_group *tm_node_groups;

@@ -123,11 +123,14 @@ static int tm_tensor_init(struct tm_tensor *tensor, struct tm_client *client,
 	return tm_tensor_numa(client, request, &tensor->numa);
 }
 
-/* Whether it is parked when it is freed. An object just goes back to its slab. */
+/*
+ * Whether it is parked when it is freed. An object just goes back to its slab; and who was
+ * given the memory of one tensor is not to see the next one in it.
+ */
 static bool tm_tensor_parks(const struct tm_tensor *tensor)
 {
 	return tensor->flags & TENSORMEM_NOZERO &&
-	       tensor->pool != TENSORMEM_POOL_SLAB;
+	       tensor->pool != TENSORMEM_POOL_SLAB && !tensor->exports;
 }
 
 /**
@@ -509,4 +512,66 @@ int tm_tensor_query(struct tm_client *client, struct tensormem_query *query)
 		tm_tensor_describe(tensor, query);
 	filemap_invalidate_unlock_shared(mapping);
 	return tensor ? 0 : -ENOENT;
+}
+
+static int tm_tensor_hold_one(struct tm_tensor *tensor,
+			      struct tm_region *region)
+{
+	struct tm_memory *memory;
+
+	if (!tensor)
+		return -ENOENT;
+	if (tm_tensor_small(tensor))
+		return -EOPNOTSUPP;
+	memory = tm_memory_hold(tensor->region.memory);
+	if (IS_ERR(memory))
+		return PTR_ERR(memory);
+	*region = (struct tm_region){
+		.range.length = tensor->region.range.length,
+		.memory = memory,
+		.huge = tensor->region.huge,
+	};
+	tensor->exports++;
+	return 0;
+}
+
+/**
+ * tm_tensor_hold - hold the memory of a tensor for somebody who may outlive it
+ * @client: whose it is
+ * @handle: its name
+ * @region: its pages, at the beginning of a window of their own; to be let go by
+ *          tm_memory_let_go()
+ *
+ * Context: may sleep; takes the client's invalidate_lock.
+ * Return: 0, -ENOENT, -EOPNOTSUPP for one that shares its pages with others, -ENOMEM.
+ */
+int tm_tensor_hold(struct tm_client *client, u32 handle,
+		   struct tm_region *region)
+{
+	struct address_space *mapping = client->inode->i_mapping;
+	int err;
+
+	filemap_invalidate_lock(mapping);
+	err = tm_tensor_hold_one(xa_load(&client->tensors, handle), region);
+	filemap_invalidate_unlock(mapping);
+	return err;
+}
+
+/**
+ * tm_tensor_unhold - forget that a tensor was held, because nobody has got it
+ * @client: whose it was
+ * @handle: its name; it may have been freed
+ *
+ * Context: may sleep; takes the client's invalidate_lock.
+ */
+void tm_tensor_unhold(struct tm_client *client, u32 handle)
+{
+	struct address_space *mapping = client->inode->i_mapping;
+	struct tm_tensor *tensor;
+
+	filemap_invalidate_lock(mapping);
+	tensor = xa_load(&client->tensors, handle);
+	if (tensor)
+		tensor->exports--;
+	filemap_invalidate_unlock(mapping);
 }

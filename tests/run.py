@@ -74,7 +74,7 @@ ABOVE = ("*library", "allocators", "views")
 #: What is of no other page size: who may, which state follows which, what reads the same pages.
 ANY_PAGE = ("kv_library", "kv_lifecycle", "model_access", "model_library", "model_states", "model_stress")
 #: What has stages of its own: a compiler in the guest takes as long as many other tests; another machine.
-APART = ("monitors", "pmu", "pressure_hog")
+APART = ("dma_device", "monitors", "pmu", "pressure_hog")
 #: Parts of the guest suite: the files, or those not in OBJECTS when there are none; the guest's memory nodes and CPUs.
 PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "guest": (("*",), 1, 2),
@@ -87,11 +87,14 @@ PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "rt": (("rt_*", "kernel_api", "events", "bandwidth"), 1, 4),
     "pmu": (("pmu",), 1, 1),
     "monitors": (("monitors",), 1, 2),
+    "dma": (("dma_device",), 1, 2),
 }
 #: Memory of the guests of a part; of the others 1G.
 MEMORY = {"pressure": "512M"}
 #: Those whose clock counts instructions.
 ICOUNT = ("pmu",)
+#: Those with a device that does DMA.
+DMA = ("dma",)
 #: Of the monitors, what runs on each kernel: every tool once, with bcc and without.
 ONCE = "told"
 
@@ -119,7 +122,8 @@ def guest(kernel: str, select: str, part: str = "guest") -> Stage:
     options = ("--kernel", kernel, "--cpus", str(cpus), "--memory", MEMORY.get(part, "1G"),
                "--numa", str(nodes),
                "--timeout", str(GUEST_TIMEOUT.get(kernel, 3600)),
-               "--share", str(RESULTS / name), *(("--icount",) if part in ICOUNT else ()))  # fmt: skip
+               "--share", str(RESULTS / name), *(("--icount",) if part in ICOUNT else ()),
+               *(("--dma",) if part in DMA else ()))  # fmt: skip
     chosen = ("-k", select) if select else ()
     return Stage(name, (GUEST, "run", *options, "--", *inside, *chosen), junit=True)
 
@@ -143,6 +147,8 @@ def stages(select: str) -> list[Stage]:
         guest("6.12", select, "numa"),
         guest("6.12", select, "pressure"),
         guest("6.12", select, "pmu"),
+        guest("6.12", select, "dma"),
+        guest("debug", select, "dma"),
         guest("debug", select, "objects"),
         guest("debug", select, "tensors"),
         guest("6.12-16k", select, "pages"),

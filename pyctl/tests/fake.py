@@ -46,6 +46,47 @@ class Held:
         )  # fmt: skip
 
 
+class FakeDmaBuf:
+    """A tensor's part of the fake's memfd, as a descriptor of its own."""
+
+    def __init__(self, memory: int, offset: int, write: bool) -> None:
+        self.fd, self.offset, self.write = os.dup(memory), offset, write
+        self.syncs: list[int] = []
+        self.fail: list[int] = []  # an errno for each call to come
+
+    def ioctl(self, request: int, argument: abi.Struct) -> None:
+        if self.fail:
+            raise OSError(self.fail.pop(0), "injected")
+        assert request == 0x40086200  # DMA_BUF_IOCTL_SYNC of linux/dma-buf.h
+        self.syncs.append(int.from_bytes(bytes(argument), "little"))
+
+    def map(self, offset: int, length: int, *, write: bool = True) -> mmap.mmap:
+        if write and not self.write:
+            raise OSError(errno.EACCES, "read-only")
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+        return mmap.mmap(self.fd, length, mmap.MAP_SHARED, access, offset=self.offset + offset)
+
+    def read(self, size: int, timeout: float | None) -> bytes:
+        raise AssertionError("nothing to read")
+
+    def pread(self, size: int, offset: int) -> bytes:
+        raise AssertionError("no contents")
+
+    def poll(self, events: int, timeout: float | None) -> int:
+        raise AssertionError("nobody polls it")
+
+    def other(self, fd: int) -> FakeDmaBuf:
+        raise AssertionError("makes no descriptors")
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
 @dataclass
 class Slab:
     """Pages that small tensors of one class share."""
@@ -93,6 +134,7 @@ class FakeDevice:
         self.fail_map_after: int | None = None
         self.lock = threading.Lock()
         self.caches: dict[int, FakeKV] = {}  # by descriptor
+        self.exports: dict[int, FakeDmaBuf] = {}  # by descriptor
         self.models = Models() if models is None else models
         self.rt = RTPool() if rt is None else rt
 
@@ -132,7 +174,9 @@ class FakeDevice:
     def poll(self, events: int, timeout: float | None) -> int:
         raise AssertionError("nobody polls it")
 
-    def other(self, fd: int) -> FakeKV | FakeSlot | FakeGeneration | FakeRT:
+    def other(self, fd: int) -> FakeKV | FakeSlot | FakeGeneration | FakeRT | FakeDmaBuf:
+        if fd in self.exports:
+            return self.exports[fd]
         return self.caches.get(fd) or self.rt.descriptors.get(fd) or self.models.descriptors[fd]
 
     def fileno(self) -> int:
@@ -190,6 +234,8 @@ class FakeDevice:
             self._free(a)
         elif isinstance(a, abi.Query):
             self._query(a)
+        elif isinstance(a, abi.Export):
+            self._export(a)
         elif isinstance(a, abi.Batch):
             self._batch(request, a)
         elif isinstance(a, abi.KVCreate):
@@ -314,6 +360,16 @@ class FakeDevice:
             slab.free.add(held.offset)
             if len(slab.free) == slab.length // slab.size:
                 self.slabs.remove(slab)
+
+    def _export(self, a: abi.Export) -> None:
+        if a.handle not in self.tensors:
+            raise OSError(errno.ENOENT, "")
+        t = self.tensors[a.handle]
+        if t.pool == abi.Pool.SLAB:
+            raise OSError(errno.EOPNOTSUPP, "")
+        shared = FakeDmaBuf(self.fd, t.offset, not a.flags & abi.ExportFlag.READ_ONLY)
+        a.fd, a.size = shared.fd, -(-t.size // PAGE) * PAGE
+        self.exports[shared.fd] = shared
 
     def _query(self, a: abi.Query) -> None:
         if a.handle not in self.tensors:

@@ -19,7 +19,7 @@ INCLUDE = Path(__file__).parents[2] / "kmod" / "include" / "uapi"
 HEADER = INCLUDE / "linux" / "tensormem.h"
 STRUCTS = [
     abi.Info, abi.Alloc, abi.Free, abi.Query, abi.Batch, abi.Quota, abi.SetNuma,
-    abi.Relieve,
+    abi.Export, abi.Relieve,
     abi.Budget, abi.Bandwidth,
     abi.KVGroup, abi.KVCreate, abi.KVInfo, abi.KVOpen, abi.KVClose, abi.KVExtend,
     abi.KVTruncate, abi.KVFork, abi.KVHash, abi.KVHashes, abi.KVAdopt, abi.KVQuery,
@@ -109,6 +109,7 @@ def test_every_constant_of_the_header(compiled: dict[str, int]) -> None:
     ours |= {f"TENSORMEM_MAPPING_{m.name}": int(m) for m in abi.Mapping}
     ours |= {f"TENSORMEM_NUMA_{n.name}": int(n) for n in abi.Numa}
     ours |= {f"TENSORMEM_{f.name}": int(f) for f in abi.AllocFlag}
+    ours |= {f"TENSORMEM_EXPORT_{f.name}": int(f) for f in abi.ExportFlag}
     ours |= {f"TENSORMEM_KV_{r.name}": int(r) for r in abi.KVRule}
     ours |= {f"TENSORMEM_KV_{t.name}": int(t) for t in abi.KVEventType}
     for enum in (abi.ModelState, abi.OpenFlag, abi.StageFlag):

@@ -68,6 +68,7 @@ def test_too_little_is_refused(wanted: Options) -> None:
         Options(machine="raspi3b", numa=2),
         Options(machine="raspi3b", kernel="6.12-16k"),
         Options(machine="raspi3b", icount=True),
+        Options(machine="raspi3b", dma=True),
     ],
 )
 def test_what_a_pi_cannot_do_is_refused(wanted: Options) -> None:
@@ -98,6 +99,13 @@ def test_every_port_has_its_name() -> None:
     line = command(Options())
     for name in machine.PORTS:
         assert f"virtserialport,chardev={name},name=tensormem.{name}" in line
+
+
+def test_a_device_that_does_dma_is_behind_an_iommu() -> None:
+    line = command(Options(dma=True))
+    assert "edu,dma_mask=0xffffffff" in line
+    assert any(word.endswith(",iommu=smmuv3") for word in line)
+    assert not any("edu" in word or "smmu" in word for word in command(Options()))
 
 
 def test_16k_pages_get_a_cpu_that_has_them() -> None:

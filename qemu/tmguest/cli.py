@@ -68,6 +68,7 @@ def _guest_options(into: argparse.ArgumentParser) -> None:
         help="split memory and CPUs into N nodes",
     )
     into.add_argument("--icount", action="store_true", help="one CPU whose clock counts instructions")
+    into.add_argument("--dma", action="store_true", help="a device that does DMA (edu), behind an IOMMU (SMMUv3)")
     into.add_argument("--share", action="append", default=[], metavar="DIR[:ro]", help="seen as /share/NAME")
     into.add_argument("--append", default="", metavar="ARGS", help="more kernel arguments")
     into.add_argument("--module-params", default="", metavar="ARGS", help="for the module")
@@ -86,6 +87,7 @@ def guest_options(arguments: argparse.Namespace) -> options.Options:
         memory=options.size(arguments.memory),
         numa=arguments.numa,
         icount=arguments.icount,
+        dma=arguments.dma,
         shares=tuple(options.share(text) for text in arguments.share),
         timeout=getattr(arguments, "timeout", 0),
         append=arguments.append,

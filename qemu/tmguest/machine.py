@@ -63,7 +63,8 @@ def _arguments(options: Options, *consoles: str) -> list[str]:
 def _virt(kernel: Kernel, options: Options, files: Files, ports: dict[str, int], interactive: bool) -> list[str]:
     # Seeds from the host would make two runs differ.
     seeds = ",dtb-randomness=off" if options.icount else ""
-    line = ["-M", f"virt,gic-version=3{seeds}", "-cpu", cpu_model(kernel, options)]
+    iommu = ",iommu=smmuv3" if options.dma else ""
+    line = ["-M", f"virt,gic-version=3{seeds}{iommu}", "-cpu", cpu_model(kernel, options)]
     if options.icount:
         line += ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]
     else:
@@ -74,6 +75,9 @@ def _virt(kernel: Kernel, options: Options, files: Files, ports: dict[str, int],
     line += _disk("root", files.root)
     if (kernel.path / "modules.img").exists():
         line += _disk("modules", kernel.path / "modules.img")
+    if options.dma:
+        # As many bits of address as most devices have; 28, its own default, would be less than the board's first byte.
+        line += ["-device", f"edu,dma_mask={(1 << 32) - 1:#x}"]
     line += ["-device", "virtio-serial-pci"]
     if interactive:
         line += ["-chardev", "stdio,id=terminal,mux=on,signal=off", "-mon", "chardev=terminal"]

@@ -39,6 +39,7 @@ class Options:
     memory: int = 2048
     numa: int = 1
     icount: bool = False
+    dma: bool = False
     shares: tuple[Share, ...] = ()
     timeout: float = 1800
     append: str = ""
@@ -76,10 +77,11 @@ def check(wanted: Options) -> Options:
             (wanted.numa > 1, "--numa"),
             (wanted.cpu, "--cpu"),
             (wanted.icount, "--icount"),
+            (wanted.dma, "--dma"),
         ):
             if set_:
                 raise GuestError(
-                    f"{flag} does not work with --machine {PI}: it has no virtio, one node, four Cortex-A53"
+                    f"{flag} does not work with --machine {PI}: it has no PCI, one node, four Cortex-A53"
                 )
         if wanted.kernel in ("6.12-16k", "debug"):
             raise GuestError(f"{wanted.kernel} does not boot on {PI}: it lacks the board's drivers or page size")

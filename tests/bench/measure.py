@@ -51,6 +51,7 @@ MMAP = "mmap + touch + munmap"
 MEMFD = "blocks of a memfd, mapped"
 MAPPED = "mmap of the cached file"
 ATOMIC = "kmalloc(GFP_ATOMIC)"
+SINGLE = "single pages, mapped"
 
 #: Where allocators of ours are ahead of every malloc(): in the other rows a peer is better, and there is no bound.
 AHEAD = {
@@ -126,6 +127,14 @@ BENCHES = {
             "worst-insns": Spec(ATOMIC, 1000, bounded="ours"),
             "reserved-misses": Spec("without a reservation", 0, "allocations", "ours"),
             "late-returns": Spec("try, sleep 100 us, try again", 0, "returns", "ours"),
+        },
+    ),
+    "dma": Bench(
+        programs=(),
+        guest=("--dma", "--memory", "1G", "--append", "init_on_alloc=0"),
+        rows={
+            "iommu-maps-64m": Spec(SINGLE, 1 / 256, "map calls"),
+            "iommu-insns-64m": Spec(SINGLE, 0.05),
         },
     ),
     "monitor": Bench(

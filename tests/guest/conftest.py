@@ -34,6 +34,7 @@ USAGE = (
     "kv/caches", "kv/held", "model/slots", "model/generations", "model/held",
     "model/evictable", "model/evicted",
     "rt/arenas", "rt/held", "rt/used",
+    "dma/buffers", "dma/bytes", "dma/attachments",
 )  # fmt: skip
 
 

@@ -123,6 +123,15 @@ class Raw(Descriptor):
         item = abi.Query(handle=handle)
         return self.ioctl(abi.IOC_QUERY, item), item
 
+    def try_export(self, handle: int, flags: int = 0, **fields: int) -> tuple[int, abi.Export]:
+        item = abi.Export(handle=handle, flags=flags, **{"fd": -1, **fields})
+        return self.ioctl(abi.IOC_EXPORT, item), item
+
+    def export(self, handle: int, flags: int = 0) -> DmaBuf:
+        result, item = self.try_export(handle, flags)
+        assert result == 0, errno.errorcode.get(result, result)
+        return DmaBuf(item.fd, item.size)
+
     def alloc_batch(
         self, sizes: list[int], kind: int = abi.Kind.KV, **fields: int
     ) -> tuple[int, abi.Batch, list]:
@@ -383,6 +392,23 @@ class View:
                 data = self.memory[self.span(seq, token, plane, group)]
                 expected = pattern(value, plane, g.token_bytes)
                 assert data == expected, (seq, group, plane, token, value)
+
+
+class DmaBuf(Descriptor):
+    """One dma-buf."""
+
+    SYNC = 1 << 30 | 8 << 16 | ord("b") << 8
+    READ, WRITE, END = 1, 2, 4
+
+    def __init__(self, fd: int, size: int) -> None:
+        super().__init__(fd)
+        self.size = size
+
+    def sync(self, flags: int) -> int:
+        return self.ioctl(self.SYNC, flags.to_bytes(8, "little"))
+
+    def view(self, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
+        return self.map(self.size, 0, prot)
 
 
 class RT(Descriptor):

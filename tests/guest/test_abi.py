@@ -27,7 +27,7 @@ def test_info_tells_what_the_machine_has(raw: Raw) -> None:
     assert info.quota == read("clients/default_quota")
 
 
-@pytest.mark.parametrize("number", [0x06, 0x0F, 0x13, 0x1F, 0x23, 0xFF])
+@pytest.mark.parametrize("number", [0x06, 0x0F, 0x14, 0x1F, 0x23, 0xFF])
 def test_unknown_numbers(raw: Raw, number: int) -> None:
     assert raw.ioctl(abi.iowr(number, 8), abi.Free()) == errno.ENOTTY
 
@@ -47,6 +47,7 @@ CALLS = [
     (0x10, abi.Alloc, 24),
     (0x11, abi.Free, 4),
     (0x12, abi.Query, 4),
+    (0x13, abi.Export, 20),
 ]
 
 
@@ -71,6 +72,8 @@ def test_older_callers(raw: Raw, number: int, struct: type[abi.Struct], least: i
         assert buffer[size:] == b"\xa5" * (ctypes.sizeof(struct) - size)
         if struct is abi.Alloc and result == 0:
             assert raw.free(abi.Alloc.from_buffer(buffer).handle) == 0
+        if struct is abi.Export and result == 0:
+            os.close(abi.Export.from_buffer(buffer).fd)
         freed = struct is abi.Free and result == 0
         assert raw.free(handle) == (errno.ENOENT if freed else 0)
 
@@ -95,6 +98,8 @@ def test_newer_callers(raw: Raw, number: int, struct: type[abi.Struct], least: i
         assert buffer[size:] == bytes(extra)
         if struct is abi.Alloc:
             assert raw.free(abi.Alloc.from_buffer(buffer).handle) == 0
+        if struct is abi.Export:
+            os.close(abi.Export.from_buffer(buffer).fd)
         assert raw.free(handle) == (errno.ENOENT if struct is abi.Free else 0)
 
 
@@ -132,7 +137,7 @@ def test_items_of_another_age(raw: Raw, extra: int) -> None:
 def test_bad_addresses(raw: Raw) -> None:
     for request in (
         abi.IOC_INFO, abi.IOC_SET_QUOTA, abi.IOC_SET_NUMA, abi.IOC_ALLOC, abi.IOC_FREE,
-        abi.IOC_QUERY,
+        abi.IOC_QUERY, abi.IOC_EXPORT,
         abi.IOC_ALLOC_BATCH, abi.IOC_FREE_BATCH, abi.IOC_QUERY_BATCH,
     ):  # fmt: skip
         for address in (0, 1, 4096, 1 << 47, (1 << 64) - 4096):

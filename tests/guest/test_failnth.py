@@ -46,68 +46,18 @@ from device import (
     window,
     write,
 )
+from failnth import can_fail, disarm, let_fail, sweep
 from tensormem import abi
 
 NOZERO, HUGE, PAGED = abi.AllocFlag.NOZERO, abi.AllocFlag.HUGE, abi.AllocFlag.PAGED
 PINNED = abi.AllocFlag.PINNED
-DEBUGFS = Path("/sys/kernel/debug")
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/fail-nth").exists(), reason="needs the debug kernel (fault injection)"
-)
+pytestmark = can_fail
 
 
 @pytest.fixture(autouse=True)
-def injection() -> Iterator[None]:
-    """Let every allocation that may sleep fail, silently."""
-    for kind in ("failslab", "fail_page_alloc"):
-        for name, value in (("ignore-gfp-wait", "N"), ("ignore-gfp-highmem", "N"),
-                            ("min-order", "0"), ("verbose", "0")):  # fmt: skip
-            file = DEBUGFS / kind / name
-            if file.exists():
-                file.write_text(value)
-    return
-
-
-def disarm(fd: int) -> bool:
-    """End the injection; True if the failure was still to come."""
-    try:
-        unused = int(os.pread(fd, 16, 0)) > 0
-    except OSError:  # it came just now, to the read itself
-        unused = True
-    while True:
-        try:
-            os.pwrite(fd, b"0", 0)
-        except OSError:
-            continue
-        return unused
-
-
-def sweep(
-    call: Callable[[], int], check: Callable[[int], object] = lambda _: None, most: int = 400
-) -> set[int]:
-    """Call with the 1st, 2nd, … failure injected, until one call meets none.
-
-    Injected are allocations (ENOMEM) and copies from and to user space (EFAULT).
-    Only the call itself runs under injection; ``check`` looks at what it left.
-    """
-    fd = os.open("/proc/thread-self/fail-nth", os.O_RDWR)
-    results = set()
-    try:
-        for n in range(1, most):
-            os.pwrite(fd, b"%d" % n, 0)
-            result = call()
-            unused = disarm(fd)
-            check(result)
-            if unused:  # the n-th opportunity never came
-                assert result == 0
-                return results
-            assert result in (0, errno.ENOMEM, errno.EFAULT), f"n={n}: {result}"
-            results.add(result)
-    finally:
-        disarm(fd)
-        os.close(fd)
-    pytest.fail(f"still failing after {most} injections")
+def injection() -> None:
+    let_fail()
 
 
 def empty_pool(chunks: int = 64) -> None:
@@ -1069,6 +1019,31 @@ def test_model_mmap(filled: Slot) -> None:
             assert view[:] == weights(2, MODEL)
             view.close()
         assert gen.info().readers == 1
+
+
+@pytest.mark.parametrize("size", [PAGE, 3 * CHUNK + 11 * PAGE])
+def test_export(raw: Raw, size: int) -> None:
+    """A dma-buf, or nothing of it: neither is the tensor held, nor known as exported."""
+    before = descriptors() + 1  # what the sweep opens
+    item = raw.alloc(size, flags=NOZERO)
+    request = abi.Export(handle=item.handle, fd=-1)
+
+    def check(result: int) -> None:
+        nonlocal item
+        assert descriptors() == before + (result == 0)
+        if result == 0:
+            assert read("dma/bytes") == size
+            os.close(request.fd)
+        becomes("dma/buffers", 0)
+        assert raw.free(item.handle) == 0
+        if result == 0:
+            becomes("chunk/quarantined", 0)
+        # what was exported is not kept for reuse
+        assert raw.info().kept == (0 if result == 0 else size)
+        item = raw.alloc(size, flags=NOZERO)
+        request.handle = item.handle
+
+    assert sweep(lambda: raw.ioctl(abi.IOC_EXPORT, request), check) >= {errno.ENOMEM, errno.EFAULT}
 
 
 # The RT pool

@@ -40,6 +40,7 @@ from .errors import (
     NoSuchTensor,
     NotAvailable,
     NotCacheable,
+    NotExportable,
     NotHeld,
     NotPermitted,
     NotReserved,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .abi import Kind, Pool
     from .arena import Arena
     from .client import Client, Spec, Stats, Tensor, TensorInfo, open
+    from .dmabuf import DmaBuf
     from .kv import (
         KVCache,
         KVEvent,
@@ -96,6 +98,7 @@ __all__ = [
     "DamagedKV",
     "DeadlineMissed",
     "DeviceMissing",
+    "DmaBuf",
     "FileBusy",
     "Generation",
     "GenerationFailed",
@@ -122,6 +125,7 @@ __all__ = [
     "NoSuchTensor",
     "NotAvailable",
     "NotCacheable",
+    "NotExportable",
     "NotHeld",
     "NotPermitted",
     "NotReserved",
@@ -181,6 +185,8 @@ def __getattr__(name: str) -> Any:
         module = ".arena"
     elif name in ("Generation", "GenerationInfo", "Slot", "SlotInfo", "Staging", "slot"):
         module = ".model"
+    elif name == "DmaBuf":
+        module = ".dmabuf"
     elif name == "events":
         module = ".netlink"
     elif name in ("RTBlock", "RTBuffer", "RTClient", "RTInfo", "rt"):

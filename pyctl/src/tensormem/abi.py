@@ -18,6 +18,7 @@ __all__ = [
     "IOC_ALLOC",
     "IOC_ALLOC_BATCH",
     "IOC_BANDWIDTH",
+    "IOC_EXPORT",
     "IOC_FREE",
     "IOC_FREE_BATCH",
     "IOC_INFO",
@@ -80,6 +81,8 @@ __all__ = [
     "Bandwidth",
     "Batch",
     "Budget",
+    "Export",
+    "ExportFlag",
     "Free",
     "Info",
     "KVAdopt",
@@ -287,6 +290,12 @@ class ModelState(IntEnum):
     FAILED = 6
 
 
+class ExportFlag(IntFlag):
+    """Flags of ``struct tensormem_export``."""
+
+    READ_ONLY = 1 << 0
+
+
 class OpenFlag(IntFlag):
     """Flags of ``struct tensormem_model_open``."""
 
@@ -419,6 +428,19 @@ class Query(Struct):
         ("nr_runs", ctypes.c_uint32),
         ("mapping", ctypes.c_uint32),
         ("alloc_flags", ctypes.c_uint32),
+    )
+
+
+class Export(Struct):
+    """``struct tensormem_export``."""
+
+    c_name = "tensormem_export"
+    _fields_ = (
+        ("handle", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("size", ctypes.c_uint64),
+        ("fd", ctypes.c_int32),
+        ("pad", ctypes.c_uint32),
     )
 
 
@@ -916,6 +938,7 @@ IOC_BANDWIDTH = iowr(0x05, ctypes.sizeof(Bandwidth))
 IOC_ALLOC = iowr(0x10, ctypes.sizeof(Alloc))
 IOC_FREE = iowr(0x11, ctypes.sizeof(Free))
 IOC_QUERY = iowr(0x12, ctypes.sizeof(Query))
+IOC_EXPORT = iowr(0x13, ctypes.sizeof(Export))
 IOC_ALLOC_BATCH = iowr(0x20, ctypes.sizeof(Batch))
 IOC_FREE_BATCH = iowr(0x21, ctypes.sizeof(Batch))
 IOC_QUERY_BATCH = iowr(0x22, ctypes.sizeof(Batch))

@@ -1703,8 +1703,8 @@ def _control_report(report: control_module.Report) -> None:
 
 
 for each in (
-    bandwidth, bench, events_command, export, man, map_command, monitor, pressure, record, report, top,
-    tune, walk,
+    bandwidth, bench, events_command, export, man, map_command, monitor, pressure, record, report,
+    top, tune, walk,
 ):  # fmt: skip
     cli.add_command(each)
 

@@ -44,6 +44,7 @@ from .arena import Arena
 from .bandwidth import ANY, Bandwidth
 from .closing import Closing
 from .device import DEFAULT_PATH, Device, KernelDevice
+from .dmabuf import DmaBuf
 from .form import Shape, array_form
 from .kv import KVCache, KVGroup
 from .model import Slot, open_slot
@@ -550,6 +551,34 @@ class Tensor:
         found = layout.walk(where, self.size)
         return layout.lay_out(found, where, self.size, page)
 
+    def export(self, *, read_only: bool = False) -> DmaBuf:
+        """Share the memory as a dma-buf, for devices and for other processes.
+
+        The tensor can be freed and the client closed: the memory stays until the last
+        descriptor, mapping and device that has the dma-buf is gone, on the client's bill.
+        It does not move meanwhile, and counts against RLIMIT_MEMLOCK.
+
+        Args:
+            read_only: who gets the descriptor can only read, and so can its devices.
+
+        Raises:
+            NoSuchTensor: the tensor was freed.
+            NotExportable: it is one of the slab.
+            NotPermitted: beyond RLIMIT_MEMLOCK.
+            Closed: the client was closed.
+        """
+        session, block = self._block.session, self._block
+        if not block.named:
+            raise errors.NoSuchTensor(f"tensor {block.handle} was freed")
+        flags = abi.ExportFlag.READ_ONLY if read_only else 0
+        with session.calling():
+            item = abi.Export(handle=block.handle, flags=flags, fd=-1)
+            try:
+                session.device.ioctl(abi.IOC_EXPORT, item)
+            except OSError as error:
+                raise _not_exported(error.errno or 0, block) from None
+            return DmaBuf(session.device.other(item.fd), item.size, read_only=read_only)
+
     def free(self) -> None:
         """Free it: at once, or when the last buffer or array of it is gone.
 
@@ -582,6 +611,19 @@ class Tensor:
         """Name handle, size and kind."""
         state = ", freed" if self.freed else ""
         return f"<Tensor {self.handle}: {format_size(self.size)} of {self.kind}{state}>"
+
+
+def _not_exported(number: int, block: _Block) -> errors.TensormemError:
+    """Say why a tensor is not to be shared."""
+    if number == errno.EOPNOTSUPP:
+        return errors.NotExportable()
+    if number == errno.EPERM:
+        limit = format_size(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
+        return errors.NotPermitted(
+            f"exporting {format_size(block.size)} would exceed RLIMIT_MEMLOCK, {limit}",
+            f"close other dma-bufs, or {errors.RAISE_MEMLOCK}",
+        )
+    return errors.from_errno(number, f"cannot export tensor {block.handle}")
 
 
 def _claim(blocks: Sequence[_Block]) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "NoSuchTensor",
     "NotAvailable",
     "NotCacheable",
+    "NotExportable",
     "NotHeld",
     "NotPermitted",
     "NotReserved",
@@ -220,6 +221,14 @@ class NoCodec(TensormemError, NotImplementedError):
 
     default_cause = "the kernel has no codec to pack KV with"
     default_remedy = "load one: 'sudo modprobe zstd' or 'sudo modprobe lz4'"
+    default_errno = _errno.EOPNOTSUPP
+
+
+class NotExportable(TensormemError, NotImplementedError):
+    """The tensor shares its pages with others (EOPNOTSUPP)."""
+
+    default_cause = "the tensor is one of the slab, whose pages have others in them"
+    default_remedy = "allocate it with pool='buddy', in pages of its own"
     default_errno = _errno.EOPNOTSUPP
 
 

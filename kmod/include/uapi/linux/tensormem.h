@@ -75,10 +75,14 @@
  *     EBUSY    A new quota is below what the client already holds.
  *     EPERM    Not allowed: PROT_EXEC, a quota above clients/default_quota or a
  *              budget above bandwidth/client_budget without CAP_SYS_RESOURCE,
- *              TENSORMEM_PINNED beyond RLIMIT_MEMLOCK without CAP_IPC_LOCK, or RELIEVE
+ *              TENSORMEM_PINNED or an export beyond RLIMIT_MEMLOCK without CAP_IPC_LOCK, or RELIEVE
  *              without CAP_SYS_ADMIN.
  *     EINTR    A fatal signal ended the call.
  *     ENOTTY   Not a tensormem ioctl.
+ *
+ *   This comes from an export only, beside EMFILE and ENFILE as from open(2):
+ *
+ *     EOPNOTSUPP  The tensor shares its pages with others. Allocate it with TENSORMEM_POOL_BUDDY.
  *
  *   These come from KV caches only:
  *
@@ -116,6 +120,23 @@
  *   where ENOSPC is: no memory now and no deadline to wait for it, or the pool has no room for
  *   an arena or a reservation; ENOENT: no such block of this client's; ENFILE: more movable blocks
  *   than the arena was made for.
+ *
+ * A dma-buf
+ *
+ *   TENSORMEM_IOC_EXPORT returns a descriptor of a tensor's memory for devices and their drivers (GPU, NPU,
+ *   camera, V4L2, RDMA), which take such descriptors. It is of the kernel's own kind: mmap(2) from offset 0, MAP_SHARED
+ *   (EINVAL) and without PROT_EXEC (EPERM); lseek(2) to SEEK_END tells its size; DMA_BUF_IOCTL_SYNC before and
+ *   after the CPU looks at what devices write, or writes what they read. It can be sent over a Unix socket.
+ *
+ *   The memory is the tensor's, not a copy: what is written through the window shows here and the other way
+ *   round. It stays where it is, and counts as locked by who exports it (RLIMIT_MEMLOCK, once for each export,
+ *   unless with CAP_IPC_LOCK), until the last descriptor, mapping and device that has it is gone.
+ *   TENSORMEM_IOC_FREE, closing the client and the end of the process take it from none of them: until
+ *   then it is set aside, and on the client's bill. A tensor that was ever exported is not kept for
+ *   TENSORMEM_NOZERO reuse.
+ *
+ *   A whole chunk is one entry of 2 MiB for a device that takes as much (and one entry of its IOMMU), so weights
+ *   and tensors of TENSORMEM_POOL_CHUNK cost fewest. The module cannot be unloaded while there is a dma-buf.
  *
  * A KV cache
  *
@@ -396,6 +417,31 @@ struct tensormem_query {
 	__u32 nr_runs;
 	__u32 mapping;
 	__u32 alloc_flags;
+};
+
+/*
+ * Flags of an export. READ_ONLY: the descriptor can be mapped for reading only, and no
+ * device writes through it: an importer that asks for that is refused (EACCES).
+ */
+#define TENSORMEM_EXPORT_READ_ONLY	(1u << 0)
+
+/**
+ * struct tensormem_export - share one tensor as a dma-buf
+ * @handle: in: the tensor
+ * @flags: in: TENSORMEM_EXPORT_READ_ONLY
+ * @size: out: bytes of the dma-buf: the tensor's, in whole pages
+ * @fd: out: the dma-buf's descriptor, close-on-exec
+ * @pad: in: must be 0
+ *
+ * See "A dma-buf" above. EOPNOTSUPP: the tensor is one of the slab, whose pages have others in them.
+ * EPERM: beyond RLIMIT_MEMLOCK.
+ */
+struct tensormem_export {
+	__u32 handle;
+	__u32 flags;
+	__u64 size;
+	__s32 fd;
+	__u32 pad;
 };
 
 /**
@@ -1345,6 +1391,7 @@ enum tensormem_nl_attribute {
 #define TENSORMEM_IOC_ALLOC		_IOWR(TENSORMEM_IOC_MAGIC, 0x10, struct tensormem_alloc)
 #define TENSORMEM_IOC_FREE		_IOWR(TENSORMEM_IOC_MAGIC, 0x11, struct tensormem_free)
 #define TENSORMEM_IOC_QUERY		_IOWR(TENSORMEM_IOC_MAGIC, 0x12, struct tensormem_query)
+#define TENSORMEM_IOC_EXPORT		_IOWR(TENSORMEM_IOC_MAGIC, 0x13, struct tensormem_export)
 /* Each takes a struct tensormem_batch over items of the single call's struct. */
 #define TENSORMEM_IOC_ALLOC_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x20, struct tensormem_batch)
 #define TENSORMEM_IOC_FREE_BATCH	_IOWR(TENSORMEM_IOC_MAGIC, 0x21, struct tensormem_batch)
