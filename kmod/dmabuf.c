@@ -30,6 +30,7 @@
 #include "args.h"
 #include "client.h"
 #include "compat.h"
+#include "dma_pool.h"
 #include "dmabuf.h"
 #include "limits.h"
 #include "memory.h"
@@ -422,6 +423,10 @@ static struct attribute *tm_dma_attrs[] = {
 	&dev_attr_buffers.attr,
 	&dev_attr_bytes.attr,
 	&dev_attr_attachments.attr,
+	&tm_dma_pool_total.attr,
+	&tm_dma_pool_used.attr,
+	&tm_dma_pool_free.attr,
+	&tm_dma_pool_node.attr,
 	NULL
 };
 

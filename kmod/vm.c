@@ -176,7 +176,8 @@ u32 tm_vm_mapping_chunk(bool block)
  */
 u32 tm_vm_mapping(const struct tm_region *region)
 {
-	if (!region->memory->nr_chunks)
+	/* Pages of the DMA pool's chunks have a count each. */
+	if (!region->memory->nr_chunks || region->memory->grant)
 		return TENSORMEM_MAPPING_PAGES;
 	return tm_vm_mapping_chunk(region->huge &&
 				   tm_vm_block_whole(region,
