@@ -20,6 +20,7 @@ MEANING: dict[int, tuple[type[errors.TensormemError], type[Exception]]] = {
     errno.ENOMEM: (errors.OutOfMemory, MemoryError),
     errno.EDQUOT: (errors.QuotaExceeded, MemoryError),
     errno.ENOSPC: (errors.PoolExhausted, MemoryError),
+    errno.ENODEV: (errors.NoDmaPool, NotImplementedError),
     errno.ENOBUFS: (errors.WindowFull, MemoryError),
     errno.EBUSY: (errors.Busy, Exception),
     errno.EPERM: (errors.NotPermitted, PermissionError),

@@ -236,6 +236,7 @@ class _Session(Session):
         short = {
             errno.ENOMEM: "the system has no memory left, or the memory cgroup is at its limit",
             errno.ENOSPC: "the chunk pool is at its capacity",
+            errno.ENODEV: "the device tree sets no region aside for the DMA pool",
             errno.ENOBUFS: "the client's window has no gap of this size left",
             errno.EINVAL: "the kernel refuses it as malformed",
             errno.EINTR: "a fatal signal ended the call",
@@ -247,6 +248,9 @@ class _Session(Session):
         if number == errno.ENOSPC and item.numa == Numa.BIND:
             short = f"the chunk pool is at its capacity on {_node_list(item.nodes)}"
             remedy = "allow more nodes, free tensors, or see 'tensormem numa'"
+        if number == errno.ENOSPC and item.pool == Pool.DMA:
+            short = "the DMA pool's region has no such gap"
+            remedy = "free tensors of it, or set aside more in the device tree"
         if number == errno.EINVAL:
             short, remedy = self.malformed(item) or (short, None)
         if number == errno.EDQUOT:
@@ -271,6 +275,8 @@ class _Session(Session):
                 "the slab takes tensors below a page, not pinned, without numa of their own",
                 "leave the pool to 'auto'",
             )
+        if isinstance(item, abi.Alloc) and item.pool == Pool.DMA and item.numa:
+            return "the DMA pool's region is where it is", "leave numa out"
         return None
 
     def _map(self, block: _Block) -> None:
@@ -732,8 +738,9 @@ class Client(Closing):
             shape: a size or a sequence of sizes.
             dtype: any numpy dtype without objects.
             kind: ``weights``, ``kv``, ``activations`` or ``protocol``.
-            pool: ``auto`` (by kind and size), ``chunk``, ``buddy``, or ``slab`` for
-                what is smaller than a page.
+            pool: ``auto`` (by kind and size), ``chunk``, ``buddy``, ``slab`` for
+                what is smaller than a page, or ``dma`` for one piece out of the region
+                that the device tree sets aside.
             huge: map whole chunks as blocks of 2 MiB (True), page by page (False), or
                 as the kind has it (None: weights as blocks). ``query(array).mapping``
                 says what came of it.
@@ -753,6 +760,7 @@ class Client(Closing):
             QuotaExceeded, PoolExhausted, OutOfMemory, WindowFull: there is no
                 room; all are MemoryErrors. Nothing has changed.
             NotPermitted: ``pinned`` beyond RLIMIT_MEMLOCK.
+            NoDmaPool: the device tree sets no region aside.
             Closed: the client was closed.
         """
         return self.empty_many([Spec(shape, dtype, kind, pool, huge, reuse, pinned, numa)])[0]
