@@ -211,7 +211,7 @@ def test_what_it_does_not_take(raw: Raw) -> None:
 
 def test_a_batch_is_all_or_nothing(raw: Raw) -> None:
     result, batch, _ = raw.alloc_batch([CHUNK] * (TOTAL + 1), pool=DMA)
-    assert (result, batch.index) == (errno.ENOSPC, TOTAL)
+    assert (result, batch.failed) == (errno.ENOSPC, TOTAL)
     assert (figures(), raw.info().used) == ((TOTAL, 0, TOTAL), 0)
 
 
