@@ -80,7 +80,7 @@ class Leak(tmbpf.Tool):
     about = "Allocations from tensormem that were not freed since tmleak began, by the stacks that made them."
     examples = """  tmleak -p 181 -o 10s 10   what process 181 has had for over 10 s
   tmleak -K 5           without the kernel's stacks, which cost seconds to name
-  tmleak -s 16          stacks of every 16th allocation: a quarter of the price"""
+  tmleak -s 16          stacks of every 16th allocation, for less"""
     code = CODE
     probes: ClassVar[Mapping[str, str]] = {
         "alloc": born(0),
