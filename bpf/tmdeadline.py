@@ -13,7 +13,7 @@ from typing import ClassVar
 import tmbpf
 
 CODE = r"""
-struct tm_wait { u64 ns; int kernel, user; };
+struct tm_wait { u64 ns; int kernel, user; u32 cpu, pad; };
 /* What ran for how long during one wait, which its thread and its beginning name. */
 struct tm_ran { u64 since; u32 waiter, pid; char comm[16]; };
 struct tm_seat { u64 ns, since; u32 waiter, pad; };
@@ -27,7 +27,7 @@ BPF_STACK_TRACE(tm_stacks, 2048);
 """
 WAIT = """
 	u32 tid = bpf_get_current_pid_tgid();
-	struct tm_wait wait = { bpf_ktime_get_ns(), -1, -1 };
+	struct tm_wait wait = { bpf_ktime_get_ns(), -1, -1, bpf_get_smp_processor_id() };
 
 	wait.kernel = TM_KERNEL ? tm_stacks.get_stackid(ctx, 0) : -1;
 	wait.user = tm_stacks.get_stackid(ctx, BPF_F_USER_STACK);
@@ -67,12 +67,13 @@ SWITCH = """
 		return 0;
 	wait = tm_waits.lookup(&prev);
 	if (wait) {
+		wait->cpu = bpf_get_smp_processor_id();
 		seat->waiter = prev;
 		seat->since = wait->ns;
 	} else if (seat->waiter) {
-		/* who was served elsewhere, or gave up, waits no more */
+		/* who was served, or gave up, waits no more; who moved on waits for another CPU */
 		wait = tm_waits.lookup(&seat->waiter);
-		if (!wait || wait->ns != seat->since) {
+		if (!wait || wait->ns != seat->since || wait->cpu != bpf_get_smp_processor_id()) {
 			seat->waiter = 0;
 			return 0;
 		}

@@ -116,14 +116,18 @@ static u32 tm_dmabuf_pieces(const struct tm_dmabuf *buf, size_t most,
 	return pieces;
 }
 
-/* A table of @buf with an entry for each chunk or run, where @device takes as much in one. */
+/*
+ * A table of @buf with an entry for each chunk or run, where @device takes as much in one; where what it cannot reach
+ * is copied for it, that is less.
+ */
 static int tm_dmabuf_table(const struct tm_dmabuf *buf, struct device *device,
 			   struct sg_table *table)
 {
-	size_t most = max_t(size_t, PAGE_SIZE,
-			    round_down(dma_get_max_seg_size(device), PAGE_SIZE));
+	size_t most = min_t(size_t, dma_get_max_seg_size(device),
+			    dma_max_mapping_size(device));
 	int err;
 
+	most = max_t(size_t, PAGE_SIZE, round_down(most, PAGE_SIZE));
 	err = sg_alloc_table(table, tm_dmabuf_pieces(buf, most, NULL), TM_GFP);
 	if (!err)
 		tm_dmabuf_pieces(buf, most, table->sgl);
@@ -195,13 +199,16 @@ static int tm_dmabuf_begin_cpu(struct dma_buf *dmabuf,
 	return 0;
 }
 
-/* What the CPU has written is for devices to see. */
+/* What the CPU has written, if it did, is for devices to see. */
 static int tm_dmabuf_end_cpu(struct dma_buf *dmabuf,
 			     enum dma_data_direction direction)
 {
 	struct tm_dmabuf *buf = dmabuf->priv;
 	struct tm_dmabuf_mapping *mapping;
 
+	/* Where a device has a copy, what it wrote there since would be lost. */
+	if (direction == DMA_FROM_DEVICE)
+		return 0;
 	mutex_lock(&buf->lock);
 	list_for_each_entry(mapping, &buf->mappings, all)
 		dma_sync_sgtable_for_device(mapping->device, &mapping->table,
@@ -227,15 +234,20 @@ static const struct vm_operations_struct tm_dmabuf_vm_ops = {
 	.mremap = tm_vm_mremap,
 };
 
+/* Importers come here too, with areas of their own descriptors: what ours may do is not checked by then. */
 static int tm_dmabuf_mmap(struct dma_buf *dmabuf, struct vm_area_struct *vma)
 {
+	bool writable = dmabuf->file->f_mode & FMODE_WRITE;
+
 	/* Not VM_SHARED, which a read-only descriptor never gets. */
 	if (!(vma->vm_flags & VM_MAYSHARE))
 		return -EINVAL;
 	if (vma->vm_flags & VM_EXEC)
 		return -EPERM;
+	if (vma->vm_flags & VM_WRITE && !writable)
+		return -EACCES;
 	vm_flags_mod(vma, VM_MIXEDMAP | VM_DONTEXPAND | VM_DONTDUMP,
-		     VM_MAYEXEC);
+		     VM_MAYEXEC | (writable ? 0 : VM_MAYWRITE));
 	vma->vm_private_data = dmabuf->priv;
 	vma->vm_ops = &tm_dmabuf_vm_ops;
 	return 0;
@@ -311,6 +323,18 @@ static const struct dma_buf_ops tm_dmabuf_ops = {
 	.release = tm_dmabuf_release,
 };
 
+/* For readers: what a driver has by vmap() it may write, and cannot be told not to. */
+static const struct dma_buf_ops tm_dmabuf_read_only_ops = {
+	.attach = tm_dmabuf_attach,
+	.detach = tm_dmabuf_detach,
+	.map_dma_buf = tm_dmabuf_map,
+	.unmap_dma_buf = tm_dmabuf_unmap,
+	.begin_cpu_access = tm_dmabuf_begin_cpu,
+	.end_cpu_access = tm_dmabuf_end_cpu,
+	.mmap = tm_dmabuf_mmap,
+	.release = tm_dmabuf_release,
+};
+
 static struct tm_dmabuf *tm_dmabuf_create(struct tm_client *client, u32 handle)
 {
 	struct tm_dmabuf *buf = kzalloc(sizeof(*buf), TM_GFP);
@@ -329,7 +353,6 @@ static struct tm_dmabuf *tm_dmabuf_create(struct tm_client *client, u32 handle)
 	return buf;
 
 err_hold:
-	tm_tensor_unhold(client, handle);
 	tm_memory_let_go(buf->region.memory);
 err_free:
 	kfree(buf);
@@ -339,12 +362,13 @@ err_free:
 /* Return: the dma-buf, which has @buf from now on, or an ERR_PTR. */
 static struct dma_buf *tm_dmabuf_publish(struct tm_dmabuf *buf, u32 flags)
 {
+	bool read_only = flags & TENSORMEM_EXPORT_READ_ONLY;
 	DEFINE_DMA_BUF_EXPORT_INFO(info);
 	struct dma_buf *dmabuf;
 
-	info.ops = &tm_dmabuf_ops;
+	info.ops = read_only ? &tm_dmabuf_read_only_ops : &tm_dmabuf_ops;
 	info.size = buf->region.range.length << PAGE_SHIFT;
-	info.flags = flags & TENSORMEM_EXPORT_READ_ONLY ? O_RDONLY : O_RDWR;
+	info.flags = read_only ? O_RDONLY : O_RDWR;
 	info.priv = buf;
 	dmabuf = dma_buf_export(&info);
 	if (IS_ERR(dmabuf))
@@ -376,34 +400,32 @@ int tm_dmabuf_file_export(struct tm_client *client, void __user *arg,
 		return err;
 	if (export.flags & ~TENSORMEM_EXPORT_READ_ONLY || export.pad)
 		return -EINVAL;
+	fd = get_unused_fd_flags(O_CLOEXEC);
+	if (fd < 0)
+		return fd;
 	buf = tm_dmabuf_create(client, export.handle);
-	if (IS_ERR(buf))
-		return PTR_ERR(buf);
+	if (IS_ERR(buf)) {
+		err = PTR_ERR(buf);
+		goto err_fd;
+	}
 	dmabuf = tm_dmabuf_publish(buf, export.flags);
 	if (IS_ERR(dmabuf)) {
 		err = PTR_ERR(dmabuf);
 		tm_dmabuf_destroy(buf);
-		goto err_unhold;
-	}
-	fd = get_unused_fd_flags(O_CLOEXEC);
-	if (fd < 0) {
-		err = fd;
-		goto err_put;
+		goto err_fd;
 	}
 	export.size = dmabuf->size;
 	export.fd = fd;
 	err = tm_args_out(arg, size, &export, sizeof(export));
 	if (err)
-		goto err_fd;
+		goto err_put;
 	fd_install(fd, dmabuf->file);
 	return 0;
 
-err_fd:
-	put_unused_fd(fd);
 err_put:
 	dma_buf_put(dmabuf);
-err_unhold:
-	tm_tensor_unhold(client, export.handle);
+err_fd:
+	put_unused_fd(fd);
 	return err;
 }
 

@@ -6,6 +6,7 @@
  */
 #include <linux/err.h>
 #include <linux/fs.h>
+#include <linux/highmem.h>
 #include <linux/ktime.h>
 #include <linux/log2.h>
 #include <linux/mm.h>
@@ -136,7 +137,7 @@ static bool tm_tensor_parks(const struct tm_tensor *tensor)
 {
 	return tensor->flags & TENSORMEM_NOZERO &&
 	       tensor->pool != TENSORMEM_POOL_SLAB &&
-	       tensor->pool != TENSORMEM_POOL_DMA && !tensor->exports;
+	       tensor->pool != TENSORMEM_POOL_DMA && !tensor->exported;
 }
 
 /**
@@ -522,6 +523,20 @@ int tm_tensor_query(struct tm_client *client, struct tensormem_query *query)
 	return tensor ? 0 : -ENOENT;
 }
 
+/* Behind what a reused tensor asked for may be what its client left in an earlier one: nothing for others. */
+static void tm_tensor_clear_tail(const struct tm_tensor *tensor)
+{
+	u32 last = tensor->region.range.length - 1;
+	u32 used = offset_in_page(tensor->size);
+	const struct tm_extent *extent;
+
+	if (!tensor->reused || !used)
+		return;
+	extent = tm_memory_find(tensor->region.memory, last);
+	memzero_page(tm_pages_page(&extent->run) + (last - extent->first),
+		     used, PAGE_SIZE - used);
+}
+
 static int tm_tensor_hold_one(struct tm_tensor *tensor,
 			      struct tm_region *region)
 {
@@ -539,7 +554,8 @@ static int tm_tensor_hold_one(struct tm_tensor *tensor,
 		.memory = memory,
 		.huge = tensor->region.huge,
 	};
-	tensor->exports++;
+	tensor->exported = true;
+	tm_tensor_clear_tail(tensor);
 	return 0;
 }
 
@@ -563,23 +579,4 @@ int tm_tensor_hold(struct tm_client *client, u32 handle,
 	err = tm_tensor_hold_one(xa_load(&client->tensors, handle), region);
 	filemap_invalidate_unlock(mapping);
 	return err;
-}
-
-/**
- * tm_tensor_unhold - forget that a tensor was held, because nobody has got it
- * @client: whose it was
- * @handle: its name; it may have been freed
- *
- * Context: may sleep; takes the client's invalidate_lock.
- */
-void tm_tensor_unhold(struct tm_client *client, u32 handle)
-{
-	struct address_space *mapping = client->inode->i_mapping;
-	struct tm_tensor *tensor;
-
-	filemap_invalidate_lock(mapping);
-	tensor = xa_load(&client->tensors, handle);
-	if (tensor)
-		tensor->exports--;
-	filemap_invalidate_unlock(mapping);
 }

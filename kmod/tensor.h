@@ -24,7 +24,7 @@ struct cred;
  * @flags: TENSORMEM_NOZERO and the other flags asked for
  * @numa: where it was to come from
  * @reused: it was parked before: it has its place already
- * @exports: times it was exported; under the client's invalidate_lock
+ * @exported: it was exported, or nearly; under the client's invalidate_lock
  * @born_ns: when its memory was asked for, if somebody traced at the time
  * @pinned_by: whose RLIMIT_MEMLOCK it counts against, or NULL
  * @doomed: links the tensors that one call frees
@@ -43,7 +43,7 @@ struct tm_tensor {
 	u32 flags;
 	struct tm_numa numa;
 	bool reused;
-	u32 exports;
+	bool exported;
 	u64 born_ns;
 	const struct cred *pinned_by;
 	struct list_head doomed;
@@ -87,7 +87,6 @@ int __must_check tm_tensor_query(struct tm_client *client,
 
 int __must_check tm_tensor_hold(struct tm_client *client, u32 handle,
 				struct tm_region *region);
-void tm_tensor_unhold(struct tm_client *client, u32 handle);
 
 bool tm_tensor_alike(const struct tm_tensor *a, const struct tm_tensor *b);
 void tm_tensor_release(struct tm_client *client, struct tm_tensor *tensor);

@@ -20,9 +20,11 @@ WANTED = ("*.py", "*.h")
 def carry(into: Path) -> None:
     """Copy it from the project's tree, or from where an sdist has it."""
     for name, place in TREE.items():
-        source = HERE.parent / place
+        source = HERE / "src" / SHARE / name
         if not source.exists():
-            source = HERE / "src" / SHARE / name
+            source = HERE.parent / place
+        if not source.exists():
+            raise SystemExit(f"{source} is missing: build from the tree, or from an sdist")
         for path in (found for kind in WANTED for found in source.rglob(kind)):
             target = into / name / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)

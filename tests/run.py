@@ -261,7 +261,7 @@ def main() -> None:
         parser.error(f"no such stage: {', '.join(sorted(unknown))}")
     wanted = set(options.stage)
     if "host" in wanted:
-        wanted |= {"core", "python", "qemu", "bpf"}
+        wanted |= {"core", "python", "qemu", "runner", "bpf"}
 
     total = run_all([stage for stage in known if not wanted or stage.name in wanted])
     for name in total.bad:

@@ -412,6 +412,8 @@ static struct pci_driver tm_edu_driver = {
 	.id_table = tm_edu_ids,
 	.probe = tm_edu_probe,
 	.remove = tm_edu_remove,
+	/* There is one device, and who has it open counts on it. */
+	.driver.suppress_bind_attrs = true,
 };
 
 module_pci_driver(tm_edu_driver);

@@ -106,6 +106,19 @@ def test_no_address_space(client: Client, monkeypatch: pytest.MonkeyPatch) -> No
         shared.array(1)
 
 
+def test_one_of_a_driver_that_maps_nothing(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = client.alloc(PAGE).export()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, "none")
+
+    monkeypatch.setattr(behind(shared), "map", fail)
+    with pytest.raises(tensormem.NotAvailable, match="does not map it"):
+        shared.array(1)
+
+
 def test_what_cannot_be_exported(client: Client, device: FakeDevice) -> None:
     small, tensor = client.alloc(64), client.alloc(PAGE)
     with pytest.raises(tensormem.NotExportable, match="slab") as caught:
@@ -114,6 +127,9 @@ def test_what_cannot_be_exported(client: Client, device: FakeDevice) -> None:
     assert "pool='buddy'" in caught.value.remedy
     device.fail[abi.IOC_EXPORT] = errno.EPERM
     with pytest.raises(tensormem.NotPermitted, match="RLIMIT_MEMLOCK"):
+        tensor.export()
+    device.fail[abi.IOC_EXPORT] = errno.EMFILE
+    with pytest.raises(tensormem.NotAvailable, match="no descriptor left"):
         tensor.export()
     device.fail[abi.IOC_EXPORT] = errno.ENOMEM
     with pytest.raises(tensormem.OutOfMemory, match=f"cannot export tensor {tensor.handle}"):
@@ -139,11 +155,13 @@ def test_one_that_is_dropped_is_closed(client: Client) -> None:
 
 def test_other_descriptors_are_not_taken() -> None:
     reader, writer = os.pipe()
-    with pytest.raises(tensormem.InvalidArgument, match="Illegal seek"):
+    with pytest.raises(tensormem.InvalidArgument, match="not a dma-buf"):
         DmaBuf.of(reader)
     os.close(reader)
     os.close(writer)
-    with pytest.raises(tensormem.InvalidArgument, match="not a dma-buf"):
+    with pytest.raises(tensormem.InvalidArgument, match="not an open descriptor"):
         DmaBuf.of(reader)
-    with open(__file__) as file, pytest.raises(tensormem.InvalidArgument, match="not a dma-buf"):
-        DmaBuf.of(file.fileno())
+    with open(__file__) as file:
+        with pytest.raises(tensormem.InvalidArgument, match="not a dma-buf"):
+            DmaBuf.of(file.fileno())
+        assert file.tell() == 0

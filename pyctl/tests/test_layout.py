@@ -289,6 +289,11 @@ def test_map_says_what_is_wrong(tensormem: Callable[..., Result], tmp_path: Path
     result = tensormem("map", "--png", str(tmp_path / "none/map.png"))
     assert result.exit_code == 1
     assert "cannot be written" in result.output
+    os.mkfifo(tmp_path / "pipe")
+    result = tensormem("map", "--png", str(tmp_path / "pipe"))
+    assert result.exit_code == 1
+    assert "is not a file" in result.output
+    assert (tmp_path / "pipe").is_fifo()
     assert tensormem("map", "12").exit_code == 2
     assert tensormem("walk", "zero", "--pid", "1").exit_code == 2
     assert tensormem("walk", "0x1000").exit_code == 2
@@ -336,6 +341,18 @@ def test_names_of_tensors(
     monkeypatch.setattr(layout, "_take_descriptor", lambda pid, fd: os.open("/dev/null", 0))
     monkeypatch.setattr(fcntl, "ioctl", query)
     assert layout.find(7, 1, tmp_path) == layout.Place(7, 0x24000, 0x3000)
+    # in pieces that lie beside each other, as mprotect() leaves them; then with a hole between them
+    pieces = MAPS.replace("20000-30000 rw-s", "{}-30000 rw-s").replace("00100000", "{}")
+    first = "20000-25000 r--s 00100000 00:06 99 /dev/tensormem\n"
+    maps = tmp_path / "7/maps"
+    maps.write_text(first + pieces.format("25000", "00105000"))
+    assert layout.find(7, 1, tmp_path) == layout.Place(7, 0x24000, 0x3000)
+    maps.write_text(first + pieces.format("26000", "00106000"))
+    with pytest.raises(errors.InvalidArgument, match="nowhere"):
+        layout.find(7, 1, tmp_path)
+    maps.write_text(MAPS)
+    with pytest.raises(errors.InvalidArgument, match="no handle"):
+        layout.find(7, (1 << 32) + 1, tmp_path)
     where["offset"] = 0x10E000  # its end is not mapped
     with pytest.raises(errors.InvalidArgument, match=words):
         layout.find(pid, 1, tmp_path)

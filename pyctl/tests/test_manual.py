@@ -62,14 +62,14 @@ def test_page(pages: Path, words: tuple[str, ...], command: click.Command) -> No
     name = "-".join(words)
     assert f"NAME {name} - " in text
     assert f"SYNOPSIS {' '.join(words)} " in text
-    context = click.Context(command, info_name=name)
+    context = manual._context(words, command, cli)
     for parameter in command.get_params(context):
         for option in parameter.opts if isinstance(parameter, click.Option) else ():
             assert option in text, f"{option} is missing"
         record = parameter.get_help_record(context)
         if record is not None:
             assert record[1].split("  ")[0].split(" [")[0] in text
-    assert "--help" in text
+    assert "-h, --help" in text
     if isinstance(command, click.Group):
         for inner in command.commands:
             assert f"{name}-{inner}(1)" in text

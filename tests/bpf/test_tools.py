@@ -85,7 +85,7 @@ def test_bad_arguments_are_refused(name: str, arguments: list[str], tracing: Pat
         ("tmsnoop", ["-e", "no_such"]), ("tmsnoop", ["-e", "alloc,"]), ("tmlat", ["-e", "free"]),
         ("tmlat", ["--by", "colour"]), ("tmlat", ["--signal", "USR1"]), ("tmlat", ["--over", "5ms"]),
         ("tmlat", ["--signal", "NONE", "--over", "5ms"]), ("tmtop", ["-s", "colour"]), ("tmtop", ["-n", "0"]),
-        ("tmleak", ["-o", "long"]), ("tmdeadline", ["-n", "-1"]),
+        ("tmleak", ["-o", "long"]), ("tmleak", ["-s", "0"]), ("tmdeadline", ["-n", "-1"]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )  # fmt: skip
@@ -311,10 +311,13 @@ def test_leak(tracing: Path, bcc: Made, capsys: pytest.CaptureFixture[str]) -> N
     def fill(bpf: FakeBPF) -> None:
         blocks = {n: Cell(ns=1000, size=4096, kernel=3, user=4, pid=181) for n in range(23)}
         bpf.tables["tm_blocks"] = Table({**blocks, 99: Cell(ns=1000, size=1 << 30, kernel=-1, user=-14, pid=7)})
+        bpf.tables["tm_made"] = Table(enumerate(Cell(count) for count in (30, 6, 0, 0)))
 
     bcc.setup = fill
     tool("tmleak").main(["-j", "-d", "1ms"])
     total, large, small, _ = documents(capsys.readouterr().out)
+    assert (total["alloc"], total["free"]) == (30, 6)
+    assert "-DTM_SAMPLE=1" in bcc[-1].cflags
     assert (total["outstanding"], total["bytes"]) == (24, (1 << 30) + 23 * 4096)
     assert (large["count"], large["kernel"], large["user"]) == (1, [], [])
     assert small["count"] == 23 and small["kernel"][0].endswith("+0x1003")
@@ -326,6 +329,10 @@ def test_leak(tracing: Path, bcc: Made, capsys: pytest.CaptureFixture[str]) -> N
     tool("tmleak").main(["-j", "-o", "999999999s", "-K", "-d", "1ms"])
     assert documents(capsys.readouterr().out)[0]["outstanding"] == 0
     assert "-DTM_KERNEL=0" in bcc[-1].cflags
+    tool("tmleak").main(["-j", "-s", "16", "1ms", "2"])
+    lines = documents(capsys.readouterr().out)
+    assert [(line["alloc"], line["free"]) for line in lines if "alloc" in line] == [(30, 6), (0, 0)]
+    assert "-DTM_SAMPLE=16" in bcc[-1].cflags
 
 
 def test_deadline(tracing: Path, bcc: Made, capsys: pytest.CaptureFixture[str]) -> None:

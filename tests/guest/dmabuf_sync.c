@@ -147,6 +147,8 @@ int main(int argc, char **argv)
 		err(1, "socketpair");
 	if (!fork())
 		exporter(sockets[0]);
+	/* So that its end is one of what comes from it. */
+	close(sockets[0]);
 	fd = receive_fd(sockets[1]);
 	if (wait(&status) < 0 || !WIFSIGNALED(status) || WTERMSIG(status) != SIGABRT)
 		errx(1, "the exporter ended with %x", status);

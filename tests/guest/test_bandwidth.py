@@ -86,6 +86,7 @@ def test_a_tensor_is_billed_for_what_it_holds(raw: Raw, size: int) -> None:
         assert raw.free(item.handle) == 0
 
 
+@pytest.mark.usefixtures("quiet")
 def test_reuse_is_free(raw: Raw) -> None:
     """The memory comes back as it was, so nothing was moved."""
     with billed(raw, 5 * PAGE):
@@ -96,6 +97,7 @@ def test_reuse_is_free(raw: Raw) -> None:
     assert raw.free(item.handle) == 0
 
 
+@pytest.mark.usefixtures("quiet")
 def test_small_tensors(raw: Raw) -> None:
     first = raw.alloc(100)
     length = raw.query(first.handle)[1].length
@@ -137,6 +139,7 @@ def test_compaction(raw: Raw) -> None:
     assert raw.free_batch([item.handle for item in items[: len(items) // 4]])[0] == 0
 
 
+@pytest.mark.usefixtures("quiet")
 def test_kv(raw: Raw) -> None:
     """A copied block, a packed one and an unpacked one."""
     with raw.kv([full(2, 512)], block_tokens=64) as kv:

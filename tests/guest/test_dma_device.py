@@ -164,6 +164,7 @@ def test_a_device_outlives_exporter_and_importer(edu: Edu) -> None:
                 signal.pause()
         finally:
             os._exit(1)
+    theirs.close()
     assert ours.recv(1) == b"x"
     os.kill(pid, signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
@@ -176,7 +177,6 @@ def test_a_device_outlives_exporter_and_importer(edu: Edu) -> None:
     assert edu.unmap() == edu.detach() == 0
     becomes("clients/bytes", 0)
     ours.close()
-    theirs.close()
 
 
 def test_several_importers_and_mappings(raw: Raw) -> None:
@@ -207,6 +207,8 @@ def test_a_read_only_export_is_not_written(raw: Raw, edu: Edu) -> None:
         assert edu.map_for(BOTH) == edu.map_for(FROM_DEVICE) == errno.EACCES
         assert edu.map_for(TO_DEVICE) == 0
         assert edu.fetch(0, 100) == 0
+        # nor by a driver's CPU
+        assert edu.total()[0] == errno.EINVAL
         assert edu.unmap() == edu.detach() == 0
     assert raw.free(item.handle) == 0
 

@@ -246,6 +246,25 @@ def test_it_outlives_its_tensor(raw: Raw, flags: int) -> None:
     assert raw.info().used == raw.info().kept == (size if flags == abi.AllocFlag.NOZERO else 0)
 
 
+def test_what_was_there_before_is_not_shared(raw: Raw) -> None:
+    """Memory that came back to its client unzeroed: what the new tensor has not asked for is nobody else's to see."""
+    size = PAGE + 1
+    first = raw.alloc(2 * PAGE, flags=abi.AllocFlag.NOZERO)
+    window = raw.map_tensor(first)
+    window[:] = b"\x5a" * (2 * PAGE)
+    window.close()
+    assert raw.free(first.handle) == 0
+    item = raw.alloc(size, flags=abi.AllocFlag.NOZERO)
+    assert item.offset == first.offset
+    with raw.export(item.handle) as shared:
+        view = shared.view(READ)
+        assert view[:size] == b"\x5a" * size
+        assert view[size:] == bytes(PAGE - 1)
+        view.close()
+    assert raw.free(item.handle) == 0
+    becomes("chunk/quarantined", 0)
+
+
 def test_two_exports_of_one_tensor(raw: Raw) -> None:
     item = raw.alloc(3 * PAGE)
     with raw.export(item.handle) as first, raw.export(item.handle) as second:
@@ -281,6 +300,7 @@ def test_it_outlives_its_client_and_process(end: str) -> None:
             signal.pause()
         finally:
             os._exit(1)
+    theirs.close()
     fd = receive(ours)
     if end == "kill":
         os.kill(pid, signal.SIGKILL)
@@ -295,7 +315,6 @@ def test_it_outlives_its_client_and_process(end: str) -> None:
         view.close()
     becomes("clients/bytes", 0)
     ours.close()
-    theirs.close()
 
 
 def test_one_that_nobody_received(raw: Raw) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from conftest import USAGE, settled
-from device import CHUNK, KINDS, PAGE, Raw, address_of, events, read, write
+from device import CHUNK, KASAN, KINDS, PAGE, Raw, address_of, events, read, write
 from process import FAILED, Iovec, dies, hold, killed_at_random, let_go, libc, smaps
 from tensormem import abi
 
@@ -653,7 +653,7 @@ def test_a_fork_never_keeps_a_block_that_was_freed(raw: Raw) -> None:
     try:
         with Raw() as other:
             theirs = other.map_window()
-            for turn in range(60):
+            for turn in range(30 if KASAN else 60):
                 result, item = raw.try_alloc(4 * CHUNK, abi.Kind.WEIGHTS, flags=HUGE)
                 assert result == 0
                 for at in range(0, 4 * CHUNK, CHUNK):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from conftest import USAGE, settled
-from device import CHUNK, RT, SYSFS, Raw, events, read, wait_for
+from device import CHUNK, KASAN, RT, SYSFS, Raw, events, read, wait_for
 from process import killed_at_random
 from tensormem import abi
 
@@ -572,7 +572,7 @@ def test_sigkill_at_random_moments(raw: Raw, rt: RT) -> None:
     view = rt.view()
     view[mine.offset : mine.offset + 5000] = b"\x77" * 5000
     assert rt.unpin(mine.handle) == 0
-    for _ in range(50):
+    for _ in range(20 if KASAN else 50):
         killed_at_random(lambda seed: churn_on(raw, rt, seed), dice, 0.05, 0.4)
         wait_for(lambda: rt.info().clients == 1)
         info = rt.info()

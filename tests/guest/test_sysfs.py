@@ -54,10 +54,11 @@ def test_each_file_is_documented_and_each_documented_file_exists() -> None:
     documented = re.findall(r"^What:\s+/sys/class/misc/tensormem/(\S+)", ABI.read_text(), re.M)
     # a name of the manual's may stand for several: node<N>, dispatch/<kind>
     patterns = [re.sub(r"<\w+>", "[a-z0-9]+", name) for name in documented]
-    for name in files():
+    names = files()
+    for name in names:
         assert any(re.fullmatch(pattern, name) for pattern in patterns), name
     for pattern in patterns:
-        assert any(re.fullmatch(pattern, name) for name in files()), pattern
+        assert any(re.fullmatch(pattern, name) for name in names), pattern
 
 
 @pytest.mark.usefixtures("objects")

@@ -298,6 +298,7 @@ def test_a_process_that_ends_meanwhile() -> None:
             mapping[0] = 1
             os.write(writer, struct.pack("Q", address_of(mapping)))
             signal.pause()
+    os.close(writer)
     (address,) = struct.unpack("Q", os.read(reader, 8))
     assert leaves(layout.walk(address, 1, pid))
     fd = os.open(WALK, os.O_RDWR)
@@ -307,7 +308,7 @@ def test_a_process_that_ends_meanwhile() -> None:
     assert refused(layout.walk, address, 1, pid) == errno.ESRCH  # a zombie
     os.waitpid(pid, 0)
     assert refused(os.read, fd, 100) == errno.ESRCH
-    for each in (fd, reader, writer):
+    for each in (fd, reader):
         os.close(each)
 
 

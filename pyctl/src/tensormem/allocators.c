@@ -128,7 +128,7 @@ static struct memory taken(void)
 	if (ioctl(device, TENSORMEM_IOC_INFO, &info))
 		err(1, "info");
 	m.held = info.used;
-	m.kernel = kilobytes("/proc/meminfo", "SUnreclaim:");
+	m.kernel = kilobytes("/proc/meminfo", "Slab:");
 	return m;
 }
 

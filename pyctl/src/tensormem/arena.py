@@ -139,6 +139,8 @@ class Arena(Closing):
             ArenaFull: less is left. Nothing has changed.
             Closed: the arena was closed.
             NotPermitted: it belongs to the parent process.
+
+        Whoever changes an array's own shape (``a.shape = ...``) gets it so again; reshape it.
         """
         i = self._next
         try:

@@ -571,6 +571,7 @@ class Tensor:
             NoSuchTensor: the tensor was freed.
             NotExportable: it is one of the slab.
             NotPermitted: beyond RLIMIT_MEMLOCK.
+            NotAvailable: the process has no descriptor left.
             Closed: the client was closed.
         """
         session, block = self._block.session, self._block
@@ -628,6 +629,11 @@ def _not_exported(number: int, block: _Block) -> errors.TensormemError:
         return errors.NotPermitted(
             f"exporting {format_size(block.size)} would exceed RLIMIT_MEMLOCK, {limit}",
             f"close other dma-bufs, or {errors.RAISE_MEMLOCK}",
+        )
+    if number in (errno.EMFILE, errno.ENFILE):
+        return errors.NotAvailable(
+            f"there is no descriptor left for tensor {block.handle} ({os.strerror(number)})",
+            "close some, or raise the limit on open files (ulimit -n)",
         )
     return errors.from_errno(number, f"cannot export tensor {block.handle}")
 

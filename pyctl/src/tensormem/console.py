@@ -109,6 +109,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         TensormemError: it cannot be written; said before anything else is done.
     """
+    if path.exists() and not path.is_file():
+        raise errors.TensormemError(f"{path} is not a file", "name one, or one that is not there")
     try:
         fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:

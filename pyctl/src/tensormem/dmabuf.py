@@ -23,13 +23,13 @@ import fcntl
 import math
 import os
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import abi, errors
+from .closing import Closing
 from .device import Device, KernelDevice
 from .form import Shape, array_form
 from .units import format_size
@@ -47,10 +47,11 @@ class _Sync(abi.Struct):
     _fields_ = (("flags", ctypes.c_uint64),)
 
 
+_PASS = "pass a descriptor that Tensor.export() or a device's driver has made"
 _IOC_SYNC = (1 << 30) | (ctypes.sizeof(_Sync) << 16) | (ord("b") << 8)
 
 
-class DmaBuf:
+class DmaBuf(Closing):
     """Memory that devices share; from :meth:`Tensor.export` or :meth:`DmaBuf.of`.
 
     Used as a context manager it is closed at the end of the block, as it is when it is dropped.
@@ -72,14 +73,12 @@ class DmaBuf:
         """
         try:
             kind = os.readlink(f"/proc/self/fd/{fd}")
-            size = os.lseek(fd, 0, os.SEEK_END)
-            mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-        except OSError as error:
-            raise errors.InvalidArgument(
-                f"{fd} is not a dma-buf's descriptor ({os.strerror(error.errno or 0)})"
-            ) from None
+        except OSError:
+            raise errors.InvalidArgument(f"{fd} is not an open descriptor", _PASS) from None
         if not kind.startswith("/dmabuf:"):
-            raise errors.InvalidArgument(f"descriptor {fd} is {kind}, not a dma-buf")
+            raise errors.InvalidArgument(f"descriptor {fd} is {kind}, not a dma-buf", _PASS)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
         return cls(KernelDevice.of(fd), size, read_only=mode == os.O_RDONLY)
 
     @property
@@ -107,6 +106,7 @@ class DmaBuf:
         Raises:
             InvalidArgument: the dma-buf has fewer bytes than shape and dtype take.
             OutOfMemory: there is no address space left to map it.
+            NotAvailable: another driver's, which does not let the CPU map it.
             Closed: it was closed.
         """
         dims, kind = array_form(shape, dtype)
@@ -121,10 +121,7 @@ class DmaBuf:
         try:
             mapping = self._device.map(0, self._size, write=not self._read_only)
         except OSError as error:
-            raise errors.OutOfMemory(
-                f"cannot map {format_size(self._size)} ({os.strerror(error.errno or 0)})",
-                "drop arrays, or raise the limit on address space (ulimit -v)",
-            ) from None
+            raise self._not_mapped(error.errno or 0) from None
         return np.frombuffer(mapping, kind, count).reshape(dims)
 
     @contextlib.contextmanager
@@ -155,6 +152,18 @@ class DmaBuf:
         self._closed = True
         self._device.close()
 
+    def _not_mapped(self, number: int) -> errors.TensormemError:
+        why = os.strerror(number)
+        if number == errno.ENOMEM:
+            return errors.OutOfMemory(
+                f"cannot map {format_size(self._size)} ({why})",
+                "drop arrays, or raise the limit on address space (ulimit -v)",
+            )
+        return errors.NotAvailable(
+            f"the driver of this dma-buf does not map it for the CPU ({why})",
+            "have its device copy it into a dma-buf of a tensor (Tensor.export)",
+        )
+
     def _check(self) -> None:
         if self._closed:
             raise errors.Closed("this dma-buf is closed", "export the tensor again")
@@ -171,19 +180,6 @@ class DmaBuf:
                 cause = "cannot synchronize the dma-buf"
                 raise errors.from_errno(error.errno or 0, cause) from None
             return
-
-    def __enter__(self) -> DmaBuf:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def __del__(self) -> None:
         if not self._closed:

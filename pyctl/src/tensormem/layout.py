@@ -622,16 +622,22 @@ def _clients(pid: int, proc: Path) -> list[int]:
 
 def _mappings(pid: int, proc: Path, offset: int, length: int) -> list[int]:
     """Return where a process has mapped that part of a client's window."""
-    found = []
+    areas: list[tuple[int, int, int]] = []
     for line in (proc / str(pid) / "maps").read_text().splitlines():
         area, _, begins, _, _, *name = line.split(maxsplit=5)
         if name != [_DEVICE_LINK]:
             continue
         first, end = (int(part, 16) for part in area.split("-"))
         begin = int(begins, 16)
-        if begin <= offset and offset + length <= begin + end - first:
-            found.append(first + offset - begin)
-    return found
+        # mprotect() and madvise() of a part leave several lines
+        if areas and areas[-1][1] == first and first - begin == areas[-1][0] - areas[-1][2]:
+            first, _, begin = areas.pop()
+        areas.append((first, end, begin))
+    return [
+        first + offset - begin
+        for first, end, begin in areas
+        if begin <= offset and offset + length <= begin + end - first
+    ]
 
 
 def find(pid: int, handle: int, proc: str | os.PathLike[str] | None = None) -> Place:
@@ -648,6 +654,8 @@ def find(pid: int, handle: int, proc: str | os.PathLike[str] | None = None) -> P
         NotPermitted: the caller may not look into it.
     """
     top = system.proc_path(proc)
+    if handle >= 1 << 32:
+        raise errors.InvalidArgument(f"{handle} is no handle", "it is what Tensor.handle says")
     try:
         clients = _clients(pid, top)
         if len(clients) != 1:

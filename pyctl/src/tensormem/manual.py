@@ -67,7 +67,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 def _context(words: Sequence[str], command: click.Command, root: click.Command) -> click.Context:
     """Return the context in which the command is called: its usage has all the words."""
-    context = click.Context(root, info_name=words[0])
+    context = click.Context(root, info_name=words[0], **root.context_settings)
     found: click.Command = root
     for word in words[1:]:
         assert isinstance(found, click.Group)

@@ -12,11 +12,10 @@ from pathlib import Path
 __all__ = ["shared"]
 
 _PACKAGE = Path(__file__).parent
-_TREE = _PACKAGE.parents[2]
-_IN_TREE = {"bpf": _TREE / "bpf", "include": _TREE / "kmod/include/uapi"}
+_IN_TREE = {"bpf": "bpf", "include": "kmod/include/uapi"}
 
 
 def shared(name: str) -> Path:
     """Return the folder ``bpf`` or ``include``, whether it is there or not."""
     carried = _PACKAGE / "share" / name
-    return carried if carried.exists() else _IN_TREE[name]
+    return carried if carried.exists() else _PACKAGE / "../../.." / _IN_TREE[name]

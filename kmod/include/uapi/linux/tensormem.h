@@ -427,7 +427,8 @@ struct tensormem_query {
 
 /*
  * Flags of an export. READ_ONLY: the descriptor can be mapped for reading only, and no
- * device writes through it: an importer that asks for that is refused (EACCES).
+ * device writes through it: an importer that asks for that is refused (EACCES), and so is
+ * one whose driver works on it with the CPU (vmap; EINVAL), because it could write.
  */
 #define TENSORMEM_EXPORT_READ_ONLY	(1u << 0)
 
