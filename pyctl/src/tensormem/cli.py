@@ -152,9 +152,9 @@ def status(as_json: bool) -> None:
         rows.append(("    small tensors in them", "", show_size(slab.get("bytes"))))
     region = now.groups.get("dma")
     if region is not None and region.get("total"):
-        used = region.get("used")
-        size = show_size(used, system.CHUNK_SIZE)
-        rows.append(("chunks of the DMA pool used", show_number(used), size))
+        value = region.get("used")
+        what = "chunks of the DMA pool used"
+        rows.append((what, show_number(value), show_size(value, system.CHUNK_SIZE)))
     models = now.groups.get("model")
     if models is not None:
         slots, held = models.get("slots"), models.get("held")
