@@ -12,6 +12,7 @@ import random
 import re
 import signal
 import struct
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,24 @@ def fault(error: OSError) -> bool:
     if error.errno != errno.EFAULT:
         raise error
     return False
+
+
+def together(work: Callable[[int], object], count: int) -> list[BaseException]:
+    """Work with a seed of its own in each of so many threads; what they have raised."""
+    raised: list[BaseException] = []
+
+    def one(seed: int) -> None:
+        try:
+            work(seed)
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
 
 
 def killed_at_random(work: Callable[[int], object], dice: random.Random, least: float, most: float) -> None:

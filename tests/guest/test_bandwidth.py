@@ -472,6 +472,8 @@ def test_what_others_do_not_use_may_be_drawn_on(cycles: None, trace: None) -> No
 
 
 @needs_two
+# 6.12-rt itself warns in affine_move_task() when a task that may run nowhere else dies meanwhile
+@pytest.mark.skipif("PREEMPT_RT" in os.uname().version, reason="CPU hotplug under load is not sound there")
 def test_cpu_hotplug(cycles: None) -> None:
     """A budget outlives its core, and holds when that is back."""
     online = Path("/sys/devices/system/cpu/cpu1/online")

@@ -10,7 +10,6 @@ import random
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +18,7 @@ from conftest import USAGE, settled
 from device import CHUNK, KASAN, PAGE, DmaBuf, Raw, becomes, read, weights
 from edu import BOTH, DRIVER, FROM_DEVICE, MEMORY, MODULE, TO_DEVICE, Edu, iommu_maps
 from failnth import can_fail, let_fail, sweep
-from process import killed_at_random
+from process import killed_at_random, together
 from tensormem import abi
 
 READ_ONLY = abi.ExportFlag.READ_ONLY
@@ -280,20 +279,7 @@ def churn(seed: int, rounds: int) -> None:
 
 
 def test_threads(raw: Raw) -> None:
-    failures: list[BaseException] = []
-
-    def work(seed: int) -> None:
-        try:
-            churn(seed, 10 if KASAN else 40)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert together(lambda seed: churn(seed, 10 if KASAN else 40), 3) == []
     becomes("chunk/quarantined", 0)
 
 

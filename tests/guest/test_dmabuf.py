@@ -13,7 +13,6 @@ import resource
 import signal
 import socket
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import pytest
 import tensormem
 from conftest import USAGE, settled
 from device import CHUNK, KASAN, PAGE, DmaBuf, Raw, address_of, becomes, read, write
-from process import FAILED, dies, hold, killed_at_random, let_go, libc, mremap_to, status_of
+from process import FAILED, dies, hold, killed_at_random, let_go, libc, mremap_to, status_of, together
 from tensormem import abi
 
 READ, WRITE, EXEC = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
@@ -500,20 +499,7 @@ def churn(raw: Raw, dice: random.Random, rounds: int) -> None:
 
 
 def test_threads_of_one_client(raw: Raw) -> None:
-    failures: list[BaseException] = []
-
-    def work(seed: int) -> None:
-        try:
-            churn(raw, random.Random(seed), 60 if KASAN else 200)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert together(lambda seed: churn(raw, random.Random(seed), 60 if KASAN else 200), 3) == []
     raw.relieve(1 << 40, abi.Relief.CHUNKS)
     becomes("chunk/quarantined", 0)
 

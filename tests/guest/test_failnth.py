@@ -1023,10 +1023,11 @@ def test_model_mmap(filled: Slot) -> None:
 
 @pytest.mark.parametrize("size", [PAGE, 3 * CHUNK + 11 * PAGE])
 def test_export(raw: Raw, size: int) -> None:
-    """A dma-buf, or nothing of it: neither is the tensor held, nor known as exported."""
+    """A dma-buf, or nothing of it: the tensor is not held. What was nearly exported is not reused."""
     before = descriptors() + 1  # what the sweep opens
     item = raw.alloc(size, flags=NOZERO)
     request = abi.Export(handle=item.handle, fd=-1)
+    kept: list[int] = []
 
     def check(result: int) -> None:
         nonlocal item
@@ -1036,14 +1037,16 @@ def test_export(raw: Raw, size: int) -> None:
             os.close(request.fd)
         becomes("dma/buffers", 0)
         assert raw.free(item.handle) == 0
-        if result == 0:
-            becomes("chunk/quarantined", 0)
-        # what was exported is not kept for reuse
-        assert raw.info().kept == (0 if result == 0 else size)
+        becomes("chunk/quarantined", 0)
+        kept.append(raw.info().kept)
         item = raw.alloc(size, flags=NOZERO)
         request.handle = item.handle
 
     assert sweep(lambda: raw.ioctl(abi.IOC_EXPORT, request), check) >= {errno.ENOMEM, errno.EFAULT}
+    # The failures before its memory was held left it as it was, the others as if it had been exported
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] == size
+    assert kept[-1] == 0
 
 
 # The RT pool

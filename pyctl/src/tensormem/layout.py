@@ -15,9 +15,10 @@ import fcntl
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from . import abi, errors, system
 
@@ -42,6 +43,8 @@ __all__ = [
     "parse_walk",
     "walk",
 ]
+
+_T = TypeVar("_T")
 
 DEFAULT_ROOT = "/sys/kernel/debug/tensormem"
 
@@ -145,11 +148,17 @@ def _chunk(line: str) -> Chunk:
     )  # fmt: skip
 
 
-def _unknown(name: str, line: str) -> errors.IncompatibleModule:
-    return errors.IncompatibleModule(
-        f"the loaded module's {name} has a line that this package does not know: {line!r}",
-        "load a tensormem module that matches this package",
-    )
+def _parse(name: str, text: str, parse: Callable[[str], _T]) -> list[_T]:
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(parse(line))
+        except ValueError:
+            raise errors.IncompatibleModule(
+                f"the loaded module's {name} has a line that this package does not know: {line!r}",
+                "load a tensormem module that matches this package",
+            ) from None
+    return found
 
 
 def parse_chunks(text: str) -> list[Chunk]:
@@ -158,13 +167,7 @@ def parse_chunks(text: str) -> list[Chunk]:
     Raises:
         IncompatibleModule: a line is not one of this ABI.
     """
-    found = []
-    for line in text.splitlines():
-        try:
-            found.append(_chunk(line))
-        except ValueError:
-            raise _unknown("chunks", line) from None
-    return found
+    return _parse("chunks", text, _chunk)
 
 
 def _path(name: str, root: str | os.PathLike[str] | None) -> Path:
@@ -339,13 +342,7 @@ def parse_walk(text: str) -> list[Entry]:
     Raises:
         IncompatibleModule: a line is not one of this ABI.
     """
-    found = []
-    for line in text.splitlines():
-        try:
-            found.append(_entry(line))
-        except ValueError:
-            raise _unknown("walk", line) from None
-    return found
+    return _parse("walk", text, _entry)
 
 
 def _refused(error: OSError, address: int, pid: int) -> errors.TensormemError:
