@@ -10,7 +10,6 @@ import random
 import signal
 import struct
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from conftest import USAGE, settled
 from device import CHUNK, KASAN, PAGE, Raw, address_of, becomes, read, wait_for, weights, word
 from edu import MEMORY, MODULE, Edu
 from failnth import can_fail, let_fail, sweep
-from process import dies, hold, killed_at_random, let_go
+from process import dies, hold, killed_at_random, let_go, together
 from tensormem import abi
 
 DMA = abi.Pool.DMA
@@ -384,20 +383,7 @@ def churn(seed: int, rounds: int) -> None:
 
 
 def test_threads() -> None:
-    failures: list[BaseException] = []
-
-    def work(seed: int) -> None:
-        try:
-            churn(seed, 10 if KASAN else 40)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert together(lambda seed: churn(seed, 10 if KASAN else 40), 3) == []
 
 
 def test_killed_at_random() -> None:
