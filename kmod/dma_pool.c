@@ -6,12 +6,13 @@
  * The region is of one of two sorts. With "reusable" the kernel lends it to programs, and moves
  * them out of it when we want some (CMA). Without, nobody has it but us. Both are ordinary
  * memory with a struct page and a count for each page, so all else treats what comes from here
- * as it treats other pages: it is mapped, pinned, exported and set aside while somebody holds it.
+ * as it treats other pages: it is exported, and set aside while somebody holds it. But it is
+ * mapped so that nobody can pin it (vm.c).
  *
  * What was taken in one piece goes back in one piece, as the kernel's DMA API has it. Until then
  * it keeps the module; so a region is never let go of before all of it is back.
  *
- * No lock of ours is taken in tm_dma_mutex.
+ * No other lock of ours is taken in tm_dma_binding and tm_dma_mutex.
  */
 #include <linux/align.h>
 #include <linux/bitmap.h>
@@ -27,6 +28,8 @@
 #include <linux/of_reserved_mem.h>
 #include <linux/pfn.h>
 #include <linux/platform_device.h>
+#include <linux/rwsem.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/sysfs.h>
 
@@ -40,7 +43,7 @@
  * @nr_chunks: whole chunks in it
  * @used: those that somebody has
  * @taken: which, a bit each; NULL where CMA knows
- * @gone: the device is being taken away: nothing is handed out any more
+ * @gone: the device is being taken away: nothing is handed out any more; written under tm_dma_binding as well
  */
 struct tm_dma_region {
 	struct device *dev;
@@ -52,6 +55,8 @@ struct tm_dma_region {
 };
 
 static DEFINE_MUTEX(tm_dma_mutex);
+/* Held for writing to let the device go, for reading by who asks the DMA API for memory. tm_dma_mutex is taken in it. */
+static DECLARE_RWSEM(tm_dma_binding);
 /* Under tm_dma_mutex; whoever has memory of it may look without. */
 static struct tm_dma_region *tm_dma_region;
 
@@ -125,15 +130,18 @@ static void tm_dma_end(const struct tm_dma_grant *grant)
 	mutex_unlock(&tm_dma_mutex);
 }
 
-static void tm_dma_zero(const struct tm_dma_grant *grant)
+static int tm_dma_zero(const struct tm_dma_grant *grant)
 {
 	struct page *page = tm_dma_pool_page(grant->page);
 	unsigned long count = tm_dma_pages(grant->nr_chunks);
 
 	for (unsigned long i = 0; i < count; i++) {
+		if (fatal_signal_pending(current))
+			return -EINTR;
 		clear_highpage(page + i);
 		cond_resched();
 	}
+	return 0;
 }
 
 /* Have CMA make room. Zeroed, as the DMA API has it. */
@@ -142,13 +150,16 @@ static int tm_dma_from_cma(const struct tm_dma_region *region,
 {
 	size_t size = tm_dma_bytes(grant->nr_chunks);
 	unsigned long frame;
-	struct page *page;
+	struct page *page = NULL;
 
-	page = dma_alloc_pages(region->dev, size, &grant->address,
-			       DMA_BIDIRECTIONAL,
-			       GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN);
+	down_read(&tm_dma_binding);
+	if (!region->gone)
+		page = dma_alloc_pages(region->dev, size, &grant->address,
+				       DMA_BIDIRECTIONAL,
+				       GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN);
+	up_read(&tm_dma_binding);
 	if (!page)
-		return -ENOSPC;
+		return fatal_signal_pending(current) ? -EINTR : -ENOSPC;
 	/* Where CMA has none, the DMA API goes on with what is not ours. */
 	frame = page_to_pfn(page);
 	if (frame < region->first ||
@@ -167,7 +178,7 @@ static int tm_dma_from_cma(const struct tm_dma_region *region,
  *
  * Context: may sleep; under no lock of ours.
  * Return: them, zeroed, each page with a count of one; or an ERR_PTR: -ENODEV when the device
- * tree has no region, -ENOSPC when that has no such gap, -ENOMEM.
+ * tree has no region, -ENOSPC when that has no such gap, -ENOMEM, -EINTR on a fatal signal.
  */
 struct tm_dma_grant *tm_dma_pool_take(u32 nr_chunks)
 {
@@ -181,7 +192,7 @@ struct tm_dma_grant *tm_dma_pool_take(u32 nr_chunks)
 	if (err)
 		goto err_free;
 	if (tm_dma_region->taken)
-		tm_dma_zero(grant);
+		err = tm_dma_zero(grant);
 	else
 		err = tm_dma_from_cma(tm_dma_region, grant);
 	if (err)
@@ -221,10 +232,7 @@ struct page *tm_dma_pool_page(struct tm_page_id page)
 	return pfn_to_page(tm_dma_region->first + page.v);
 }
 
-/*
- * Whether the region is memory that the kernel maps and leaves alone. What it could not set
- * aside, or gave to somebody else, is not.
- */
+/* Whether the region is memory that the kernel maps and leaves alone: what it could not set aside is not. */
 static bool tm_dma_idle(const struct tm_dma_region *region)
 {
 	unsigned long count = tm_dma_pages(region->nr_chunks);
@@ -232,7 +240,7 @@ static bool tm_dma_idle(const struct tm_dma_region *region)
 	for (unsigned long i = 0; i < count; i++) {
 		struct page *page;
 
-		if (!pfn_valid(region->first + i))
+		if (!pfn_is_map_memory(region->first + i))
 			return false;
 		page = pfn_to_page(region->first + i);
 		if (!PageReserved(page) || page_count(page) != 1)
@@ -312,10 +320,13 @@ static struct tm_dma_region *tm_dma_region_find(struct device *dev)
 /* Nothing is handed out any more; who has memory keeps it. */
 static void tm_dma_leave(void *unused)
 {
+	/* The DMA API looks at what the driver core is about to take from the device. */
+	down_write(&tm_dma_binding);
 	mutex_lock(&tm_dma_mutex);
 	tm_dma_region->gone = true;
 	tm_dma_region_close();
 	mutex_unlock(&tm_dma_mutex);
+	up_write(&tm_dma_binding);
 }
 
 static int tm_dma_probe(struct platform_device *pdev)
@@ -324,6 +335,10 @@ static int tm_dma_probe(struct platform_device *pdev)
 	struct tm_dma_region *region;
 	int err;
 
+	/* What is mapped for an IOMMU would have to be unmapped before the device is let go. */
+	if (device_iommu_mapped(dev))
+		return dev_err_probe(dev, -EINVAL,
+				     "the node is not behind an IOMMU: no iommus\n");
 	/* Whose memory a device is to reach is for the device's driver to say. */
 	err = dma_set_mask_and_coherent(dev, DMA_BIT_MASK(64));
 	if (err)

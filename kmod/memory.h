@@ -75,6 +75,13 @@ enum tm_memory_policy {
 	TM_MEMORY_DMA,		/* whole chunks side by side, out of the DMA pool */
 };
 
+/* Whether it came out of the DMA pool, in one piece. */
+static inline bool tm_memory_is_dma(const struct tm_memory *memory)
+{
+	return memory->nr_extents &&
+	       memory->extent[0].run.node == TM_DMA_NODE;
+}
+
 /**
  * struct tm_memory_request - what a memory is to be
  * @nr_pages: how many pages

@@ -93,7 +93,7 @@ def guest_options(arguments: argparse.Namespace) -> options.Options:
         numa=arguments.numa,
         icount=arguments.icount,
         dma=arguments.dma,
-        dma_pool=options.dma_pool(arguments.dma_pool) if arguments.dma_pool else None,
+        dma_pool=None if arguments.dma_pool is None else options.dma_pool(arguments.dma_pool),
         shares=tuple(options.share(text) for text in arguments.share),
         timeout=getattr(arguments, "timeout", 0),
         append=arguments.append,

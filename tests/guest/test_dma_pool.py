@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -21,8 +22,8 @@ from conftest import USAGE, settled
 from device import CHUNK, KASAN, PAGE, Raw, address_of, becomes, read, wait_for, weights, word
 from edu import MEMORY, MODULE, Edu
 from failnth import can_fail, let_fail, sweep
-from process import dies, hold, killed_at_random, let_go, together
-from tensormem import abi
+from process import dies, hold, killed_at_random, let_go, registered, together
+from tensormem import abi, layout
 
 DMA = abi.Pool.DMA
 DRIVER = Path("/sys/bus/platform/drivers/tensormem-dma")
@@ -228,12 +229,12 @@ def test_quota(raw: Raw) -> None:
 # Who still has it
 
 
-def test_held_pages_keep_all_of_it(raw: Raw) -> None:
-    """One page in a pipe: the tensor stays whole, on the bill, and nobody's."""
+def test_who_holds_some_keeps_all_of_it(raw: Raw) -> None:
+    """The dma-buf of one that is freed: it stays whole, on the bill, and nobody's."""
     item = raw.alloc(3 * CHUNK, pool=DMA)
     window = raw.map_tensor(item)
     window[CHUNK : CHUNK + PAGE] = b"\x5a" * PAGE
-    pipe = hold(address_of(window) + CHUNK, PAGE)
+    shared = raw.export(item.handle)
     window.close()
     assert raw.free(item.handle) == 0
     assert figures() == (TOTAL, 3, TOTAL - 3)
@@ -244,27 +245,47 @@ def test_held_pages_keep_all_of_it(raw: Raw) -> None:
     other[:PAGE] = b"\xff" * PAGE
     other.close()
     assert raw.try_alloc(1, pool=DMA)[0] == errno.ENOSPC
-    assert os.read(pipe[0], PAGE) == b"\x5a" * PAGE
+    view = shared.view()
+    assert bytes(view[CHUNK : CHUNK + PAGE]) == b"\x5a" * PAGE
+    view.close()
+    shared.close()
     becomes("chunk/quarantined", 0)
     assert figures() == (TOTAL, TOTAL - 3, 3)
-    let_go(pipe)
     assert raw.free(rest.handle) == 0
 
 
 def test_the_module_stays_while_it_is_held() -> None:
     """Also when no client is left: a page of it must not be anybody else's before."""
     with Raw() as client:
-        window = client.map_tensor(client.alloc(CHUNK, pool=DMA))
-        window[:PAGE] = b"\x11" * PAGE
-        pipe = hold(address_of(window), PAGE)
-        window.close()
-    becomes("clients/count", 0)
+        item = client.alloc(CHUNK, pool=DMA)
+        shared = client.export(item.handle)
+    wait_for(lambda: read("clients/count") == 0)
     assert figures() == (TOTAL, 1, TOTAL - 1)
     result = subprocess.run(["rmmod", "tensormem"], stderr=subprocess.PIPE, text=True, check=False)
     assert result.returncode != 0
     assert "in use" in result.stderr
-    assert os.read(pipe[0], PAGE) == b"\x11" * PAGE
-    let_go(pipe)
+    shared.close()
+
+
+@pytest.mark.parametrize("of", ["tensor", "dma-buf"])
+def test_nobody_pins_it(raw: Raw, tmp_path: Path, of: str) -> None:
+    """What pins for an I/O and what pins for good: EFAULT, and soon. The kernel copies it all the same."""
+    item = raw.alloc(CHUNK, pool=DMA)
+    other = raw.map_tensor(raw.alloc(CHUNK))
+    shared = raw.export(item.handle)
+    window = raw.map_tensor(item) if of == "tensor" else shared.view()
+    window[:PAGE] = other[:PAGE] = weights("pinned", PAGE)
+    assert (registered(address_of(other), PAGE), registered(address_of(window), PAGE)) == (0, errno.EFAULT)
+    with pytest.raises(OSError, match="Bad address"):
+        hold(address_of(window), PAGE)
+    file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    assert os.pwrite(file, memoryview(window)[:PAGE], 0) == PAGE
+    assert os.preadv(file, [memoryview(window)[PAGE : 2 * PAGE]], 0) == PAGE
+    assert window[PAGE : 2 * PAGE] == window[:PAGE] == weights("pinned", PAGE)
+    os.close(file)
+    window.close()
+    shared.close()
+    other.close()
 
 
 def test_the_driver_goes_while_it_is_used(raw: Raw) -> None:
@@ -321,7 +342,7 @@ def test_a_device_has_it(raw: Raw, edu: Edu) -> None:
     shared = raw.export(item.handle)
     assert read("dma/bytes") == chunks * CHUNK
     assert edu.attach(shared.fd) == edu.map_for() == 0
-    assert (edu.mapped.entries, edu.mapped.largest) == (chunks, CHUNK)
+    assert (edu.mapped.entries, edu.mapped.largest) == (1, chunks * CHUNK)
     assert edu.fetch(chunks * CHUNK - MEMORY) == edu.store(0) == 0
     assert window[:MEMORY] == data
     window.close()
@@ -331,6 +352,53 @@ def test_a_device_has_it(raw: Raw, edu: Edu) -> None:
     assert edu.total() == (0, 2 * sum(data))
     assert edu.unmap() == edu.detach() == 0
     becomes("dma/used", 0)
+
+
+# Of a region that is lent
+
+
+def fill(region: range) -> list[mmap.mmap]:
+    """Memory of ours until some of it is in the region; each piece has its number at both ends."""
+    pieces: list[mmap.mmap] = []
+    inside = 0
+    while inside < 2 * CHUNK // PAGE:
+        free = re.search(r"^MemFree:\s+(\d+)", Path("/proc/meminfo").read_text(), re.M)
+        assert free
+        assert int(free[1]) > 90 << 10, f"{inside} pages of {len(pieces)} pieces are in the region"
+        piece = mmap.mmap(-1, CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for at in range(0, CHUNK, PAGE):
+            piece[at] = 1
+        piece[:4] = piece[-4:] = struct.pack("<I", len(pieces))
+        pieces.append(piece)
+        inside += len(places(piece, region))
+    return pieces
+
+
+def places(piece: mmap.mmap, region: range) -> list[int]:
+    """Which of its pages are in the region."""
+    found = layout.frames(address_of(piece), CHUNK // PAGE)
+    return [page for page, frame in enumerate(found) if frame in region]
+
+
+@pytest.mark.skipif(not REUSABLE, reason="programs have none of it")
+def test_what_programs_have_moves_out(raw: Raw) -> None:
+    """Unless somebody has pinned a page of it: then it is as if there were no room."""
+    whole = raw.alloc(TOTAL * CHUNK, pool=DMA)
+    first = frames(raw, whole)[0]
+    region = range(first, first + TOTAL * CHUNK // PAGE)
+    assert raw.free(whole.handle) == 0
+    pieces = fill(region)
+    piece, page = next((piece, found[0]) for piece in reversed(pieces) if (found := places(piece, region)))
+    pipe = hold(address_of(piece) + page * PAGE, PAGE)
+    assert raw.try_alloc(TOTAL * CHUNK, pool=DMA)[0] == errno.ENOSPC
+    assert (figures(), raw.info().used) == ((TOTAL, 0, TOTAL), 0)
+    let_go(pipe)
+    wait_for(lambda: raw.try_alloc(TOTAL * CHUNK, pool=DMA)[0] == 0)
+    assert figures() == (TOTAL, TOTAL, 0)
+    for number, piece in enumerate(pieces):
+        assert not places(piece, region)
+        assert piece[:4] == piece[-4:] == struct.pack("<I", number)
+        piece.close()
 
 
 # Memory that is not to be had; many at once

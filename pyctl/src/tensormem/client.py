@@ -125,7 +125,7 @@ class TensorInfo:
     Attributes:
         handle: its name, never 0.
         kind: ``weights``, ``kv``, ``activations`` or ``protocol``.
-        pool: the pool that serves it: ``chunk``, ``buddy`` or ``slab``.
+        pool: the pool that serves it: ``chunk``, ``buddy``, ``slab`` or ``dma``.
         size: bytes asked for.
         length: bytes it takes in the window.
         offset: where it lies in the window, in bytes; a multiple of the page size
@@ -236,7 +236,6 @@ class _Session(Session):
         short = {
             errno.ENOMEM: "the system has no memory left, or the memory cgroup is at its limit",
             errno.ENOSPC: "the chunk pool is at its capacity",
-            errno.ENODEV: "the device tree sets no region aside for the DMA pool",
             errno.ENOBUFS: "the client's window has no gap of this size left",
             errno.EINVAL: "the kernel refuses it as malformed",
             errno.EINTR: "a fatal signal ended the call",
@@ -261,6 +260,10 @@ class _Session(Session):
                     f"the client holds {format_size(info.used)} of its quota of"
                     f" {format_size(info.quota)}"
                 )
+        if number == errno.ENODEV and item.pool == Pool.DMA:
+            return errors.NoDmaPool(
+                f"cannot allocate {what}, {errors.NoDmaPool.default_cause}", remedy, number
+            )
         return errors.from_errno(
             number, f"cannot allocate {what}" + (f", {short}" if short else ""), remedy
         )

@@ -159,7 +159,7 @@ class PoolExhausted(TensormemError, MemoryError):
 
 
 class NoDmaPool(TensormemError, NotImplementedError):
-    """The device tree sets no region aside for the DMA pool (ENODEV)."""
+    """The device tree sets no region aside for the DMA pool, or its driver is unbound (ENODEV)."""
 
     default_cause = "the device tree sets no region aside for the DMA pool"
     default_remedy = "use pool='chunk', or add the nodes that docs/dma.md shows"
@@ -519,7 +519,6 @@ _BY_ERRNO: dict[int, type[TensormemError]] = {
         OutOfMemory,
         QuotaExceeded,
         PoolExhausted,
-        NoDmaPool,
         WindowFull,
         Busy,
         NotPermitted,
