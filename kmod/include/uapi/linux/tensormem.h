@@ -280,7 +280,7 @@ enum tensormem_pool {
 
 /*
  * How a tensor's pages are mapped. All can be pinned (O_DIRECT, io_uring), but
- * POOL_DMA's: what would pin these is refused with EFAULT. A block
+ * POOL_DMA's: what would pin these is refused (EEXIST). A block
  * costs one TLB entry and one fault for 2 MiB, but does not count as RSS on every
  * kernel, and where only part of a chunk is mapped it is mapped by pages.
  */
