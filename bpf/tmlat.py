@@ -13,7 +13,7 @@ from typing import ClassVar
 import tmbpf
 
 KINDS = {0: "", 1: "weights", 2: "kv", 3: "activations", 4: "protocol"}
-POOLS = {0: "", 1: "chunk", 2: "buddy", 3: "slab", 4: "kv", 5: "model", 6: "rt"}
+POOLS = {0: "", 1: "chunk", 2: "buddy", 3: "slab", 4: "dma", 5: "kv", 6: "model", 7: "rt"}
 #: By what a histogram may be split.
 PARTS = ("pool", "kind", "size")
 CODE = r"""
@@ -57,15 +57,15 @@ class Lat(tmbpf.Tool):
     code = tmbpf.SUMS + CODE
     probes: ClassVar[Mapping[str, str]] = {
         "alloc": took("args->kind", "args->pool", "tm_log2(args->size)", late=True),
-        "rt_alloc": took(4, 6, "tm_log2(args->size)", late=True),
-        "kv_extend": took(2, 4, 0, late=True),
+        "rt_alloc": took(4, 7, "tm_log2(args->size)", late=True),
+        "kv_extend": took(2, 5, 0, late=True),
         "fault": took(0, 0, 0),
-        "kv_fault": took(2, 4, 0),
-        "model_fault": took(1, 5, 0),
+        "kv_fault": took(2, 5, 0),
+        "model_fault": took(1, 6, 0),
         "ioctl": took(0, 0, "args->cmd"),
         "chunk_grow": took(0, 1, 0),
-        "kv_pack": took(2, 4, 0),
-        "kv_unpack": took(2, 4, 0),
+        "kv_pack": took(2, 5, 0),
+        "kv_unpack": took(2, 5, 0),
         "pressure_step": took(0, 0, "args->step"),
     }
 

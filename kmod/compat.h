@@ -300,6 +300,18 @@ static inline vm_fault_t tm_vmf_insert_block(struct vm_fault *vmf,
 #endif
 }
 
+/* Map a page frame of a VM_MIXEDMAP area as one that cannot be pinned. What is there already stays. */
+static inline vm_fault_t tm_vmf_insert_frame(struct vm_area_struct *vma,
+					     unsigned long address,
+					     unsigned long frame)
+{
+#ifdef TM_HAVE_PFN_T /* until 6.16 */
+	return vmf_insert_mixed(vma, address, pfn_to_pfn_t(frame));
+#else
+	return vmf_insert_mixed(vma, address, frame);
+#endif
+}
+
 /* Whether a family is told when somebody joins or leaves one of its groups. */
 #ifdef TM_HAVE_GENL_BIND /* 6.9 */
 #define TM_GENL_TELLS	true

@@ -30,6 +30,7 @@
 #include "args.h"
 #include "client.h"
 #include "compat.h"
+#include "dma_pool.h"
 #include "dmabuf.h"
 #include "limits.h"
 #include "memory.h"
@@ -89,6 +90,15 @@ static void tm_dmabuf_detach(struct dma_buf *dmabuf,
 	atomic64_dec(&tm_nr_attachments);
 }
 
+/* Bytes that lie side by side from extent *@i on; that becomes the one behind them. */
+static size_t tm_dmabuf_stretch(const struct tm_memory *memory, u32 *i)
+{
+	if (!tm_memory_is_dma(memory))
+		return PAGE_SIZE << memory->extent[(*i)++].run.order;
+	*i = memory->nr_extents;
+	return (size_t)memory->nr_pages << PAGE_SHIFT;
+}
+
 /* Put @buf in pieces of up to @most bytes into @sg, unless that is NULL. Return: how many they are. */
 static u32 tm_dmabuf_pieces(const struct tm_dmabuf *buf, size_t most,
 			    struct scatterlist *sg)
@@ -97,10 +107,9 @@ static u32 tm_dmabuf_pieces(const struct tm_dmabuf *buf, size_t most,
 	u64 left = buf->region.range.length << PAGE_SHIFT;
 	u32 pieces = 0;
 
-	for (u32 i = 0; i < memory->nr_extents; i++) {
-		const struct tm_run *run = &memory->extent[i].run;
-		size_t size = min_t(u64, left, PAGE_SIZE << run->order);
-		struct page *page = tm_pages_page(run);
+	for (u32 i = 0; i < memory->nr_extents;) {
+		struct page *page = tm_pages_page(&memory->extent[i].run);
+		size_t size = min_t(u64, left, tm_dmabuf_stretch(memory, &i));
 
 		left -= size;
 		for (size_t at = 0, part; at < size; at += part) {
@@ -116,7 +125,7 @@ static u32 tm_dmabuf_pieces(const struct tm_dmabuf *buf, size_t most,
 }
 
 /*
- * A table of @buf with an entry for each chunk or run, where @device takes as much in one; where what it cannot reach
+ * A table of @buf with an entry for each chunk or run, or one for all of the DMA pool's, where @device takes as much in one; where what it cannot reach
  * is copied for it, that is less.
  */
 static int tm_dmabuf_table(const struct tm_dmabuf *buf, struct device *device,
@@ -444,6 +453,10 @@ static struct attribute *tm_dma_attrs[] = {
 	&dev_attr_buffers.attr,
 	&dev_attr_bytes.attr,
 	&dev_attr_attachments.attr,
+	&tm_dma_pool_total.attr,
+	&tm_dma_pool_used.attr,
+	&tm_dma_pool_free.attr,
+	&tm_dma_pool_node.attr,
 	NULL
 };
 

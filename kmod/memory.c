@@ -10,6 +10,7 @@
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 
+#include "dma_pool.h"
 #include "memory.h"
 
 static atomic64_t tm_fallback_count = ATOMIC64_INIT(0);
@@ -40,6 +41,27 @@ static int tm_memory_reserve_extent(struct tm_memory *memory)
 	return 0;
 }
 
+/* Return: a memory of no pages, with room for that many extents, or NULL. */
+static struct tm_memory *tm_memory_create(u32 extents)
+{
+	struct tm_memory *memory = kmalloc(sizeof(*memory), TM_GFP);
+
+	if (!memory)
+		return NULL;
+	*memory = (struct tm_memory){
+		.extent = memory->small,
+		.max_extents = max_t(u32, extents, TM_EXTENTS_INLINE),
+	};
+	if (extents > TM_EXTENTS_INLINE)
+		memory->extent = kvmalloc_array(extents, sizeof(*memory->extent),
+						TM_GFP);
+	if (!memory->extent) {
+		kfree(memory);
+		return NULL;
+	}
+	return memory;
+}
+
 /* Add one zeroed extent of 2^@order pages at the end. */
 static int tm_memory_extend(struct tm_memory *memory, unsigned int order,
 			    const struct tm_memory_request *request,
@@ -68,6 +90,44 @@ static int tm_memory_extend(struct tm_memory *memory, unsigned int order,
 	return 0;
 }
 
+static void tm_memory_destroy(struct tm_memory *memory)
+{
+	if (memory->extent != memory->small)
+		kvfree(memory->extent);
+	kfree(memory);
+}
+
+/* Take zeroed chunks side by side out of the DMA pool. */
+static struct tm_memory *tm_memory_alloc_dma(u32 nr_chunks)
+{
+	struct tm_dma_grant *grant = tm_dma_pool_take(nr_chunks);
+	struct tm_geometry g = tm_pages_geometry();
+	struct tm_memory *memory;
+
+	if (IS_ERR(grant))
+		return ERR_CAST(grant);
+	memory = tm_memory_create(nr_chunks);
+	if (!memory) {
+		tm_dma_pool_put(grant);
+		return ERR_PTR(-ENOMEM);
+	}
+	for (u32 i = 0; i < nr_chunks; i++)
+		memory->extent[i] = (struct tm_extent){
+			.first = i << g.chunk_order,
+			.run = {
+				.page.v = grant->page.v + (i << g.chunk_order),
+				.node = TM_DMA_NODE,
+				.order = g.chunk_order,
+				.zeroed = true,
+			},
+		};
+	memory->nr_extents = nr_chunks;
+	memory->nr_chunks = nr_chunks;
+	memory->nr_pages = nr_chunks << g.chunk_order;
+	memory->grant = grant;
+	return memory;
+}
+
 /**
  * tm_memory_alloc - allocate zeroed pages
  * @request: how many, and of what
@@ -78,7 +138,8 @@ static int tm_memory_extend(struct tm_memory *memory, unsigned int order,
  *
  * Context: may sleep. Never invokes the OOM killer.
  * Return: the memory or an ERR_PTR: -ENOSPC at the pool's capacity, -ENOMEM when
- * the system or current's memory cgroup has none, -EINTR on a fatal signal.
+ * the system or current's memory cgroup has none, -EINTR on a fatal signal, -ENODEV
+ * with TM_MEMORY_DMA where there is no such pool.
  */
 struct tm_memory *tm_memory_alloc(const struct tm_memory_request *request)
 {
@@ -89,16 +150,14 @@ struct tm_memory *tm_memory_alloc(const struct tm_memory_request *request)
 	struct tm_memory *memory;
 	int first_err = 0, err;
 
+	if (request->policy == TM_MEMORY_DMA)
+		return tm_memory_alloc_dma(request->nr_pages >> chunk_order);
 	/* What cannot be had must not drain the pool before it fails. */
 	if (!tm_pages_could_hold(request->numa.nodes, request->nr_pages))
 		return ERR_PTR(-ENOSPC);
-	memory = kmalloc(sizeof(*memory), TM_GFP);
+	memory = tm_memory_create(0);
 	if (!memory)
 		return ERR_PTR(-ENOMEM);
-	*memory = (struct tm_memory){
-		.extent = memory->small,
-		.max_extents = ARRAY_SIZE(memory->small),
-	};
 
 	while (memory->nr_pages < request->nr_pages) {
 		u32 left = request->nr_pages - memory->nr_pages;
@@ -149,17 +208,11 @@ const struct tm_extent *tm_memory_find(const struct tm_memory *memory,
 	return &memory->extent[low];
 }
 
-static void tm_memory_destroy(struct tm_memory *memory)
-{
-	if (memory->extent != memory->small)
-		kvfree(memory->extent);
-	kfree(memory);
-}
-
-/* References that stand for a run: a whole chunk has one count, that of its first page. */
+/* References that stand for a run: a whole chunk of ours has one count, that of its first page. */
 static u32 tm_memory_counts(const struct tm_run *run)
 {
-	return run->order == tm_pages_geometry().chunk_order ?
+	return run->order == tm_pages_geometry().chunk_order &&
+	       run->node != TM_DMA_NODE ?
 	       1 : 1u << run->order;
 }
 
@@ -192,24 +245,13 @@ bool tm_memory_held(const struct tm_run *run)
  */
 struct tm_memory *tm_memory_hold(const struct tm_memory *memory)
 {
-	struct tm_memory *held = kmalloc(sizeof(*held), TM_GFP);
+	struct tm_memory *held = tm_memory_create(memory->nr_extents);
 
 	if (!held)
 		return ERR_PTR(-ENOMEM);
-	*held = (struct tm_memory){
-		.extent = held->small,
-		.nr_extents = memory->nr_extents,
-		.max_extents = max_t(u32, memory->nr_extents, TM_EXTENTS_INLINE),
-		.nr_chunks = memory->nr_chunks,
-		.nr_pages = memory->nr_pages,
-	};
-	if (held->max_extents > TM_EXTENTS_INLINE)
-		held->extent = kvmalloc_array(held->max_extents,
-					      sizeof(*held->extent), TM_GFP);
-	if (!held->extent) {
-		kfree(held);
-		return ERR_PTR(-ENOMEM);
-	}
+	held->nr_extents = memory->nr_extents;
+	held->nr_chunks = memory->nr_chunks;
+	held->nr_pages = memory->nr_pages;
 	memcpy(held->extent, memory->extent,
 	       held->nr_extents * sizeof(*held->extent));
 	for (u32 i = 0; i < held->nr_extents; i++) {
@@ -240,12 +282,34 @@ void tm_memory_let_go(struct tm_memory *memory)
 	tm_memory_destroy(memory);
 }
 
+static void tm_memory_give_back(struct tm_memory *memory, bool zeroed)
+{
+	if (memory->grant)
+		tm_dma_pool_put(memory->grant);
+	else
+		for (u32 i = 0; i < memory->nr_extents; i++)
+			tm_pages_free(&memory->extent[i].run, zeroed);
+	tm_memory_destroy(memory);
+}
+
+/* What came in one piece goes back so, or stays. */
+static bool tm_memory_free_dma(struct tm_memory *memory)
+{
+	for (u32 i = 0; i < memory->nr_extents; i++) {
+		cond_resched();
+		if (tm_memory_held(&memory->extent[i].run))
+			return false;
+	}
+	tm_memory_give_back(memory, false);
+	return true;
+}
+
 /**
  * tm_memory_free - give back memory that was mapped, as far as it can be
  * @memory: what to give back; consumed when all of it is given back
  *
  * Every mapping is gone. Extents with pages that somebody still holds stay in
- * @memory: they must not be handed out before nobody does.
+ * @memory: they must not be handed out before nobody does. Of the DMA pool all stay.
  *
  * Context: may sleep. Return: whether all of it could be given back.
  */
@@ -253,6 +317,8 @@ bool tm_memory_free(struct tm_memory *memory)
 {
 	u32 kept = 0;
 
+	if (memory->grant)
+		return tm_memory_free_dma(memory);
 	memory->nr_pages = 0;
 	for (u32 i = 0; i < memory->nr_extents; i++) {
 		struct tm_extent extent = memory->extent[i];
@@ -270,13 +336,6 @@ bool tm_memory_free(struct tm_memory *memory)
 		return false;
 	tm_memory_destroy(memory);
 	return true;
-}
-
-static void tm_memory_give_back(struct tm_memory *memory, bool zeroed)
-{
-	for (u32 i = 0; i < memory->nr_extents; i++)
-		tm_pages_free(&memory->extent[i].run, zeroed);
-	tm_memory_destroy(memory);
 }
 
 /**

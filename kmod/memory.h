@@ -11,6 +11,7 @@
 #include "window.h"
 
 struct tm_client;
+struct tm_dma_grant;
 
 /* Physically contiguous pages of a memory: a run, or a whole chunk. */
 struct tm_extent {
@@ -28,6 +29,7 @@ struct tm_extent {
  * @max_extents: room in @extent
  * @nr_chunks: how many extents are whole chunks; they come first
  * @nr_pages: pages in all extents
+ * @grant: of the DMA pool: what all extents together are; else NULL
  * @held: in quarantine: the list of memories that somebody still holds
  * @debtor: in quarantine: who is charged for it
  * @first: @length: in quarantine for a fork: the pages of the window it was mapped at
@@ -42,6 +44,7 @@ struct tm_memory {
 	u32 max_extents;
 	u32 nr_chunks;
 	u32 nr_pages;
+	struct tm_dma_grant *grant;
 	struct list_head held;
 	struct tm_client *debtor;
 	u64 first;
@@ -69,7 +72,15 @@ enum tm_memory_policy {
 	TM_MEMORY_AUTO,		/* chunks, then runs for what is left */
 	TM_MEMORY_CHUNKS,	/* whole chunks only */
 	TM_MEMORY_RUNS,		/* runs only */
+	TM_MEMORY_DMA,		/* whole chunks side by side, out of the DMA pool */
 };
+
+/* Whether it came out of the DMA pool, in one piece. */
+static inline bool tm_memory_is_dma(const struct tm_memory *memory)
+{
+	return memory->nr_extents &&
+	       memory->extent[0].run.node == TM_DMA_NODE;
+}
 
 /**
  * struct tm_memory_request - what a memory is to be

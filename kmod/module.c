@@ -7,6 +7,7 @@
 #include "client.h"
 #include "debugfs.h"
 #include "device.h"
+#include "dma_pool.h"
 #include "event.h"
 #include "model.h"
 #include "packer.h"
@@ -32,9 +33,12 @@ static int __init tm_init(void)
 	err = tm_pages_init();
 	if (err)
 		goto err_events;
-	err = tm_runcache_init();
+	err = tm_dma_pool_init();
 	if (err)
 		goto err_pages;
+	err = tm_runcache_init();
+	if (err)
+		goto err_dma_pool;
 	err = tm_clients_init();
 	if (err)
 		goto err_runcache;
@@ -71,6 +75,8 @@ err_clients:
 	tm_clients_exit();
 err_runcache:
 	tm_runcache_exit();
+err_dma_pool:
+	tm_dma_pool_exit();
 err_pages:
 	tm_pages_exit();
 err_events:
@@ -96,6 +102,7 @@ static void __exit tm_exit(void)
 	tm_quarantine_exit();
 	tm_clients_exit();
 	tm_runcache_exit();
+	tm_dma_pool_exit();
 	tm_pages_exit();
 	tm_events_exit();
 }

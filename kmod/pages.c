@@ -48,6 +48,8 @@
  * tm_rt_pool_setting with tm_rt_pool_mutex in it (what arenas may have; the former is held while chunks are taken). Under tm_arena::lock, which is raw and taken in hard
  * interrupts, nothing is called but the core and the clock.
  *
+ * tm_dma_binding, tm_dma_mutex (the DMA pool's device and region, dma_pool.c) are taken in this order with no other lock of ours, and take none.
+ *
  * For bandwidth, beside all others: tm_core_setting, the lock of CPU hotplug, tm_core_mutex
  * (bandwidth_core.c); tm_spare.lock is raw, and taken in hard interrupts.
  * tm_event_mutex (one who sends events, event.c) is held while messages are allocated and sent, and taken with no lock of ours.
@@ -71,6 +73,7 @@
 #include "compat.h"
 #include "core/buddy.h"
 #include "core/chunk.h"
+#include "dma_pool.h"
 #include "pages.h"
 #include "trace.h"
 
@@ -164,6 +167,8 @@ struct page *tm_pages_page(const struct tm_run *run)
 {
 	struct tm_geometry g = tm_pools.geometry;
 
+	if (unlikely(run->node == TM_DMA_NODE))
+		return tm_dma_pool_page(run->page);
 	return tm_pools.node[run->node]->page[tm_page_chunk(g, run->page).v] +
 	       tm_page_index(g, run->page);
 }

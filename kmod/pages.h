@@ -16,6 +16,8 @@ struct tm_node;
 
 /* A node is a bit of a user's mask: no more than fit there. */
 #define TM_MAX_NODES	(MAX_NUMNODES < 64 ? MAX_NUMNODES : 64)
+/* In place of a node in a run: the DMA pool's region. */
+#define TM_DMA_NODE	TM_MAX_NODES
 
 /* For what describes memory: on the caller's cgroup, and no reason for an OOM kill. */
 #define TM_GFP	(GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL | __GFP_NOWARN)

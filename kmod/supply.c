@@ -52,7 +52,8 @@ static bool tm_supply_possible(struct tm_client *client,
 	if (client)
 		tm_client_usage(client, &usage);
 	return (u64)request->nr_pages << PAGE_SHIFT <= usage.quota &&
-	       tm_pages_could_hold(request->numa.nodes, request->nr_pages);
+	       (request->policy == TM_MEMORY_DMA ||
+		tm_pages_could_hold(request->numa.nodes, request->nr_pages));
 }
 
 /* Make room for what failed with @err. Return: whether to try again. */
@@ -63,6 +64,9 @@ static bool tm_supply_relieve(struct tm_client *client,
 	u64 bytes = (u64)request->nr_pages << PAGE_SHIFT;
 	u32 emptied;
 
+	/* Nobody can give what only a region has; its memory is never parked. */
+	if (request->policy == TM_MEMORY_DMA && err != -EDQUOT)
+		return false;
 	if (err != -EDQUOT && err != -ENOSPC && err != -ENOMEM)
 		return false;
 	if (err == -ENOMEM)
@@ -102,7 +106,8 @@ struct tm_memory *tm_supply(struct tm_client *client,
 	struct tm_memory *memory;
 	bool compacted = false;
 
-	if (request->policy == TM_MEMORY_CHUNKS)
+	if (request->policy == TM_MEMORY_CHUNKS ||
+	    request->policy == TM_MEMORY_DMA)
 		request->nr_pages = round_up(request->nr_pages,
 					     TM_CHUNK_SIZE >> PAGE_SHIFT);
 	if (client && tm_limits_in_cgroup())

@@ -68,11 +68,15 @@ static int tm_tensor_check_request(const struct tensormem_alloc *request)
 	if (request->kind < TENSORMEM_KIND_WEIGHTS ||
 	    request->kind > TENSORMEM_KIND_PROTOCOL)
 		return -EINVAL;
-	if (request->pool > TENSORMEM_POOL_SLAB || request->pad ||
+	if (request->pool > TENSORMEM_POOL_DMA || request->pad ||
 	    request->flags & ~TM_TENSOR_FLAGS)
 		return -EINVAL;
 	if (request->pool == TENSORMEM_POOL_SLAB &&
 	    (request->size > tm_small_max() || !tm_tensor_may_share(request)))
+		return -EINVAL;
+	/* A region is where it is. */
+	if (request->pool == TENSORMEM_POOL_DMA &&
+	    request->numa != TENSORMEM_NUMA_DEFAULT)
 		return -EINVAL;
 	if (request->flags & TENSORMEM_HUGE && request->flags & TENSORMEM_PAGED)
 		return -EINVAL;
@@ -110,9 +114,10 @@ static int tm_tensor_init(struct tm_tensor *tensor, struct tm_client *client,
 	*tensor = (struct tm_tensor){
 		.region = {
 			.range.length = nr_pages,
-			.huge = request->flags & TENSORMEM_HUGE ||
-				(dispatch.huge &&
-				 !(request->flags & TENSORMEM_PAGED)),
+			.huge = request->pool != TENSORMEM_POOL_DMA &&
+				(request->flags & TENSORMEM_HUGE ||
+				 (dispatch.huge &&
+				  !(request->flags & TENSORMEM_PAGED))),
 		},
 		.size = request->size,
 		.kind = request->kind,
@@ -125,13 +130,14 @@ static int tm_tensor_init(struct tm_tensor *tensor, struct tm_client *client,
 }
 
 /*
- * Whether it is parked when it is freed. An object just goes back to its slab; and who was
- * given the memory of one tensor is not to see the next one in it.
+ * Whether it is parked when it is freed. An object just goes back to its slab, and a region is
+ * small and somebody else's, too; who was given the memory of one tensor is not to see the next one in it.
  */
 static bool tm_tensor_parks(const struct tm_tensor *tensor)
 {
 	return tensor->flags & TENSORMEM_NOZERO &&
-	       tensor->pool != TENSORMEM_POOL_SLAB && !tensor->exported;
+	       tensor->pool != TENSORMEM_POOL_SLAB &&
+	       tensor->pool != TENSORMEM_POOL_DMA && !tensor->exported;
 }
 
 /**
@@ -155,6 +161,7 @@ static int tm_tensor_supply(struct tm_client *client, struct tm_tensor *tensor)
 		[TENSORMEM_POOL_AUTO] = TM_MEMORY_AUTO,
 		[TENSORMEM_POOL_CHUNK] = TM_MEMORY_CHUNKS,
 		[TENSORMEM_POOL_BUDDY] = TM_MEMORY_RUNS,
+		[TENSORMEM_POOL_DMA] = TM_MEMORY_DMA,
 	};
 	struct tm_memory_request request = {
 		.nr_pages = tensor->region.range.length,
@@ -178,7 +185,8 @@ static u64 tm_tensor_pinned_pages(const struct tm_tensor *tensor)
 {
 	u64 pages = tensor->region.range.length;
 
-	return tensor->asked == TENSORMEM_POOL_CHUNK ?
+	return tensor->asked == TENSORMEM_POOL_CHUNK ||
+	       tensor->asked == TENSORMEM_POOL_DMA ?
 	       round_up(pages, TM_CHUNK_SIZE >> PAGE_SHIFT) : pages;
 }
 
@@ -208,7 +216,7 @@ static void tm_tensor_unpin(struct tm_tensor *tensor)
  *
  * Context: may sleep.
  * Return: the tensor or an ERR_PTR: -EINVAL for a malformed request, -EDQUOT,
- * -ENOSPC, -ENOMEM, -EPERM, -EINTR as in the UAPI header.
+ * -ENOSPC, -ENOMEM, -EPERM, -EINTR, -ENODEV as in the UAPI header.
  */
 struct tm_tensor *tm_tensor_create(struct tm_client *client,
 				   const struct tensormem_alloc *request)

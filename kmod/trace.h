@@ -26,7 +26,8 @@
 	__print_symbolic(pool,						\
 			 { 1, "chunk" },				\
 			 { 2, "buddy" },				\
-			 { 3, "slab" })
+			 { 3, "slab" },					\
+			 { 4, "dma" })
 
 DECLARE_EVENT_CLASS(tensormem_tensor,
 	TP_PROTO(u32 client, u32 handle, u8 kind, u8 pool, u64 size, u64 held,

@@ -7,6 +7,10 @@
  * the faulting address's page table, so a megabyte costs one fault. Where the pages
  * are a whole chunk's, arm64 folds contiguous entries by itself.
  *
+ * Frame by frame: entries that nobody can pin, of what comes out of the DMA pool. To pin for long
+ * means to get a page out of CMA first, which these cannot be: the kernel would try for ever.
+ * And who pins memory that is set aside need not count it.
+ *
  * As blocks: one PMD entry for a whole chunk, where a page table spans just one (4K
  * pages) and the area has all of it. The kernel does not count such an entry as
  * RSS; get_user_pages() can follow it because a whole chunk is one object.
@@ -82,6 +86,26 @@ static int tm_vm_insert(struct vm_area_struct *vma, unsigned long address,
 	return 0;
 }
 
+/* Likewise, of the DMA pool. */
+static int tm_vm_insert_frames(struct vm_area_struct *vma,
+			       unsigned long address,
+			       const struct tm_memory *memory, u32 index,
+			       u32 count)
+{
+	unsigned long frame = index +
+		page_to_pfn(tm_pages_page(&memory->extent[0].run));
+
+	for (u32 i = 0; i < count; i++) {
+		vm_fault_t result = tm_vmf_insert_frame(vma, address, frame);
+
+		if (result != VM_FAULT_NOPAGE)
+			return result & VM_FAULT_OOM ? -ENOMEM : -EIO;
+		address += PAGE_SIZE;
+		frame++;
+	}
+	return 0;
+}
+
 /* Map the part of @region around @vmf that the area and one page table hold. */
 static int tm_vm_map_around(struct vm_fault *vmf,
 			    const struct tm_region *region, u32 *mapped)
@@ -97,9 +121,10 @@ static int tm_vm_map_around(struct vm_fault *vmf,
 	first = max(first, range->start);
 	last = min(last, range->start + range->length);
 	*mapped = last - first;
-	return tm_vm_insert(vma, vma->vm_start +
-			    ((first - vma->vm_pgoff) << PAGE_SHIFT),
-			    region->memory, first - range->start, last - first);
+	start = vma->vm_start + ((first - vma->vm_pgoff) << PAGE_SHIFT);
+	return (tm_memory_is_dma(region->memory) ? tm_vm_insert_frames :
+						   tm_vm_insert)(
+		vma, start, region->memory, first - range->start, last - first);
 }
 
 /*
@@ -176,7 +201,7 @@ u32 tm_vm_mapping_chunk(bool block)
  */
 u32 tm_vm_mapping(const struct tm_region *region)
 {
-	if (!region->memory->nr_chunks)
+	if (!region->memory->nr_chunks || tm_memory_is_dma(region->memory))
 		return TENSORMEM_MAPPING_PAGES;
 	return tm_vm_mapping_chunk(region->huge &&
 				   tm_vm_block_whole(region,

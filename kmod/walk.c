@@ -17,6 +17,7 @@
 #include <linux/hugetlb.h>
 #include <linux/kstrtox.h>
 #include <linux/mm.h>
+#include <linux/log2.h>
 #include <linux/mmap_lock.h>
 #include <linux/module.h>
 #include <linux/overflow.h>
@@ -65,6 +66,13 @@ enum tm_walk_what {
 	TM_WALK_OTHER,		/* nothing for the CPU: swap, migration */
 };
 
+/* Bits of an address that are the index in a table. The uppermost table has what is left of them. */
+static unsigned int tm_walk_bits(const char *level, unsigned int shift)
+{
+	return strcmp(level, "pgd") ? PAGE_SHIFT - 3 :
+				      ilog2(TASK_SIZE_64) - shift;
+}
+
 /* One line, unless the walk came by the same entry before. */
 static void tm_walk_entry(struct seq_file *m, const char *level,
 			  unsigned int shift, u64 descriptor,
@@ -75,9 +83,9 @@ static void tm_walk_entry(struct seq_file *m, const char *level,
 
 	if (w->begun && w->before >> shift == w->at >> shift)
 		return;
-	seq_printf(m, "%lx %s %u %lu %llx %s", w->at >> shift << shift, level,
-		   shift, w->at >> shift & (PTRS_PER_PTE - 1), descriptor,
-		   names[what]);
+	seq_printf(m, "%lx %s %u %u %lu %llx %s", w->at >> shift << shift, level,
+		   shift, tm_walk_bits(level, shift),
+		   w->at >> shift & (PTRS_PER_PTE - 1), descriptor, names[what]);
 	if (what == TM_WALK_TABLE || what == TM_WALK_LEAF)
 		seq_printf(m, " %lx", frame);
 	if (what == TM_WALK_LEAF)

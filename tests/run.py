@@ -74,7 +74,7 @@ ABOVE = ("*library", "allocators", "views")
 #: What is of no other page size: who may, which state follows which, what reads the same pages.
 ANY_PAGE = ("kv_library", "kv_lifecycle", "model_access", "model_library", "model_states", "model_stress")
 #: What has stages of its own: a compiler in the guest takes as long as many other tests; another machine.
-APART = ("dma_device", "monitors", "pmu", "pressure_hog")
+APART = ("dma_device", "dma_pool", "monitors", "pmu", "pressure_hog")
 #: Parts of the guest suite: the files, or those not in OBJECTS when there are none; the guest's memory nodes and CPUs.
 PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "guest": (("*",), 1, 2),
@@ -87,14 +87,15 @@ PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "rt": (("rt_*", "kernel_api", "events", "bandwidth"), 1, 4),
     "pmu": (("pmu",), 1, 1),
     "monitors": (("monitors",), 1, 2),
-    "dma": (("dma_device",), 1, 2),
+    "dma": (("dma_device", "dma_pool"), 1, 2),
+    "region": (("dma_pool",), 1, 2),
 }
 #: Memory of the guests of a part; of the others 1G.
 MEMORY = {"pressure": "512M"}
 #: Those whose clock counts instructions.
 ICOUNT = ("pmu",)
-#: Those with a device that does DMA.
-DMA = ("dma",)
+#: Those with a device that does DMA, and the region of its pool: lent to programs, or idle.
+DMA = {"dma": "32M", "region": "32M:idle"}
 #: Of the monitors, what runs on each kernel: every tool once, with bcc and without.
 ONCE = "told"
 
@@ -123,7 +124,7 @@ def guest(kernel: str, select: str, part: str = "guest") -> Stage:
                "--numa", str(nodes),
                "--timeout", str(GUEST_TIMEOUT.get(kernel, 3600)),
                "--share", str(RESULTS / name), *(("--icount",) if part in ICOUNT else ()),
-               *(("--dma",) if part in DMA else ()))  # fmt: skip
+               *(("--dma", "--dma-pool", DMA[part]) if part in DMA else ()))  # fmt: skip
     chosen = ("-k", select) if select else ()
     return Stage(name, (GUEST, "run", *options, "--", *inside, *chosen), junit=True)
 
@@ -149,9 +150,11 @@ def stages(select: str) -> list[Stage]:
         guest("6.12", select, "pmu"),
         guest("6.12", select, "dma"),
         guest("debug", select, "dma"),
+        guest("debug", select, "region"),
         guest("debug", select, "objects"),
         guest("debug", select, "tensors"),
         guest("6.12-16k", select, "pages"),
+        guest("6.12-16k", select, "region"),
         guest("6.12-rt", select, "rt"),
         guest("6.12", select, "monitors"),
         *(guest(kernel, select or ONCE, "monitors") for kernel in ("6.1", "newest")),

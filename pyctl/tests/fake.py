@@ -114,7 +114,9 @@ class FakeDevice:
         mapping: abi.Mapping = abi.Mapping.BLOCK,
         models: Models | None = None,
         rt: RTPool | None = None,
+        region: int = 0,
     ) -> None:
+        self.region = region
         self.fd = os.memfd_create("tensormem-fake", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, window)
         self.window, self.quota, self.capacity = window, quota, capacity
@@ -268,11 +270,23 @@ class FakeDevice:
         shared = not flags & abi.AllocFlag.PINNED and a.numa == abi.Numa.DEFAULT
         if a.pool == abi.Pool.SLAB and (a.size >= PAGE or not shared):
             raise OSError(errno.EINVAL, "")
+        if a.pool == abi.Pool.DMA and a.numa != abi.Numa.DEFAULT:
+            raise OSError(errno.EINVAL, "")
+        if a.pool == abi.Pool.DMA:
+            self._check_region(a.size)
         if a.pool:
             return int(a.pool)
         if a.size <= PAGE // 2 and a.kind != abi.Kind.KV and shared:
             return abi.Pool.SLAB
         return abi.Pool.CHUNK if a.size > CHUNK - PAGE else abi.Pool.BUDDY
+
+    def _check_region(self, size: int) -> None:
+        """There is one of so many bytes, or none."""
+        if not self.region:
+            raise OSError(errno.ENODEV, "")
+        used = sum(t.length for t in self.tensors.values() if t.pool == abi.Pool.DMA)
+        if used + -(-size // CHUNK) * CHUNK > self.region:
+            raise OSError(errno.ENOSPC, "")
 
     def _place(self, length: int, unit: int) -> int:
         """Charge and find room, if need be at the cost of what is parked."""
@@ -320,7 +334,7 @@ class FakeDevice:
         pool = self._pool(a)
         flags = abi.AllocFlag(a.flags)
         asked = type(a).from_buffer_copy(a)
-        unit = CHUNK if pool == abi.Pool.CHUNK and a.pool else PAGE
+        unit = CHUNK if a.pool in (abi.Pool.CHUNK, abi.Pool.DMA) else PAGE
         length = -(-a.size // unit) * unit
         pinned = sum(
             t.length
@@ -351,7 +365,8 @@ class FakeDevice:
         if a.handle not in self.tensors:
             raise OSError(errno.ENOENT, "")
         held = self.tensors.pop(a.handle)
-        if held.pool != abi.Pool.SLAB and held.asked.flags & abi.AllocFlag.NOZERO:
+        keeps = held.pool not in (abi.Pool.SLAB, abi.Pool.DMA)
+        if keeps and held.asked.flags & abi.AllocFlag.NOZERO:
             self.parked.append(held)
             return
         self._poison(held.offset, held.length)

@@ -217,11 +217,17 @@ def test_a_size_that_is_none(client: Client, size: Any) -> None:
 
 
 def test_a_child_has_none(client: Client) -> None:
-    with client.arena(4096) as arena:
-        arena.empty(4)
+    with client.arena(4096, poison=True) as arena:
+        scope = arena.scope()
+        scope.__enter__()
+        kept = arena.empty(4, "u1")
+        kept[:] = 7
+        with arena.scope():
+            arena.empty(4)  # which the next one would find again
         pid = os.fork()
         if pid == 0:
             refused = 0
+            scope.__exit__(None, None, None)  # takes nothing back
             for call in (arena.reset, arena.scope().__enter__, lambda: arena.empty(4), arena.close):
                 try:
                     call()
@@ -229,6 +235,8 @@ def test_a_child_has_none(client: Client) -> None:
                     refused += 1
             os._exit(refused)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 4
+        assert (kept == 7).all()
+        scope.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -135,6 +135,28 @@ def test_what_is_rare_shows_when_there_is_any(run: Run) -> None:
     assert narrow(run("status").stdout)
 
 
+def test_the_dma_pool_shows_where_there_is_one(run: Run) -> None:
+    folder = Path(os.environ["TENSORMEM_SYSFS"]) / "dma"
+    folder.mkdir()
+    values = {"buffers": 1, "total": 0, "used": 0, "free": 0, "node": "none"}
+
+    def shown(*command: str) -> list[str]:
+        for name, value in values.items():
+            (folder / name).write_text(f"{value}\n")
+        result = run(*command)
+        assert result.exit_code == 0
+        assert narrow(result.stdout)
+        return [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+    assert not any("DMA pool" in line for line in shown("status"))
+    values |= {"total": 16, "used": 3, "free": 13, "node": "/tensormem-dma"}
+    assert "chunks of the DMA pool used 3 6 MiB" in shown("status")
+    lines = shown("pool", "show", "dma")
+    assert "total 16 32 MiB chunks of its region" in lines
+    assert "node /tensormem-dma the device tree's node" in lines
+    assert json.loads(run("status", "--json").stdout)["dma"] == values
+
+
 def test_status_of_a_module_without_slabs(run: Run) -> None:
     root = Path(os.environ["TENSORMEM_SYSFS"])
     for file in (*(root / "slab").iterdir(), root / "clients" / "kept"):

@@ -271,6 +271,25 @@ def test_the_slab_says_what_it_does_not_take(client: Client, kwargs: dict[str, A
     assert client.query(client.empty(dtype=np.uint8, **kwargs)).pool == "buddy"
 
 
+def test_the_dma_pool() -> None:
+    with Client(FakeDevice(region=2 * CHUNK)) as client:
+        array = client.empty(CHUNK + 1, np.uint8, pool="dma", reuse=True)
+        assert client.query(array).pool == "dma"
+        assert client.stats().used == 2 * CHUNK
+        with pytest.raises(errors.PoolExhausted, match="DMA pool's region has no such gap") as full:
+            client.empty(1, pool="dma")
+        assert "device tree" in full.value.remedy
+        with pytest.raises(errors.InvalidArgument, match="region is where it is: leave numa out"):
+            client.empty(1, pool=abi.Pool.DMA, numa=[0])
+        del array
+        assert client.stats().kept == 0
+        client.alloc(2 * CHUNK, pool="dma").free()
+    with Client(FakeDevice()) as client:
+        with pytest.raises(errors.NoDmaPool, match=r"item 1, .*sets no region aside.*docs/dma.md"):
+            client.empty_many([Spec(1), Spec(1, pool="dma")])
+        assert client.stats().tensors == 0
+
+
 def test_an_array_without_elements(client: Client) -> None:
     array = client.empty((3, 0), np.float32)
     assert array.shape == (3, 0)

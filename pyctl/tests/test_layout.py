@@ -28,14 +28,14 @@ CHUNKS = """\
 1 9 88200 chunk module 1
 """
 WALK = """\
-ff8000000000 pgd 39 511 8000000437c9003 table 437c9
-ffff80000000 pud 30 510 800000043727003 table 43727
-ffffa1c00000 pmd 21 270 1e8000049000f41 leaf 49000 1
-ffffa1e00000 pmd 21 271 8000000436ad003 table 436ad
-ffffa1e00000 pte 12 0 e8000044e00f43 leaf 44e00 0
-ffffa1e01000 pte 12 1 0 none
-ffffa1e02000 pte 12 2 1234 other
-ffffa1e03000 pte 12 3 e8000099999f43 leaf 99999 -1
+ff8000000000 pgd 39 9 511 8000000437c9003 table 437c9
+ffff80000000 pud 30 9 510 800000043727003 table 43727
+ffffa1c00000 pmd 21 9 270 1e8000049000f41 leaf 49000 1
+ffffa1e00000 pmd 21 9 271 8000000436ad003 table 436ad
+ffffa1e00000 pte 12 9 0 e8000044e00f43 leaf 44e00 0
+ffffa1e01000 pte 12 9 1 0 none
+ffffa1e02000 pte 12 9 2 1234 other
+ffffa1e03000 pte 12 9 3 e8000099999f43 leaf 99999 -1
 """
 
 
@@ -66,8 +66,8 @@ def test_chunks_of_another_module(line: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["1 pte 12 0 0 table", "1 pte 12 0 0 leaf 1", "1 pte 12 0 0 none 1", "1 pte 12 0 0 what",
-     "x pte 12 0 0 none", "1 pte 12 0", "", "1 pte 12 0 0 other 1 1"],
+    ["1 pte 12 9 0 0 table", "1 pte 12 9 0 0 leaf 1", "1 pte 12 9 0 0 none 1",
+     "1 pte 12 9 0 0 what", "x pte 12 9 0 0 none", "1 pte 12 9 0", "", "1 pte 12 9 0 0 other 1 1"],
 )  # fmt: skip
 def test_walks_of_another_module(line: str) -> None:
     with pytest.raises(errors.IncompatibleModule):
@@ -133,7 +133,7 @@ def table_of(
     for block, frame in blocks.items():
         lines.append((block << wide, "pmd", wide, encode({"VALID"}, 0, 0, 3), frame))
     return [
-        layout.Entry(address, name, bits, 0, descriptor, "leaf", frame, 0)
+        layout.Entry(address, name, bits, 9, 0, descriptor, "leaf", frame, 0)
         for address, name, bits, descriptor, frame in sorted(lines)
     ]
 
@@ -260,6 +260,17 @@ def test_cells_follow_the_page_size(shift: int) -> None:
     cells = min(64, (2 << 20) // page)
     assert row == f"     0:3 {'#' * (cells // 2)}{'.' * (cells // 2)}  50 %"
     assert f"{(2 << 10) // cells} KiB a cell: 1 MiB used, 1 MiB free in holes up to 1 MiB" in title
+
+
+def test_a_tensor_marks_its_chunk_from_anywhere_in_it() -> None:
+    chunk = layout.Chunk(0, 3, 0x49A00, "chunk", "weights", False)
+
+    def row(shown: set[int]) -> str:
+        return list(picture.draw([chunk], 4096, shown=shown))[1]
+
+    plain = row(set())
+    assert row({0x49A00 - 1, 0x49A00 + 512}) == plain
+    assert row({0x49A00}) == row({0x49A00 + 5}) == row({0x49A00 + 511}) != plain
 
 
 def test_map_as_a_document(tensormem: Callable[..., Result]) -> None:

@@ -69,6 +69,7 @@ def test_too_little_is_refused(wanted: Options) -> None:
         Options(machine="raspi3b", kernel="6.12-16k"),
         Options(machine="raspi3b", icount=True),
         Options(machine="raspi3b", dma=True),
+        Options(machine="raspi3b", dma_pool=options.DmaPool(32, True)),
     ],
 )
 def test_what_a_pi_cannot_do_is_refused(wanted: Options) -> None:
@@ -106,6 +107,31 @@ def test_a_device_that_does_dma_is_behind_an_iommu() -> None:
     assert "edu,dma_mask=0xffffffff" in line
     assert any(word.endswith(",iommu=smmuv3") for word in line)
     assert not any("edu" in word or "smmu" in word for word in command(Options()))
+
+
+def test_a_region_for_the_dma_pool() -> None:
+    assert parse("--", "true").dma_pool is None
+    assert parse("--dma-pool", "32M", "--", "true").dma_pool == options.DmaPool(32, reusable=True)
+    assert parse("--dma-pool", "1G:idle", "--", "true").dma_pool == options.DmaPool(1024, reusable=False)
+    for text in ("0", "3M", "idle", "32M:ro", ":idle", ""):
+        with pytest.raises(GuestError, match=r"--dma-pool|not a memory size"):
+            options.dma_pool(text)
+    with pytest.raises(GuestError, match="three quarters"):
+        options.check(Options(memory=1024, dma_pool=options.DmaPool(258, reusable=True)))
+
+
+def test_the_tree_is_made_from_the_board_that_boots() -> None:
+    wanted = options.check(Options(dma=True, icount=True, numa=1, memory=512))
+    kernel = Kernel(KERNELS["6.12"], "6.12.1", Path("/store"))
+    dump = machine.dump_tree(kernel, wanted, Path("/a,b/tree"))
+    (board,) = (word for word in command(wanted) if word.startswith("virt,"))
+    assert f"{board},dumpdtb=/a,,b/tree" in dump
+    for option in ("-cpu", "-smp", "-m"):
+        assert dump[dump.index(option) + 1] == command(wanted)[command(wanted).index(option) + 1]
+    assert "-dtb" not in command(wanted)
+    files = machine.Files(Path("/root.img"), Path("/initrd"), Path("/log"), Path("/tree"))
+    line = machine.command(kernel, wanted, files, dict.fromkeys(machine.PORTS, 7), interactive=False)
+    assert line[line.index("-dtb") + 1] == "/tree"
 
 
 def test_16k_pages_get_a_cpu_that_has_them() -> None:

@@ -69,6 +69,11 @@ def _guest_options(into: argparse.ArgumentParser) -> None:
     )
     into.add_argument("--icount", action="store_true", help="one CPU whose clock counts instructions")
     into.add_argument("--dma", action="store_true", help="a device that does DMA (edu), behind an IOMMU (SMMUv3)")
+    into.add_argument(
+        "--dma-pool",
+        metavar="SIZE[:idle]",
+        help="a region in the device tree for the DMA pool: CMA, or one that is idle meanwhile",
+    )
     into.add_argument("--share", action="append", default=[], metavar="DIR[:ro]", help="seen as /share/NAME")
     into.add_argument("--append", default="", metavar="ARGS", help="more kernel arguments")
     into.add_argument("--module-params", default="", metavar="ARGS", help="for the module")
@@ -88,6 +93,7 @@ def guest_options(arguments: argparse.Namespace) -> options.Options:
         numa=arguments.numa,
         icount=arguments.icount,
         dma=arguments.dma,
+        dma_pool=None if arguments.dma_pool is None else options.dma_pool(arguments.dma_pool),
         shares=tuple(options.share(text) for text in arguments.share),
         timeout=getattr(arguments, "timeout", 0),
         append=arguments.append,

@@ -29,6 +29,7 @@ class Files:
     root: Path
     initrd: Path
     console: Path
+    tree: Path | None = None  # the device tree, where it is not QEMU's own
 
 
 def cpu_model(kernel: Kernel, options: Options) -> str:
@@ -60,16 +61,29 @@ def _arguments(options: Options, *consoles: str) -> list[str]:
     ]
 
 
-def _virt(kernel: Kernel, options: Options, files: Files, ports: dict[str, int], interactive: bool) -> list[str]:
+def _board(kernel: Kernel, options: Options, more: str = "") -> list[str]:
+    """What QEMU's own device tree is made from."""
     # Seeds from the host would make two runs differ.
     seeds = ",dtb-randomness=off" if options.icount else ""
     iommu = ",iommu=smmuv3" if options.dma else ""
-    line = ["-M", f"virt,gic-version=3{seeds}{iommu}", "-cpu", cpu_model(kernel, options)]
+    line = ["-M", f"virt,gic-version=3{seeds}{iommu}{more}", "-cpu", cpu_model(kernel, options)]
+    return [*line, "-smp", str(options.cpus), "-m", f"{options.memory}M", *_nodes(options)]
+
+
+def dump_tree(kernel: Kernel, options: Options, tree: Path) -> list[str]:
+    """The command line that has QEMU write its own device tree, and end."""
+    into = str(tree).replace(",", ",,")
+    return [QEMU, "-nodefaults", "-display", "none", *_board(kernel, options, f",dumpdtb={into}")]
+
+
+def _virt(kernel: Kernel, options: Options, files: Files, ports: dict[str, int], interactive: bool) -> list[str]:
+    line = _board(kernel, options)
+    if files.tree:
+        line += ["-dtb", str(files.tree)]
     if options.icount:
         line += ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]
     else:
         line += ["-accel", "tcg,thread=multi"]
-    line += ["-smp", str(options.cpus), "-m", f"{options.memory}M", *_nodes(options)]
     line += _arguments(options, "ttyAMA0")
     line += ["-chardev", f"file,id=console,path={files.console}", "-serial", "chardev:console"]
     line += _disk("root", files.root)

@@ -29,6 +29,14 @@ class Share:
 
 
 @dataclass(frozen=True)
+class DmaPool:
+    """A region that the device tree sets aside for the module."""
+
+    size: int  # MiB
+    reusable: bool  # lent to programs meanwhile
+
+
+@dataclass(frozen=True)
 class Options:
     """One guest."""
 
@@ -40,6 +48,7 @@ class Options:
     numa: int = 1
     icount: bool = False
     dma: bool = False
+    dma_pool: DmaPool | None = None
     shares: tuple[Share, ...] = ()
     timeout: float = 1800
     append: str = ""
@@ -69,6 +78,15 @@ def share(text: str) -> Share:
     return Share(path, read_only=bare != text)
 
 
+def dma_pool(text: str) -> DmaPool:
+    """Read ``SIZE`` or ``SIZE:idle``; raises GuestError."""
+    bare = text.removesuffix(":idle")
+    mib = size(bare)
+    if not mib or mib % 2:
+        raise GuestError(f"--dma-pool: {bare} is not a number of chunks of 2 MiB")
+    return DmaPool(mib, reusable=bare == text)
+
+
 def check(wanted: Options) -> Options:
     """The options with what follows from them; raises GuestError on a combination that cannot be."""
     if wanted.machine == PI:
@@ -78,6 +96,7 @@ def check(wanted: Options) -> Options:
             (wanted.cpu, "--cpu"),
             (wanted.icount, "--icount"),
             (wanted.dma, "--dma"),
+            (wanted.dma_pool, "--dma-pool"),
         ):
             if set_:
                 raise GuestError(
@@ -96,6 +115,8 @@ def check(wanted: Options) -> Options:
         wanted = _replace(wanted, cpus=1)
     if wanted.cpus < 1 or wanted.memory < 256 or wanted.numa < 1:
         raise GuestError("a guest needs at least one CPU, one node and 256M of memory")
+    if wanted.dma_pool and wanted.dma_pool.size > wanted.memory // 4:
+        raise GuestError("--dma-pool is to leave the guest three quarters of its memory")
     return _replace(wanted, cpus=max(wanted.cpus, wanted.numa))
 
 

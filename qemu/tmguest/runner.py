@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import channels, guestroot, kernels, machine, module, options, paths, payload, splat
+from . import channels, fdt, guestroot, kernels, machine, module, options, paths, payload, splat
 from .errors import EXIT_GUEST, EXIT_SPLAT, EXIT_TIMEOUT, GuestError
 from .log import say
 
@@ -36,12 +36,27 @@ def run(wanted: options.Options, interactive: bool = False) -> int:
         initrd = Path(scratch) / "initrd"
         busybox = root / "busybox.cpio"
         initrd.write_bytes(payload.initrd(kernel, wanted, nonce, modules, programs, busybox, interactive))
-        files = machine.Files(root / "root.img", initrd, console)
+        tree = _tree(kernel, wanted, Path(scratch) / "tree.dtb") if wanted.dma_pool else None
+        files = machine.Files(root / "root.img", initrd, console, tree)
         timed_out, qemu_said = _boot(kernel, wanted, files, result, nonce, interactive)
     code = _judge(wanted, result, console, nonce, timed_out, qemu_said)
     if code in (EXIT_SPLAT, EXIT_TIMEOUT, EXIT_GUEST):
         say(f"the boot log is {console}")
     return code
+
+
+def _tree(kernel: kernels.Kernel, wanted: options.Options, path: Path) -> Path:
+    """QEMU's own device tree for this guest, and in it the region that is wanted."""
+    assert wanted.dma_pool
+    made = subprocess.run(
+        machine.dump_tree(kernel, wanted, path), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if made.returncode or not path.exists():
+        raise GuestError(f"QEMU does not write its device tree: {made.stderr.strip()}")
+    tree = fdt.parse(path.read_bytes())
+    fdt.add_dma_pool(tree, wanted.dma_pool.size << 20, wanted.dma_pool.reusable)
+    path.write_bytes(fdt.build(tree))
+    return path
 
 
 def _log_file(kernel: str) -> Path:

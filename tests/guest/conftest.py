@@ -34,7 +34,7 @@ USAGE = (
     "kv/caches", "kv/held", "model/slots", "model/generations", "model/held",
     "model/evictable", "model/evicted",
     "rt/arenas", "rt/held", "rt/used",
-    "dma/buffers", "dma/bytes", "dma/attachments",
+    "dma/buffers", "dma/bytes", "dma/attachments", "dma/used",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from device import CHUNK, KINDS, PAGE, Raw, read, round_up, wait_for, write
+from device import CHUNK, KINDS, PAGE, Raw, read, round_up, wait_for, word, write
 from tensormem import abi
 
 HUGE, PAGED = abi.AllocFlag.HUGE, abi.AllocFlag.PAGED
@@ -61,6 +61,16 @@ def test_unknown_kinds(raw: Raw, kind: int) -> None:
 @pytest.mark.parametrize("pool", [3, 255, 256 + 1, 0xFFFFFFFF])
 def test_unknown_pools(raw: Raw, pool: int) -> None:
     assert raw.try_alloc(PAGE, pool=pool)[0] == errno.EINVAL
+
+
+def test_no_dma_pool(raw: Raw) -> None:
+    if word("dma/node") != "none":
+        pytest.skip("the device tree has a region")
+    assert [read(f"dma/{name}") for name in ("total", "used", "free")] == [0, 0, 0]
+    for size in (1, CHUNK, raw.info().window_size):
+        assert raw.try_alloc(size, pool=abi.Pool.DMA)[0] == errno.ENODEV
+    assert raw.try_alloc(0, pool=abi.Pool.DMA)[0] == errno.EINVAL
+    assert raw.info().used == 0
 
 
 def test_naming_a_pool(raw: Raw) -> None:

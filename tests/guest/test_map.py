@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import signal
 import stat
 import subprocess
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -174,6 +176,7 @@ def churn(seed: int) -> None:
 def test_readers_beside_churn_that_is_killed() -> None:
     """Each line is a chunk as it was at one moment, whatever goes on: no run overlaps, none is cut."""
     rng = random.Random(8)
+    passes = mmap.mmap(-1, PAGE)
     reader = os.fork()
     if not reader:
         code = 1
@@ -190,10 +193,14 @@ def test_readers_beside_churn_that_is_killed() -> None:
                             assert run.index >= at
                             at = run.index + run.pages
                         assert at <= PAGES
+                    passes[0] = min(passes[0] + 1, 255)
         finally:
             os._exit(code)
-    for _ in range(3 if KASAN else 8):
+    least, turns = 3 if KASAN else 8, 0
+    while turns < least or passes[0] < least:
         killed_at_random(churn, rng, 0.05, 0.4)
+        assert os.waitpid(reader, os.WNOHANG) == (0, 0)
+        turns += 1
     os.kill(reader, signal.SIGKILL)
     _, status = os.waitpid(reader, 0)
     assert os.WIFSIGNALED(status)
@@ -252,6 +259,11 @@ def test_command_says_what_is_wrong(raw: Raw, tmp_path: Path) -> None:
     with Raw():
         assert "2 clients" in tensormem("map", f"{pid}:1", code=1)
     assert "no client" in tensormem("map", "1:1", code=1)
+    thread = threading.Thread(target=(over := threading.Event()).wait)
+    thread.start()
+    assert f"{thread.native_id} is a thread" in tensormem("map", f"{thread.native_id}:1", code=1)
+    over.set()
+    thread.join()
     gone = subprocess.Popen(["true"])
     gone.wait()
     assert "no process" in tensormem("map", f"{gone.pid}:1", code=1)

@@ -25,7 +25,7 @@ WRITABLE = ("chunk/capacity", "chunk/reserve", "clients/default_quota", "rt/size
 FOLDERS = ("chunk", "buddy", "slab", "clients", "dispatch", "kv", "model", "rt", "board", "pressure",
            "bandwidth", "dma")  # fmt: skip
 WRITE_ONLY = ("buddy/compact",)
-WORDS = ("kv/codec", "board/name", "pressure/level", "bandwidth/event")
+WORDS = ("kv/codec", "board/name", "pressure/level", "bandwidth/event", "dma/node")
 #: Which hold 64 numbers.
 HISTOGRAMS = ("latency", "missed")
 

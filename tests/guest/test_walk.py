@@ -21,10 +21,12 @@ from test_huge import BLOCKS, FOLDS
 from test_map import tensormem as command
 
 import tensormem
-from device import CHUNK, KASAN, PAGE, Raw, address_of, full
+from device import CHUNK, KASAN, PAGE, Raw, address_of, full, wait_for
 from process import libc, status_of
 from tensormem import abi, layout
 
+#: Of user space: what the architecture and the page sizes allow.
+VA_BITS = (36, 39, 42, 47, 48, 52)
 WALK = Path(layout.DEFAULT_ROOT) / "walk"
 SHIFT = PAGE.bit_length() - 1
 PAGES = CHUNK // PAGE
@@ -55,12 +57,16 @@ def reached(entries: list[layout.Entry], address: int, length: int) -> list[int 
     for entry in entries:
         level = entry.level(SHIFT)
         assert entry.address % entry.size == 0
-        assert entry.index == entry.address >> entry.shift & PAGE // 8 - 1
+        assert entry.index == entry.address >> entry.shift & (1 << entry.bits) - 1
         assert entry.name == ("pgd" if not path else {0: "p4d", 1: "pud", 2: "pmd", 3: "pte"}[level])
+        top = entry.shift + entry.bits
         if path and level != min(path):
             above = path[level - 1]
             assert above.what == "table"
+            assert above.shift == top
             assert above.address <= entry.address < above.address + above.size
+        else:
+            assert top in VA_BITS
         path = {k: v for k, v in path.items() if k < level} | {level: entry}
         if level == min(path):
             path = {level: entry}
@@ -358,7 +364,7 @@ def remap(seed: int) -> None:
             assert client.free(item.handle) == 0
 
 
-def watch(pid: int, rng: random.Random) -> None:
+def watch(pid: int, rng: random.Random, passed: mmap.mmap, which: int) -> None:
     """Walk a process until it is gone; that and what is unmapped are the only errors."""
     known = (0, errno.EFAULT, errno.ESRCH)
     try:
@@ -370,7 +376,10 @@ def watch(pid: int, rng: random.Random) -> None:
                 if "/dev/tensormem" not in line and rng.random() < 0.9:
                     continue
                 first, end = (int(word, 16) for word in line.split()[0].split("-"))
-                assert refused(layout.walk, first, min(end - first, 4 * CHUNK), pid) in known
+                result = refused(layout.walk, first, min(end - first, 4 * CHUNK), pid)
+                assert result in known
+                if result == 0 and "/dev/tensormem" in line:
+                    passed[which] = 1
     except (FileNotFoundError, ProcessLookupError):
         return
 
@@ -386,17 +395,19 @@ def test_tables_that_come_and_go() -> None:
             finally:
                 os._exit(98)
         watchers = []
-        for _ in range(2):
+        passed = mmap.mmap(-1, PAGE)
+        for which in range(2):
             pid = os.fork()
             if not pid:
                 code = 97
                 try:
-                    watch(worker, rng)
+                    watch(worker, rng, passed, which)
                     code = 0
                 finally:
                     os._exit(code)
             watchers.append(pid)
-        time.sleep(rng.uniform(0.2, 0.8))
+        wait_for(lambda passed=passed: passed[:2] == b"\1\1")
+        time.sleep(rng.uniform(0, 0.5))
         os.kill(worker, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGKILL
         for pid in watchers:

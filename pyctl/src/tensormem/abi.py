@@ -157,6 +157,7 @@ class Pool(IntEnum):
     CHUNK = 1
     BUDDY = 2
     SLAB = 3
+    DMA = 4
 
 
 class Mapping(IntEnum):

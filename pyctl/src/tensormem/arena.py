@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,7 @@ class Arena(Closing):
         self._depth = 0
         self._peak = 0
         self._pid = os.getpid()
+        _arenas.add(self)
 
     @property
     def size(self) -> int:
@@ -222,7 +224,13 @@ class Arena(Closing):
         if self._poison:
             begin = self._made[first - 1][3] if first else 0
             self._bytes[begin : self.used] = 0xFF
-        self._next = first
+        self._next = min(first, len(self._made))
+
+    def _leave(self) -> None:
+        """In a child process: give nothing out, and write nothing into what the parent has."""
+        self._made.clear()
+        self._next = 0
+        self._poison = False
 
     def _check(self) -> None:
         if self.closed:
@@ -237,3 +245,15 @@ class Arena(Closing):
         if self.closed:
             return "<Arena: closed>"
         return f"<Arena: {format_size(self.used)} of {format_size(self.size)}>"
+
+
+#: Of this process. To find an array again is no place to ask whose it is, so a child forgets them.
+_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for arena in _arenas:
+        arena._leave()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -150,6 +150,11 @@ def status(as_json: bool) -> None:
         value = slab.get("pages")
         rows.append(("  its pages in slabs", show_number(value), show_size(value, page)))
         rows.append(("    small tensors in them", "", show_size(slab.get("bytes"))))
+    region = now.groups.get("dma")
+    if region is not None and region.get("total"):
+        value = region.get("used")
+        what = "chunks of the DMA pool used"
+        rows.append((what, show_number(value), show_size(value, system.CHUNK_SIZE)))
     models = now.groups.get("model")
     if models is not None:
         slots, held = models.get("slots"), models.get("held")
@@ -207,6 +212,15 @@ _MEANING = {
         "pages": "pages that small tensors share",
         "bytes": "small tensors in them",
     },
+    "dma": {
+        "node": "the device tree's node",
+        "total": "chunks of its region",
+        "used": "of these, in tensors",
+        "free": "of these, in none",
+        "buffers": "tensors exported as dma-bufs",
+        "bytes": "memory that these hold",
+        "attachments": "devices that are attached to them",
+    },
     "rt": {
         "size": "most that arenas may have together",
         "ready": "set aside, in use or not",
@@ -262,7 +276,7 @@ def _dispatch_table(status: system.Status) -> Iterable[str]:
 @click.argument("name", required=False, metavar="[POOL]")
 @json_option
 def pool_show(name: str | None, as_json: bool) -> None:
-    """Show every figure of the pools (chunk, buddy, slab, rt), or of one POOL.
+    """Show every figure of the pools (chunk, buddy, slab, dma, rt), or of one POOL.
 
     Without POOL also the dispatch table: which pool serves which kind and size.
     """

@@ -125,7 +125,7 @@ class TensorInfo:
     Attributes:
         handle: its name, never 0.
         kind: ``weights``, ``kv``, ``activations`` or ``protocol``.
-        pool: the pool that serves it: ``chunk``, ``buddy`` or ``slab``.
+        pool: the pool that serves it: ``chunk``, ``buddy``, ``slab`` or ``dma``.
         size: bytes asked for.
         length: bytes it takes in the window.
         offset: where it lies in the window, in bytes; a multiple of the page size
@@ -247,6 +247,9 @@ class _Session(Session):
         if number == errno.ENOSPC and item.numa == Numa.BIND:
             short = f"the chunk pool is at its capacity on {_node_list(item.nodes)}"
             remedy = "allow more nodes, free tensors, or see 'tensormem numa'"
+        if number == errno.ENOSPC and item.pool == Pool.DMA:
+            short = "the DMA pool's region has no such gap"
+            remedy = "free tensors of it, or set aside more in the device tree"
         if number == errno.EINVAL:
             short, remedy = self.malformed(item) or (short, None)
         if number == errno.EDQUOT:
@@ -257,6 +260,10 @@ class _Session(Session):
                     f"the client holds {format_size(info.used)} of its quota of"
                     f" {format_size(info.quota)}"
                 )
+        if number == errno.ENODEV and item.pool == Pool.DMA:
+            return errors.NoDmaPool(
+                f"cannot allocate {what}, {errors.NoDmaPool.default_cause}", remedy, number
+            )
         return errors.from_errno(
             number, f"cannot allocate {what}" + (f", {short}" if short else ""), remedy
         )
@@ -271,6 +278,8 @@ class _Session(Session):
                 "the slab takes tensors below a page, not pinned, without numa of their own",
                 "leave the pool to 'auto'",
             )
+        if isinstance(item, abi.Alloc) and item.pool == Pool.DMA and item.numa:
+            return "the DMA pool's region is where it is", "leave numa out"
         return None
 
     def _map(self, block: _Block) -> None:
@@ -738,8 +747,9 @@ class Client(Closing):
             shape: a size or a sequence of sizes.
             dtype: any numpy dtype without objects.
             kind: ``weights``, ``kv``, ``activations`` or ``protocol``.
-            pool: ``auto`` (by kind and size), ``chunk``, ``buddy``, or ``slab`` for
-                what is smaller than a page.
+            pool: ``auto`` (by kind and size), ``chunk``, ``buddy``, ``slab`` for
+                what is smaller than a page, or ``dma`` for one piece out of the region
+                that the device tree sets aside.
             huge: map whole chunks as blocks of 2 MiB (True), page by page (False), or
                 as the kind has it (None: weights as blocks). ``query(array).mapping``
                 says what came of it.
@@ -759,6 +769,7 @@ class Client(Closing):
             QuotaExceeded, PoolExhausted, OutOfMemory, WindowFull: there is no
                 room; all are MemoryErrors. Nothing has changed.
             NotPermitted: ``pinned`` beyond RLIMIT_MEMLOCK.
+            NoDmaPool: the device tree sets no region aside.
             Closed: the client was closed.
         """
         return self.empty_many([Spec(shape, dtype, kind, pool, huge, reuse, pinned, numa)])[0]

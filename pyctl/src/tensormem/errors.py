@@ -31,6 +31,7 @@ __all__ = [
     "LoadCancelled",
     "ModelFileError",
     "NoCodec",
+    "NoDmaPool",
     "NoSuchBlock",
     "NoSuchGeneration",
     "NoSuchSequence",
@@ -155,6 +156,14 @@ class PoolExhausted(TensormemError, MemoryError):
     default_cause = "the chunk pool is at its capacity"
     default_remedy = "free tensors, or as root run 'tensormem pool set chunk --capacity SIZE'"
     default_errno = _errno.ENOSPC
+
+
+class NoDmaPool(TensormemError, NotImplementedError):
+    """The device tree sets no region aside for the DMA pool, or its driver is unbound (ENODEV)."""
+
+    default_cause = "the device tree sets no region aside for the DMA pool"
+    default_remedy = "use pool='chunk', or add the nodes that docs/dma.md shows"
+    default_errno = _errno.ENODEV
 
 
 class WindowFull(TensormemError, MemoryError):

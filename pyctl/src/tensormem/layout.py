@@ -217,6 +217,7 @@ class Entry:
         address: the first address it is for.
         name: what Linux calls its level: ``pgd``, ``p4d``, ``pud``, ``pmd`` or ``pte``.
         shift: log2 of the bytes it is for.
+        bits: how many bits of the address, from ``shift`` on, are its index.
         index: its place in its table.
         descriptor: the entry itself.
         what: ``table`` (it leads to another table), ``leaf`` (a page or a block), ``none``
@@ -228,6 +229,7 @@ class Entry:
     address: int
     name: str
     shift: int
+    bits: int
     index: int
     descriptor: int
     what: str
@@ -324,15 +326,15 @@ def decode(descriptor: int) -> Attributes:
 
 
 def _entry(line: str) -> Entry:
-    address, name, shift, index, descriptor, what, *rest = line.split()
+    address, name, shift, bits, index, descriptor, what, *rest = line.split()
     expected = {"table": 1, "leaf": 2, "none": 0, "other": 0}
     if expected.get(what) != len(rest):
         raise ValueError(line)
     frame = int(rest[0], 16) if rest else None
     node = int(rest[1]) if what == "leaf" else None
     return Entry(
-        int(address, 16), name, int(shift), int(index), int(descriptor, 16), what, frame,
-        None if node == -1 else node,
+        int(address, 16), name, int(shift), int(bits), int(index), int(descriptor, 16), what,
+        frame, None if node == -1 else node,
     )  # fmt: skip
 
 
@@ -593,7 +595,14 @@ class Place:
 
 def _take_descriptor(pid: int, number: int) -> int:
     """Return a descriptor of another process's open file."""
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+        raise errors.InvalidArgument(
+            f"{pid} is a thread of a process", "name the process: Tgid in /proc/TID/status"
+        ) from None
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         fd = int(libc.syscall(_PIDFD_GETFD, pidfd, number, 0))
@@ -677,6 +686,10 @@ def find(pid: int, handle: int, proc: str | os.PathLike[str] | None = None) -> P
         if error.errno == errno.ENOENT and (top / str(pid)).exists():
             raise errors.InvalidArgument(
                 f"process {pid} has no tensor {handle}", "the handle is what Tensor.handle says"
+            ) from None
+        if error.errno in (errno.EBADF, errno.ENOTTY):
+            raise errors.InvalidArgument(
+                f"process {pid} has just closed its client", "it may have another by now"
             ) from None
         if error.errno not in (errno.ENOENT, errno.ESRCH):
             raise

@@ -95,6 +95,9 @@ _RULES: Mapping[tuple[str, str], _Rule] = {
     ),
     ("slab", "pages"): _of(_HELD, "page"),
     ("slab", "bytes"): _USED,
+    ("dma", "total"): _of(_CAPACITY, "chunk"),
+    ("dma", "used"): _of(_USED, "chunk"),
+    ("dma", "free"): _of(_FREE, "chunk"),
     ("dma", "buffers"): _Rule("dma_buffers", "Tensors exported as dma-bufs."),
     ("dma", "bytes"): _Rule("dma_exported_bytes", "Memory that they keep."),
     ("dma", "attachments"): _Rule("dma_attachments", "Devices attached to them."),
@@ -211,7 +214,7 @@ _CLIENT_RULES: Mapping[str, _Rule] = {
     "waits": _Rule("rt_client_waits", "Its requests that had to wait.", "", True),
 }
 
-_POOLS = ("chunk", "buddy", "slab", "kv", "rt")
+_POOLS = ("chunk", "buddy", "slab", "dma", "kv", "rt")
 
 #: Buckets of times that are exported, by their power of two in ns: 512 ns to 8.6 s.
 _BUCKETS = range(8, 33)

@@ -15,7 +15,7 @@ from . import errors, system
 from .layout import Chunk
 from .units import format_size
 
-__all__ = ["Summary", "draw", "legend", "png", "summary"]
+__all__ = ["Summary", "check", "draw", "legend", "png", "summary"]
 
 #: Cells of a chunk of the buddy pool, unless it has fewer pages, and of a row of whole chunks.
 CELLS = 64
@@ -42,13 +42,14 @@ _FULL_PLAIN = ".-=+#"
 
 #: What a page of a chunk of the buddy pool can be, and its colour.
 _FREE, _MOVABLE, _FIXED, _ARRIVING, _SHOWN = range(5)
-_PAGE_COLOURS = ("bright_black", "green", "red", "magenta", "yellow")
+_PAGE_COLOURS = ("bright_black", "green", "red", "magenta", "bright_yellow")
 _PAGE_WORDS = (
     "free", "used", "used and not to be moved", "compaction moves there", "of the tensor",
 )  # fmt: skip
 
-#: A free page of a chunk in the buddy pool, on paper.
+#: A free page of a chunk in the buddy pool, on paper; and what is marked.
 _HOLE = "#eef0f2"
+_MARK = "#212121"
 
 #: The other colours on paper.
 _PAPER = {
@@ -83,6 +84,12 @@ class Summary:
 
 def _kind(chunk: Chunk) -> str:
     return chunk.purpose or chunk.state
+
+
+def _marked(chunk: Chunk, page_size: int, shown: Set[int]) -> bool:
+    """Whether any page of a whole chunk is to be marked: a tensor need not begin with it."""
+    pages = range(chunk.frame, chunk.frame + system.CHUNK_SIZE // page_size)
+    return chunk.state == "chunk" and any(page in shown for page in pages)
 
 
 def _pages(chunk: Chunk, page_size: int, shown: Set[int]) -> list[int]:
@@ -128,13 +135,13 @@ def _row(cells: Iterable[tuple[str, tuple[str, str | None]]]) -> str:
     )
 
 
-def _strip(chunks: Sequence[Chunk], shown: Set[int]) -> Iterator[str]:
+def _strip(chunks: Sequence[Chunk], page_size: int, shown: Set[int]) -> Iterator[str]:
     for begin in range(0, len(chunks), CELLS):
         cells = []
         for chunk in chunks[begin : begin + CELLS]:
             letter, colour = _CHUNKS[_kind(chunk)]
-            marked = chunk.state == "chunk" and chunk.frame in shown
-            cells.append((letter, ("black", "yellow") if marked else ("white", colour)))
+            marked = _marked(chunk, page_size, shown)
+            cells.append((letter, ("black", "bright_yellow") if marked else ("white", colour)))
         yield f"  {_row(cells)}"
 
 
@@ -158,7 +165,7 @@ def draw(
     Args:
         chunks: what to draw.
         page_size: the kernel's.
-        shown: first frames of chunks, and frames of pages, to mark.
+        shown: frames of the pages to mark.
         plain: only ASCII.
     """
     total = summary(chunks, page_size)
@@ -167,7 +174,7 @@ def draw(
         f" {total.ready} ready", bold=True,
     )  # fmt: skip
     for node in sorted({chunk.node for chunk in chunks}):
-        yield from _strip([chunk for chunk in chunks if chunk.node == node], shown)
+        yield from _strip([chunk for chunk in chunks if chunk.node == node], page_size, shown)
     if not total.buddy:
         return
     each = format_size(max(page_size, system.CHUNK_SIZE // CELLS))
@@ -229,16 +236,24 @@ def _matplotlib(name: str) -> Any:
         ) from None
 
 
+def check() -> None:
+    """Ask for what :func:`png` takes, before anything is done for its picture.
+
+    Raises:
+        TensormemError: matplotlib is missing.
+    """
+    _matplotlib("matplotlib.figure")
+
+
 def _paper(page: int) -> str:
-    return _HOLE if page == _FREE else _PAPER[_PAGE_COLOURS[page]]
+    return {_FREE: _HOLE, _SHOWN: _MARK}.get(page) or _PAPER[_PAGE_COLOURS[page]]
 
 
 def _pixels(chunk: Chunk, page_size: int, shown: Set[int]) -> list[str]:
     """Return the colour of each page."""
     if chunk.state == "buddy":
         return [_paper(page) for page in _pages(chunk, page_size, shown)]
-    marked = chunk.state == "chunk" and chunk.frame in shown
-    colour = _PAPER["yellow" if marked else _CHUNKS[_kind(chunk)][1]]
+    colour = _MARK if _marked(chunk, page_size, shown) else _PAPER[_CHUNKS[_kind(chunk)][1]]
     return [colour] * (system.CHUNK_SIZE // page_size)
 
 
@@ -284,12 +299,14 @@ def png(
         axes.tick_params(which="both", length=0)
         for chunk in chunks:
             if chunk.state == "buddy":
-                for page in sorted(set(_pages(chunk, page_size, shown))):
+                for page in sorted(set(_pages(chunk, page_size, shown)) - {_SHOWN}):
                     meanings[f"buddy pool: {_PAGE_WORDS[page]}"] = _paper(page)
             elif chunk.state == "chunk":
                 meanings[_WORDS[_kind(chunk)]] = _PAPER[_CHUNKS[_kind(chunk)][1]]
             else:
                 meanings["ready"] = _PAPER[_CHUNKS[_kind(chunk)][1]]
+        if shown:
+            meanings[_PAGE_WORDS[_SHOWN]] = _MARK
     handles = [patches.Patch(color=c, label=label) for label, c in meanings.items()]
     if handles:
         figure.legend(

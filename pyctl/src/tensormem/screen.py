@@ -182,6 +182,8 @@ def _pools(now: Sample, before: Sample | None) -> _Section:
     pages, small = _times(get("slab", "pages"), page), get("slab", "bytes")
     spare = None if pages is None or small is None else pages - small
     add("slab", small, spare, ())
+    if get("dma", "total"):
+        add("dma", _times(get("dma", "used"), chunk), _times(get("dma", "free"), chunk), ())
     add("kv", get("kv", "held"), None, ())
     held, used = get("rt", "held"), get("rt", "used")
     spare = None if held is None or used is None else max(0, held - used)

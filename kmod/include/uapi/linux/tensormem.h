@@ -70,7 +70,12 @@
  *     EDQUOT   The client's quota is used up. Free tensors or raise the quota.
  *              What others still hold of freed ones counts until they let go.
  *     ENOSPC   The chunk pool is at its capacity, on every node the call allows.
- *              Free tensors, or have root raise chunk/capacity in sysfs.
+ *              Free tensors, or have root raise chunk/capacity in sysfs. TENSORMEM_POOL_DMA: the
+ *              region has no such gap (dma/free in sysfs). Free tensors of it, or have the device tree
+ *              set aside more.
+ *     ENODEV   TENSORMEM_POOL_DMA: the device tree sets no region aside, or its driver is unbound
+ *              (dma/node in sysfs).
+ *              Use TENSORMEM_POOL_CHUNK, or add the nodes that docs/dma.md shows.
  *     ENOBUFS  The window has no gap of this size left. Free tensors.
  *     EBUSY    A new quota is below what the client already holds.
  *     EPERM    Not allowed: PROT_EXEC, a quota above clients/default_quota or a
@@ -270,10 +275,12 @@ enum tensormem_pool {
 	TENSORMEM_POOL_CHUNK	= 1,	/* whole chunks; the last may be part used */
 	TENSORMEM_POOL_BUDDY	= 2,	/* runs of pages, up to half a chunk each */
 	TENSORMEM_POOL_SLAB	= 3,	/* objects below a page, in pages of this client */
+	TENSORMEM_POOL_DMA	= 4,	/* whole chunks side by side, out of the device tree's region */
 };
 
 /*
- * How a tensor's pages are mapped. All can be pinned (O_DIRECT, io_uring). A block
+ * How a tensor's pages are mapped. All can be pinned (O_DIRECT, io_uring), but
+ * POOL_DMA's: what would pin these is refused (EEXIST). A block
  * costs one TLB entry and one fault for 2 MiB, but does not count as RSS on every
  * kernel, and where only part of a chunk is mapped it is mapped by pages.
  */
@@ -355,7 +362,8 @@ struct tensormem_info {
  *         tensormem_info::nodes; 0 means all of them for INTERLEAVE; else 0
  *
  * Takes whole pages (POOL_BUDDY), whole chunks (POOL_CHUNK), part of a page
- * (POOL_SLAB: not PINNED, and only for NUMA_DEFAULT), or what the dispatch table in sysfs says for POOL_AUTO; a tensor
+ * (POOL_SLAB: not PINNED, and only for NUMA_DEFAULT), whole chunks side by side (POOL_DMA: only for
+ * NUMA_DEFAULT; mapped page by page, not to be pinned, not kept for reuse, on no cgroup's bill), or what the dispatch table in sysfs says for POOL_AUTO; a tensor
  * of a chunk or more then takes whole chunks and the rest as whole pages. The tensor
  * is physically allocated when the call returns. A tensor of a chunk or more starts
  * at a multiple of chunk_size in the window, one of a page or more at a multiple of

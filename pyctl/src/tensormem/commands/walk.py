@@ -21,11 +21,6 @@ __all__ = ["picture", "walk"]
 _COLOURS = ("magenta", "blue", "cyan", "green", "yellow")
 
 
-def _bits(entry: layout.Entry, page_shift: int) -> tuple[int, int]:
-    """Return the bits of the address that are the index at that level: highest and lowest."""
-    return entry.shift + page_shift - 4, entry.shift
-
-
 def _ending(entry: layout.Entry, address: int, page_shift: int) -> Iterator[str]:
     """Yield what the last entry means."""
     if entry.what == "none":
@@ -86,7 +81,7 @@ def picture(
     last = entries[-1]
     corner, bar, arrow = ("`-", "|", "->") if plain else ("└─", "│", "→")
     # the address, as the levels cut it up
-    names = [f"L{e.level(page_shift)} {_bits(e, page_shift)[0]}:{e.shift}" for e in entries]
+    names = [f"L{e.level(page_shift)} {e.shift + e.bits - 1}:{e.shift}" for e in entries]
     values = [str(entry.index) for entry in entries]
     names.append(f"offset {last.shift - 1}:0")
     values.append(f"{address & (last.size - 1):#x}")
@@ -119,7 +114,7 @@ def picture(
 def _document(entry: layout.Entry, page_shift: int) -> dict[str, Any]:
     document = asdict(entry)
     document.update(
-        level=entry.level(page_shift), size=entry.size, high_bit=_bits(entry, page_shift)[0]
+        level=entry.level(page_shift), size=entry.size, high_bit=entry.shift + entry.bits - 1
     )
     if entry.what == "leaf":
         document["attributes"] = asdict(layout.decode(entry.descriptor))
