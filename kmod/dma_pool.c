@@ -12,7 +12,7 @@
  * What was taken in one piece goes back in one piece, as the kernel's DMA API has it. Until then
  * it keeps the module; so a region is never let go of before all of it is back.
  *
- * No other lock of ours is taken in tm_dma_binding and tm_dma_mutex.
+ * No other lock of ours is taken in tm_dma_binding and tm_dma_mutex, but for what reclaim takes.
  */
 #include <linux/align.h>
 #include <linux/bitmap.h>
@@ -151,15 +151,18 @@ static int tm_dma_from_cma(const struct tm_dma_region *region,
 	size_t size = tm_dma_bytes(grant->nr_chunks);
 	unsigned long frame;
 	struct page *page = NULL;
+	bool gone;
 
 	down_read(&tm_dma_binding);
-	if (!region->gone)
+	gone = region->gone;
+	if (!gone)
 		page = dma_alloc_pages(region->dev, size, &grant->address,
 				       DMA_BIDIRECTIONAL,
 				       GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN);
 	up_read(&tm_dma_binding);
 	if (!page)
-		return fatal_signal_pending(current) ? -EINTR : -ENOSPC;
+		return gone ? -ENODEV :
+		       fatal_signal_pending(current) ? -EINTR : -ENOSPC;
 	/* Where CMA has none, the DMA API goes on with what is not ours. */
 	frame = page_to_pfn(page);
 	if (frame < region->first ||

@@ -125,8 +125,8 @@ static u32 tm_dmabuf_pieces(const struct tm_dmabuf *buf, size_t most,
 }
 
 /*
- * A table of @buf with an entry for each chunk or run, or one for all of the DMA pool's, where @device takes as much in one; where what it cannot reach
- * is copied for it, that is less.
+ * A table of @buf with an entry for each chunk or run, or one for all of the DMA pool's, where
+ * @device takes as much in one; where what it cannot reach is copied for it, that is less.
  */
 static int tm_dmabuf_table(const struct tm_dmabuf *buf, struct device *device,
 			   struct sg_table *table)

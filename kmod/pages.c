@@ -48,7 +48,7 @@
  * tm_rt_pool_setting with tm_rt_pool_mutex in it (what arenas may have; the former is held while chunks are taken). Under tm_arena::lock, which is raw and taken in hard
  * interrupts, nothing is called but the core and the clock.
  *
- * tm_dma_binding, tm_dma_mutex (the DMA pool's device and region, dma_pool.c) are taken in this order with no other lock of ours, and take none.
+ * tm_dma_binding, tm_dma_mutex (the DMA pool's device and region, dma_pool.c) are taken in this order with no other lock of ours; in them none is taken but by reclaim.
  *
  * For bandwidth, beside all others: tm_core_setting, the lock of CPU hotplug, tm_core_mutex
  * (bandwidth_core.c); tm_spare.lock is raw, and taken in hard interrupts.

@@ -769,7 +769,7 @@ class Client(Closing):
             QuotaExceeded, PoolExhausted, OutOfMemory, WindowFull: there is no
                 room; all are MemoryErrors. Nothing has changed.
             NotPermitted: ``pinned`` beyond RLIMIT_MEMLOCK.
-            NoDmaPool: the device tree sets no region aside.
+            NoDmaPool: the device tree sets no region aside, or its driver is unbound.
             Closed: the client was closed.
         """
         return self.empty_many([Spec(shape, dtype, kind, pool, huge, reuse, pinned, numa)])[0]

@@ -161,7 +161,9 @@ class PoolExhausted(TensormemError, MemoryError):
 class NoDmaPool(TensormemError, NotImplementedError):
     """The device tree sets no region aside for the DMA pool, or its driver is unbound (ENODEV)."""
 
-    default_cause = "the device tree sets no region aside for the DMA pool"
+    default_cause = (
+        "the device tree sets no region aside for the DMA pool, or its driver is unbound"
+    )
     default_remedy = "use pool='chunk', or add the nodes that docs/dma.md shows"
     default_errno = _errno.ENODEV
 
