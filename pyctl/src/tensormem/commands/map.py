@@ -107,9 +107,9 @@ def map_command(tensor: tuple[str, ...], png: str | None, compact: bool, as_json
     """
     page = os.sysconf("SC_PAGE_SIZE")
     with contextlib.ExitStack() as stack:
-        if png:
-            picture.check()
         file = stack.enter_context(replacing(Path(png))) if png else None
+        if file is not None:
+            picture.check()
         places = []
         for name in tensor:
             at = place(name)
