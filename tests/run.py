@@ -74,7 +74,7 @@ ABOVE = ("*library", "allocators", "views")
 #: What is of no other page size: who may, which state follows which, what reads the same pages.
 ANY_PAGE = ("kv_library", "kv_lifecycle", "model_access", "model_library", "model_states", "model_stress")
 #: What has stages of its own: a compiler in the guest takes as long as many other tests; another machine.
-APART = ("dma_device", "dma_pool", "monitors", "pmu", "pressure_hog")
+APART = ("dma_bounce", "dma_device", "dma_pool", "monitors", "pmu", "pressure_hog")
 #: Parts of the guest suite: the files, or those not in OBJECTS when there are none; the guest's memory nodes and CPUs.
 PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "guest": (("*",), 1, 2),
@@ -89,13 +89,19 @@ PARTS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "monitors": (("monitors",), 1, 2),
     "dma": (("dma_device", "dma_pool"), 1, 2),
     "region": (("dma_pool",), 1, 2),
+    "bounce": (("dma_bounce",), 1, 2),
 }
 #: Memory of the guests of a part; of the others 1G.
 MEMORY = {"pressure": "512M"}
 #: Those whose clock counts instructions.
 ICOUNT = ("pmu",)
-#: Those with a device that does DMA, and the region of its pool: lent to programs, or idle.
-DMA = {"dma": "32M", "region": "32M:idle"}
+#: Those with a device that does DMA, and their options: the region of its pool, lent to programs or idle; no IOMMU, and
+#: everything copied for the device (swiotlb).
+DMA = {
+    "dma": ("--dma-pool", "32M"),
+    "region": ("--dma-pool", "32M:idle"),
+    "bounce": ("--append", "iommu.passthrough=1 swiotlb=16384,force"),
+}
 #: Of the monitors, what runs on each kernel: every tool once, with bcc and without.
 ONCE = "told"
 
@@ -124,7 +130,7 @@ def guest(kernel: str, select: str, part: str = "guest") -> Stage:
                "--numa", str(nodes),
                "--timeout", str(GUEST_TIMEOUT.get(kernel, 3600)),
                "--share", str(RESULTS / name), *(("--icount",) if part in ICOUNT else ()),
-               *(("--dma", "--dma-pool", DMA[part]) if part in DMA else ()))  # fmt: skip
+               *(("--dma", *DMA[part]) if part in DMA else ()))  # fmt: skip
     chosen = ("-k", select) if select else ()
     return Stage(name, (GUEST, "run", *options, "--", *inside, *chosen), junit=True)
 
@@ -149,6 +155,7 @@ def stages(select: str) -> list[Stage]:
         guest("6.12", select, "pressure"),
         guest("6.12", select, "pmu"),
         guest("6.12", select, "dma"),
+        guest("6.12", select, "bounce"),
         guest("debug", select, "dma"),
         guest("debug", select, "region"),
         guest("debug", select, "objects"),
