@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from click import unstyle
 from click.testing import Result
+from matplotlib.image import imread
 
 from tensormem import errors, layout, picture
 from tensormem.cli import cli
@@ -284,16 +286,27 @@ def test_map_as_a_document(tensormem: Callable[..., Result]) -> None:
 
 
 def test_map_as_a_picture(tensormem: Callable[..., Result], tmp_path: Path) -> None:
-    pixels = pytest.importorskip("matplotlib.image")
     path = tmp_path / "map.png"
     assert tensormem("map", "--png", str(path)).exit_code == 0
-    image = pixels.imread(path)
+    image = imread(path)
     assert min(image.shape[:2]) > 200
     colours = {tuple(round(255 * v) for v in rgb) for rgb in image[:, :, :3].reshape(-1, 3)}
     # weights, other modules, used, not to be moved, arriving, free, ready
     for colour in ("1769aa", "e3a008", "2e7d32", "c62828", "8e24aa", "eef0f2", "b4bec8"):
         assert tuple(bytes.fromhex(colour)) in colours, colour
     assert list(tmp_path.glob(".map*")) == []
+
+
+def test_two_maps_in_a_picture_are_side_by_side() -> None:
+    """Before and after compaction, and what is marked in one of them."""
+    chunks = layout.parse_chunks(CHUNKS)
+    files = io.BytesIO(), io.BytesIO()
+    picture.png(files[0], [("now", chunks, set())], 4096)
+    maps = [("before", chunks, {chunks[0].frame}), ("after", chunks[:2], set[int]())]
+    picture.png(files[1], maps, 4096)
+    one, two = (imread(io.BytesIO(file.getvalue())) for file in files)
+    assert two.shape[0] == one.shape[0]
+    assert 1.7 < two.shape[1] / one.shape[1] < 2.1
 
 
 def test_map_says_what_is_wrong(tensormem: Callable[..., Result], tmp_path: Path) -> None:

@@ -146,6 +146,25 @@ def test_the_end_in_every_order(order: tuple[str, ...]) -> None:
         becomes(name, 0)
 
 
+def test_an_import_after_the_client_has_died(edu: Edu) -> None:
+    """Its descriptor is all that is left of it, and does for a device."""
+    data = weights("late", MEMORY)
+    with Raw() as client:
+        item = client.alloc(CHUNK)
+        window = client.map_tensor(item)
+        window[:MEMORY] = data
+        shared = client.export(item.handle)
+        window.close()
+    becomes("clients/count", 0)
+    assert edu.attach(shared.fd) == edu.map_for() == 0
+    shared.close()
+    assert edu.fetch(0) == edu.store(CHUNK - MEMORY) == 0
+    assert edu.total() == (0, 2 * sum(data))
+    assert edu.unmap() == edu.detach() == 0
+    for name in ("dma/buffers", "clients/bytes", "chunk/quarantined"):
+        becomes(name, 0)
+
+
 def test_a_device_outlives_exporter_and_importer(edu: Edu) -> None:
     """Both processes are killed; the device goes on reading and writing until its driver lets go."""
     ours, theirs = socket.socketpair(socket.AF_UNIX)

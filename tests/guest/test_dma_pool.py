@@ -268,7 +268,7 @@ def test_the_module_stays_while_it_is_held() -> None:
 
 
 @pytest.mark.parametrize("of", ["tensor", "dma-buf"])
-def test_nobody_pins_it(raw: Raw, tmp_path: Path, of: str) -> None:
+def test_nobody_pins_it(raw: Raw, of: str) -> None:
     """What pins for an I/O and what pins for good: an errno, and soon. The kernel copies it all the same."""
     item = raw.alloc(CHUNK, pool=DMA)
     other = raw.map_tensor(raw.alloc(CHUNK))
@@ -280,11 +280,22 @@ def test_nobody_pins_it(raw: Raw, tmp_path: Path, of: str) -> None:
     assert registered(address_of(window), PAGE) == errno.EEXIST
     with pytest.raises(FileExistsError):
         hold(address_of(window), PAGE)
-    file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    assert os.pwrite(file, memoryview(window)[:PAGE], 0) == PAGE
-    assert os.preadv(file, [memoryview(window)[PAGE : 2 * PAGE]], 0) == PAGE
+    part, next_one = memoryview(window)[:PAGE], memoryview(window)[PAGE : 2 * PAGE]
+    path = Path("/var/tmp/dma-direct.bin")
+    path.write_bytes(bytes(PAGE))
+    os.sync()
+    direct, file = os.open(path, os.O_RDWR | os.O_DIRECT), os.open(path, os.O_RDWR)
+    for move in (os.preadv, os.pwritev):
+        with pytest.raises(OSError, match=r"File exists|Bad address"):
+            move(direct, [part], 0)
+    os.close(direct)
+    assert os.pread(file, PAGE, 0) == bytes(PAGE)
+    assert os.pwritev(file, [part], 0) == os.preadv(file, [next_one], 0) == PAGE
     assert window[PAGE : 2 * PAGE] == window[:PAGE] == weights("pinned", PAGE)
     os.close(file)
+    path.unlink()
+    part.release()
+    next_one.release()
     window.close()
     shared.close()
     other.close()

@@ -245,6 +245,12 @@ def test_command_shows_a_tensor_of_another_process(raw: Raw) -> None:
     text = tensormem("map", f"{os.getpid()}:{item.handle}")
     assert f"{address_of(mapping):#x}" in text
     assert "weights" in text
+    seen = layout.lay_out(layout.walk(address_of(mapping), len(mapping)), address_of(mapping), len(mapping), PAGE)
+    assert found["tlb_entries"] == seen.tlb_entries
+    assert {s["node"] for s in found["stretches"]} == {0}
+    assert all({"VALID", "USER", "nG"} <= set(s["flags"]) for s in found["stretches"])
+    assert f"a TLB needs {seen.tlb_entries} entries for it; {seen.tables} tables lead there" in text
+    assert " ".join(seen.stretches[0].flags) in text
 
 
 def test_command_says_what_is_wrong(raw: Raw, tmp_path: Path) -> None:
