@@ -28,7 +28,8 @@
  *   Memory is zero when a tensor is first seen, unless TENSORMEM_NOZERO let it be
  *   the client's own old contents. Mappings behave like those of a
  *   shared file: they survive fork(), mprotect() works, MADV_DONTNEED drops
- *   page-table entries and never data, and pages can be pinned (O_DIRECT).
+ *   page-table entries and never data, and pages can be pinned (O_DIRECT), but
+ *   POOL_DMA's.
  *   Touching a part of the window that holds no tensor, or a tensor that was
  *   freed, raises SIGBUS until its offset is given to the client's next tensor
  *   (a tensor with TENSORMEM_NOZERO, or one in the slab, may stay readable to its own
@@ -280,7 +281,7 @@ enum tensormem_pool {
 
 /*
  * How a tensor's pages are mapped. All can be pinned (O_DIRECT, io_uring), but
- * POOL_DMA's: what would pin these is refused (EEXIST). A block
+ * POOL_DMA's: what would pin these is refused (EEXIST, EFAULT). A block
  * costs one TLB entry and one fault for 2 MiB, but does not count as RSS on every
  * kernel, and where only part of a chunk is mapped it is mapped by pages.
  */

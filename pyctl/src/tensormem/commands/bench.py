@@ -74,7 +74,7 @@ def _note(result: library.Result, among: list[library.Result]) -> str:
 @click.option(
     "-n", "--objects", type=click.IntRange(1000, 100_000_000), default=library.OBJECTS,
     show_default=True, metavar="NUMBER",
-    help="Small objects; of tensors a five-hundredth comes and goes.",
+    help="Small objects; single takes a tenth, and of tensors a five-hundredth comes and goes.",
 )  # fmt: skip
 @click.option(
     "--only", type=click.Choice(list(library.ALLOCATORS)), multiple=True,
