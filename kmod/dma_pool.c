@@ -19,7 +19,6 @@
 #include <linux/device.h>
 #include <linux/dma-mapping.h>
 #include <linux/err.h>
-#include <linux/highmem.h>
 #include <linux/mm.h>
 #include <linux/mod_devicetable.h>
 #include <linux/module.h>
@@ -87,32 +86,36 @@ static void tm_dma_region_close(void)
 	kfree(region);
 }
 
-/* Count @nr_chunks as taken, of a region with a bitmap also which. Return: 0, -ENODEV or -ENOSPC. */
-static int tm_dma_begin(struct tm_dma_grant *grant)
+static int tm_dma_count(struct tm_dma_region *region,
+			struct tm_dma_grant *grant)
 {
-	struct tm_dma_region *region;
 	unsigned long at = 0;
-	int err = 0;
 
-	mutex_lock(&tm_dma_mutex);
-	region = tm_dma_region;
+	lockdep_assert_held(&tm_dma_mutex);
 	if (!region || region->gone)
-		err = -ENODEV;
-	else if (grant->nr_chunks > region->nr_chunks - region->used)
-		err = -ENOSPC;
-	if (!err && region->taken) {
+		return -ENODEV;
+	if (grant->nr_chunks > region->nr_chunks - region->used)
+		return -ENOSPC;
+	if (region->taken) {
 		at = bitmap_find_next_zero_area(region->taken, region->nr_chunks,
 						0, grant->nr_chunks, 0);
 		if (at >= region->nr_chunks)
-			err = -ENOSPC;
-		else
-			bitmap_set(region->taken, at, grant->nr_chunks);
+			return -ENOSPC;
+		bitmap_set(region->taken, at, grant->nr_chunks);
 	}
-	if (!err) {
-		grant->page = tm_page_id(tm_pages_geometry(),
-					 (struct tm_chunk_id){ at }, 0);
-		region->used += grant->nr_chunks;
-	}
+	region->used += grant->nr_chunks;
+	grant->page = tm_page_id(tm_pages_geometry(),
+				 (struct tm_chunk_id){ at }, 0);
+	return 0;
+}
+
+/* Count @grant's chunks as taken, of a region with a bitmap also which. Return: 0, -ENODEV or -ENOSPC. */
+static int tm_dma_begin(struct tm_dma_grant *grant)
+{
+	int err;
+
+	mutex_lock(&tm_dma_mutex);
+	err = tm_dma_count(tm_dma_region, grant);
 	mutex_unlock(&tm_dma_mutex);
 	return err;
 }
@@ -130,16 +133,33 @@ static void tm_dma_end(const struct tm_dma_grant *grant)
 	mutex_unlock(&tm_dma_mutex);
 }
 
+/**
+ * tm_dma_pool_run - one chunk of what was taken
+ * @grant: what was taken
+ * @chunk: which, from 0 on
+ *
+ * Context: any. Return: it, zeroed, as a run of a node that is none.
+ */
+struct tm_run tm_dma_pool_run(const struct tm_dma_grant *grant, u32 chunk)
+{
+	unsigned int order = tm_pages_geometry().chunk_order;
+
+	return (struct tm_run){
+		.page.v = grant->page.v + (chunk << order),
+		.node = TM_DMA_NODE,
+		.order = order,
+		.zeroed = true,
+	};
+}
+
 static int tm_dma_zero(const struct tm_dma_grant *grant)
 {
-	struct page *page = tm_dma_pool_page(grant->page);
-	unsigned long count = tm_dma_pages(grant->nr_chunks);
+	for (u32 i = 0; i < grant->nr_chunks; i++) {
+		struct tm_run run = tm_dma_pool_run(grant, i);
 
-	for (unsigned long i = 0; i < count; i++) {
 		if (fatal_signal_pending(current))
 			return -EINTR;
-		clear_highpage(page + i);
-		cond_resched();
+		tm_pages_zero(&run);
 	}
 	return 0;
 }
@@ -172,6 +192,7 @@ static int tm_dma_from_cma(const struct tm_dma_region *region,
 		return -ENOSPC;
 	}
 	grant->page.v = frame - region->first;
+	tm_bandwidth_count(TM_MOVER_CHUNK, size);
 	return 0;
 }
 
@@ -200,7 +221,6 @@ struct tm_dma_grant *tm_dma_pool_take(u32 nr_chunks)
 		err = tm_dma_from_cma(tm_dma_region, grant);
 	if (err)
 		goto err_end;
-	tm_bandwidth_count(TM_MOVER_CHUNK, tm_dma_bytes(nr_chunks));
 	__module_get(THIS_MODULE);
 	return grant;
 

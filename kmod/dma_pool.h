@@ -31,6 +31,7 @@ void tm_dma_pool_exit(void);
 
 struct tm_dma_grant *tm_dma_pool_take(u32 nr_chunks);
 void tm_dma_pool_put(struct tm_dma_grant *grant);
+struct tm_run tm_dma_pool_run(const struct tm_dma_grant *grant, u32 chunk);
 struct page *tm_dma_pool_page(struct tm_page_id page);
 
 #endif

@@ -114,12 +114,7 @@ static struct tm_memory *tm_memory_alloc_dma(u32 nr_chunks)
 	for (u32 i = 0; i < nr_chunks; i++)
 		memory->extent[i] = (struct tm_extent){
 			.first = i << g.chunk_order,
-			.run = {
-				.page.v = grant->page.v + (i << g.chunk_order),
-				.node = TM_DMA_NODE,
-				.order = g.chunk_order,
-				.zeroed = true,
-			},
+			.run = tm_dma_pool_run(grant, i),
 		};
 	memory->nr_extents = nr_chunks;
 	memory->nr_chunks = nr_chunks;

@@ -53,12 +53,34 @@ void tm_vm_born_dirty(struct vm_area_struct *vma)
 	WRITE_ONCE(vma->vm_page_prot, __pgprot(pte_val(entry)));
 }
 
-/* Map @count pages of @memory from @index on; entries already there stay. */
+/* Map @count pages of the DMA pool's @memory from @index on; entries already there stay. */
+static int tm_vm_insert_frames(struct vm_area_struct *vma,
+			       unsigned long address,
+			       const struct tm_memory *memory, u32 index,
+			       u32 count)
+{
+	unsigned long frame = index +
+		page_to_pfn(tm_pages_page(&memory->extent[0].run));
+
+	for (u32 i = 0; i < count; i++) {
+		vm_fault_t result = tm_vmf_insert_frame(vma, address, frame);
+
+		if (result != VM_FAULT_NOPAGE)
+			return result & VM_FAULT_OOM ? -ENOMEM : -EIO;
+		address += PAGE_SIZE;
+		frame++;
+	}
+	return 0;
+}
+
+/* The same of any @memory. */
 static int tm_vm_insert(struct vm_area_struct *vma, unsigned long address,
 			const struct tm_memory *memory, u32 index, u32 count)
 {
 	struct page *pages[TM_VM_BATCH];
 
+	if (tm_memory_is_dma(memory))
+		return tm_vm_insert_frames(vma, address, memory, index, count);
 	while (count) {
 		const struct tm_extent *extent = tm_memory_find(memory, index);
 		unsigned long want = min_t(u32, count, TM_VM_BATCH);
@@ -86,26 +108,6 @@ static int tm_vm_insert(struct vm_area_struct *vma, unsigned long address,
 	return 0;
 }
 
-/* Likewise, of the DMA pool. */
-static int tm_vm_insert_frames(struct vm_area_struct *vma,
-			       unsigned long address,
-			       const struct tm_memory *memory, u32 index,
-			       u32 count)
-{
-	unsigned long frame = index +
-		page_to_pfn(tm_pages_page(&memory->extent[0].run));
-
-	for (u32 i = 0; i < count; i++) {
-		vm_fault_t result = tm_vmf_insert_frame(vma, address, frame);
-
-		if (result != VM_FAULT_NOPAGE)
-			return result & VM_FAULT_OOM ? -ENOMEM : -EIO;
-		address += PAGE_SIZE;
-		frame++;
-	}
-	return 0;
-}
-
 /* Map the part of @region around @vmf that the area and one page table hold. */
 static int tm_vm_map_around(struct vm_fault *vmf,
 			    const struct tm_region *region, u32 *mapped)
@@ -122,9 +124,8 @@ static int tm_vm_map_around(struct vm_fault *vmf,
 	last = min(last, range->start + range->length);
 	*mapped = last - first;
 	start = vma->vm_start + ((first - vma->vm_pgoff) << PAGE_SHIFT);
-	return (tm_memory_is_dma(region->memory) ? tm_vm_insert_frames :
-						   tm_vm_insert)(
-		vma, start, region->memory, first - range->start, last - first);
+	return tm_vm_insert(vma, start, region->memory, first - range->start,
+			    last - first);
 }
 
 /*

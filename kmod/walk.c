@@ -16,8 +16,9 @@
 #include <linux/capability.h>
 #include <linux/hugetlb.h>
 #include <linux/kstrtox.h>
-#include <linux/mm.h>
 #include <linux/log2.h>
+#include <linux/minmax.h>
+#include <linux/mm.h>
 #include <linux/mmap_lock.h>
 #include <linux/module.h>
 #include <linux/overflow.h>
@@ -67,10 +68,10 @@ enum tm_walk_what {
 };
 
 /* Bits of an address that are the index in a table. The uppermost table has what is left of them. */
-static unsigned int tm_walk_bits(const char *level, unsigned int shift)
+static unsigned int tm_walk_bits(unsigned int shift)
 {
-	return strcmp(level, "pgd") ? PAGE_SHIFT - 3 :
-				      ilog2(TASK_SIZE_64) - shift;
+	return min_t(unsigned int, PAGE_SHIFT - 3,
+		     ilog2(TASK_SIZE_64) - shift);
 }
 
 /* One line, unless the walk came by the same entry before. */
@@ -84,7 +85,7 @@ static void tm_walk_entry(struct seq_file *m, const char *level,
 	if (w->begun && w->before >> shift == w->at >> shift)
 		return;
 	seq_printf(m, "%lx %s %u %u %lu %llx %s", w->at >> shift << shift, level,
-		   shift, tm_walk_bits(level, shift),
+		   shift, tm_walk_bits(shift),
 		   w->at >> shift & (PTRS_PER_PTE - 1), descriptor, names[what]);
 	if (what == TM_WALK_TABLE || what == TM_WALK_LEAF)
 		seq_printf(m, " %lx", frame);

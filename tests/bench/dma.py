@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import mmap
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import tensormem
 
 sys.path.append(str(Path(__file__).parents[1] / "guest"))
 edu = importlib.import_module("edu")
+process = importlib.import_module("process")
 
 SIZE = 64 << 20
 
@@ -29,8 +29,7 @@ def both(importer: Any, pages: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    subprocess.run(["insmod", edu.MODULE], check=True)
-    with edu.Edu() as importer:
+    with process.loaded("tm_edu"), edu.Edu() as importer:
         with tensormem.open() as client, client.alloc(SIZE, kind="weights", pool="chunk").export() as shared:
             if importer.attach(shared.fileno()):
                 sys.exit("the device cannot be attached")
@@ -38,7 +37,6 @@ def main() -> None:
         peer = both(importer, SIZE // mmap.PAGESIZE)
     for name, mine, theirs in zip(("iommu-maps-64m", "iommu-insns-64m"), ours, peer, strict=True):
         print(name, mine, theirs)
-    subprocess.run(["rmmod", "tm_edu"], check=True)
 
 
 if __name__ == "__main__":

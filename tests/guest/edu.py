@@ -13,7 +13,6 @@ from pathlib import Path
 
 from device import TRACING, Descriptor
 
-MODULE = Path(__file__).parents[2] / "kmod/tests/tm_edu.ko"
 NODE = "/dev/tm_edu"
 DRIVER = Path("/sys/bus/pci/drivers/tm_edu")
 #: enum dma_data_direction

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a test does to its own and to other processes: system calls, children, smaps."""
+"""What a test does to its own and to other processes, and which modules it loads: system calls, children, smaps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import random
 import re
 import signal
 import struct
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
+
+MODULES = Path(__file__).parents[2] / "kmod/tests"
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -197,6 +201,16 @@ def hold(address: int, length: int) -> tuple[int, int]:
 def let_go(pipe: tuple[int, int]) -> None:
     for fd in pipe:
         os.close(fd)
+
+
+@contextmanager
+def loaded(name: str, *parameters: str) -> Iterator[None]:
+    """One of the test modules, for so long."""
+    subprocess.run(["insmod", MODULES / f"{name}.ko", *parameters], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["rmmod", name], check=True)
 
 
 IO_URING_SETUP, IO_URING_REGISTER = 425, 427

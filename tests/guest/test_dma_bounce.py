@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from device import CHUNK, PAGE, DmaBuf, Raw, becomes, weights
-from edu import DRIVER, FROM_DEVICE, MEMORY, MODULE, TO_DEVICE, Edu
+from edu import DRIVER, FROM_DEVICE, MEMORY, TO_DEVICE, Edu
+from process import loaded
 
 BOTH = DmaBuf.READ | DmaBuf.WRITE
 
 
 @pytest.fixture
 def edu() -> Iterator[Edu]:
-    subprocess.run(["insmod", MODULE], check=True)
-    with Edu() as importer:
+    with loaded("tm_edu"), Edu() as importer:
         yield importer
-    subprocess.run(["rmmod", "tm_edu"], check=True)
 
 
 @pytest.mark.parametrize("at", [0, CHUNK - 1000, 2 * CHUNK + PAGE])

@@ -9,16 +9,15 @@ import os
 import random
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from conftest import USAGE, settled
 from device import CHUNK, KASAN, PAGE, DmaBuf, Raw, becomes, read, weights
-from edu import BOTH, DRIVER, FROM_DEVICE, MEMORY, MODULE, TO_DEVICE, Edu, iommu_maps
+from edu import BOTH, DRIVER, FROM_DEVICE, MEMORY, TO_DEVICE, Edu, iommu_maps
 from failnth import can_fail, let_fail, sweep
-from process import killed_at_random, together
+from process import killed_at_random, loaded, together
 from tensormem import abi
 
 READ_ONLY = abi.ExportFlag.READ_ONLY
@@ -27,9 +26,8 @@ CPU = DmaBuf.READ | DmaBuf.WRITE
 
 @pytest.fixture(scope="module", autouse=True)
 def driver() -> Iterator[None]:
-    subprocess.run(["insmod", MODULE], check=True)
-    yield
-    subprocess.run(["rmmod", "tm_edu"], check=True)
+    with loaded("tm_edu"):
+        yield
 
 
 @pytest.fixture

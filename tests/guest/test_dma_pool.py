@@ -20,9 +20,9 @@ import pytest
 import tensormem
 from conftest import USAGE, settled
 from device import CHUNK, KASAN, PAGE, Raw, address_of, becomes, read, wait_for, weights, word
-from edu import MEMORY, MODULE, Edu
+from edu import MEMORY, Edu
 from failnth import can_fail, let_fail, sweep
-from process import dies, hold, killed_at_random, let_go, registered, together
+from process import dies, hold, killed_at_random, let_go, loaded, registered, together
 from tensormem import abi, layout
 
 DMA = abi.Pool.DMA
@@ -47,10 +47,8 @@ def all_of_it_is_back() -> Iterator[None]:
 
 @pytest.fixture
 def edu() -> Iterator[Edu]:
-    subprocess.run(["insmod", MODULE], check=True)
-    with Edu() as importer:
+    with loaded("tm_edu"), Edu() as importer:
         yield importer
-    subprocess.run(["rmmod", "tm_edu"], check=True)
 
 
 def frames(raw: Raw, item: abi.Alloc) -> list[int]:
@@ -59,12 +57,10 @@ def frames(raw: Raw, item: abi.Alloc) -> list[int]:
     count = len(window) // PAGE
     for page in range(count):
         window[page * PAGE]
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        pagemap.seek(address_of(window) // PAGE * 8)
-        entries = struct.unpack(f"<{count}Q", pagemap.read(count * 8))
+    found = [frame for frame in layout.frames(address_of(window), count) if frame is not None]
     window.close()
-    assert all(entry >> 63 for entry in entries)
-    return [entry & ((1 << 55) - 1) for entry in entries]
+    assert len(found) == count
+    return found
 
 
 # What it is
@@ -259,7 +255,7 @@ def test_the_module_stays_while_it_is_held() -> None:
     with Raw() as client:
         item = client.alloc(CHUNK, pool=DMA)
         shared = client.export(item.handle)
-    wait_for(lambda: read("clients/count") == 0)
+    becomes("clients/count", 0)
     assert figures() == (TOTAL, 1, TOTAL - 1)
     result = subprocess.run(["rmmod", "tensormem"], stderr=subprocess.PIPE, text=True, check=False)
     assert result.returncode != 0
@@ -453,10 +449,10 @@ def churn(seed: int, rounds: int) -> None:
             assert result in (0, errno.ENOSPC)
             if result == 0:
                 window = client.map_tensor(item)
-                places = range(0, len(window), CHUNK // 2)
-                assert not any(window[at] for at in places)
+                offsets = range(0, len(window), CHUNK // 2)
+                assert not any(window[at] for at in offsets)
                 value = dice.randrange(1, 256)
-                for at in places:
+                for at in offsets:
                     window[at] = value
                 held.append((item, window, value))
         for _, window, _ in held:

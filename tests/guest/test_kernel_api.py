@@ -6,14 +6,13 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from device import PAGE, read, write
+from process import MODULES, loaded
 
-MODULES = Path(__file__).parents[2] / "kmod/tests"
 DEBUGFS = Path("/sys/kernel/debug")
 #: KUnit suites of the sample module, and how many cases each has.
 SUITES = {"tensormem": 7, "tensormem-rt": 5}
@@ -27,15 +26,6 @@ def nothing_kept() -> Iterator[None]:
     assert write("buddy/compact", 1) == 0
     assert read("buddy/cached_pages") == 0
     assert read("buddy/chunks") == 0
-
-
-@contextmanager
-def loaded(name: str, *parameters: str) -> Iterator[None]:
-    subprocess.run(["insmod", MODULES / f"{name}.ko", *parameters], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["rmmod", name], check=True)
 
 
 def test_the_sample_holds_what_it_was_asked_for() -> None:

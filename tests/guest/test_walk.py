@@ -59,7 +59,7 @@ def reached(entries: list[layout.Entry], address: int, length: int) -> list[int 
         assert entry.address % entry.size == 0
         assert entry.index == entry.address >> entry.shift & (1 << entry.bits) - 1
         assert entry.name == ("pgd" if not path else {0: "p4d", 1: "pud", 2: "pmd", 3: "pte"}[level])
-        top = entry.shift + entry.bits
+        top = entry.high_bit + 1
         if path and level != min(path):
             above = path[level - 1]
             assert above.what == "table"

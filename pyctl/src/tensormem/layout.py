@@ -241,6 +241,11 @@ class Entry:
         """Bytes that it is for."""
         return 1 << self.shift
 
+    @property
+    def high_bit(self) -> int:
+        """The highest bit of the address that is of its index."""
+        return self.shift + self.bits - 1
+
     def level(self, page_shift: int) -> int:
         """Return the architecture's number of its level: 3 has the pages."""
         return 3 - (self.shift - page_shift) // (page_shift - 3)

@@ -47,15 +47,15 @@ _PAGE_WORDS = (
     "free", "used", "used and not to be moved", "compaction moves there", "of the tensor",
 )  # fmt: skip
 
-#: A free page of a chunk in the buddy pool, on paper; and what is marked.
+#: A free page of a chunk in the buddy pool, on paper.
 _HOLE = "#eef0f2"
-_MARK = "#212121"
 
 #: The other colours on paper.
 _PAPER = {
     "blue": "#1769aa", "green": "#2e7d32", "magenta": "#8e24aa", "cyan": "#00838f",
     "bright_green": "#7cb342", "bright_blue": "#64b5f6", "bright_cyan": "#4dd0e1",
     "yellow": "#e3a008", "red": "#c62828", "bright_magenta": "#ec407a", "bright_black": "#b4bec8",
+    "bright_yellow": "#212121",
 }  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def _kind(chunk: Chunk) -> str:
 def _marked(chunk: Chunk, page_size: int, shown: Set[int]) -> bool:
     """Whether any page of a whole chunk is to be marked: a tensor need not begin with it."""
     pages = range(chunk.frame, chunk.frame + system.CHUNK_SIZE // page_size)
-    return chunk.state == "chunk" and any(page in shown for page in pages)
+    return chunk.state == "chunk" and not shown.isdisjoint(pages)
 
 
 def _pages(chunk: Chunk, page_size: int, shown: Set[int]) -> list[int]:
@@ -140,8 +140,10 @@ def _strip(chunks: Sequence[Chunk], page_size: int, shown: Set[int]) -> Iterator
         cells = []
         for chunk in chunks[begin : begin + CELLS]:
             letter, colour = _CHUNKS[_kind(chunk)]
-            marked = _marked(chunk, page_size, shown)
-            cells.append((letter, ("black", "bright_yellow") if marked else ("white", colour)))
+            colours = ("white", colour)
+            if _marked(chunk, page_size, shown):
+                colours = ("black", _PAGE_COLOURS[_SHOWN])
+            cells.append((letter, colours))
         yield f"  {_row(cells)}"
 
 
@@ -246,14 +248,15 @@ def check() -> None:
 
 
 def _paper(page: int) -> str:
-    return {_FREE: _HOLE, _SHOWN: _MARK}.get(page) or _PAPER[_PAGE_COLOURS[page]]
+    return _HOLE if page == _FREE else _PAPER[_PAGE_COLOURS[page]]
 
 
 def _pixels(chunk: Chunk, page_size: int, shown: Set[int]) -> list[str]:
     """Return the colour of each page."""
     if chunk.state == "buddy":
         return [_paper(page) for page in _pages(chunk, page_size, shown)]
-    colour = _MARK if _marked(chunk, page_size, shown) else _PAPER[_CHUNKS[_kind(chunk)][1]]
+    marked = _marked(chunk, page_size, shown)
+    colour = _paper(_SHOWN) if marked else _PAPER[_CHUNKS[_kind(chunk)][1]]
     return [colour] * (system.CHUNK_SIZE // page_size)
 
 
@@ -306,7 +309,7 @@ def png(
             else:
                 meanings["ready"] = _PAPER[_CHUNKS[_kind(chunk)][1]]
         if shown:
-            meanings[_PAGE_WORDS[_SHOWN]] = _MARK
+            meanings[_PAGE_WORDS[_SHOWN]] = _paper(_SHOWN)
     handles = [patches.Patch(color=c, label=label) for label, c in meanings.items()]
     if handles:
         figure.legend(

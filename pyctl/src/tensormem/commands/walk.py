@@ -81,7 +81,7 @@ def picture(
     last = entries[-1]
     corner, bar, arrow = ("`-", "|", "->") if plain else ("└─", "│", "→")
     # the address, as the levels cut it up
-    names = [f"L{e.level(page_shift)} {e.shift + e.bits - 1}:{e.shift}" for e in entries]
+    names = [f"L{e.level(page_shift)} {e.high_bit}:{e.shift}" for e in entries]
     values = [str(entry.index) for entry in entries]
     names.append(f"offset {last.shift - 1}:0")
     values.append(f"{address & (last.size - 1):#x}")
@@ -114,7 +114,7 @@ def picture(
 def _document(entry: layout.Entry, page_shift: int) -> dict[str, Any]:
     document = asdict(entry)
     document.update(
-        level=entry.level(page_shift), size=entry.size, high_bit=entry.shift + entry.bits - 1
+        level=entry.level(page_shift), size=entry.size, high_bit=entry.high_bit
     )
     if entry.what == "leaf":
         document["attributes"] = asdict(layout.decode(entry.descriptor))
